@@ -1,0 +1,171 @@
+"""One forward pass -> first-layer text-to-vision attention, vision tokens, hidden states at answer positions.
+
+1. The vision tower (frozen) and the projector give the vision tokens.
+2. The decoder runs with an attention function that is the fast kernel everywhere; in the first layer it also computes the
+   probabilities of the wanted rows (text after the image) and columns (vision), with the exact softmax denominator.
+3. The last hidden states are gathered at the positions that predict a supervised token; logits exist for these alone.
+
+Everything is differentiable. ``output_attentions`` would instead keep every layer's [H, S, S] and the slow kernel.
+
+Shapes: B samples, S positions, H heads, d head width, T text rows, V vision columns, N images, A answers, D model width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.llama.modeling_llama import repeat_kv
+
+from alignkd.batch import Batch
+from alignkd.models.mobilevlm import MobileVlm, as_image_features
+
+_KERNEL = "alignkd_capture"
+_MAX_SCORES = 2**26
+"""Scores held at a time (256 MB in float32): longer prompts are captured in chunks of rows, recomputed in backward."""
+
+
+@dataclass
+class Captured:
+    """What one forward pass gave.
+
+    ``attention_BHTV``: float32 probabilities, zero where padded; None when not asked for.
+    ``vision_BVD``: vision tokens, zero where padded.
+    ``hidden_AD``: last hidden states (after the final norm) at answer positions.
+    """
+
+    attention_BHTV: torch.Tensor | None
+    vision_BVD: torch.Tensor
+    hidden_AD: torch.Tensor
+
+
+@dataclass
+class _Tap:
+    """A request to the first layer's attention, and its answer."""
+
+    batch: Batch
+    attention_BHTV: torch.Tensor | None = field(default=None)
+
+
+def enable_capture(model: MobileVlm) -> None:
+    """Let the language model's attention go through the capturing kernel; outputs are unchanged."""
+    model.set_attn_implementation({"text_config": _KERNEL})
+
+
+def first_attention(model: MobileVlm) -> nn.Module:
+    """The attention module of the first decoder layer."""
+    module: nn.Module = model.model.language_model.layers[0].self_attn
+    return module
+
+
+def capture(model: MobileVlm, batch: Batch, *, attention: bool = True) -> Captured:
+    """Run the model once over a batch and gather what Align-KD compares.
+
+    ``batch.images`` are pixel values ``[N, 3, h, w]`` or, where the frozen tower already ran, features ``[N, P, C]``.
+    """
+    mm_encoder_outputs = None
+    width = model.config.text_config.hidden_size
+    samples, columns = batch.vision_columns_BV.shape
+    if batch.images.numel():
+        features_NPC = batch.images if batch.images.dim() == 3 else model.model.encode_images(batch.images)
+        tokens_NVD = model.model.project(features_NPC.to(model.dtype))
+        flat = tokens_NVD.new_zeros(samples * columns, width).index_copy(
+            0, batch.vision_slots, tokens_NVD.flatten(0, 1)
+        )
+        vision_BVD = flat.view(samples, columns, width)
+        mm_encoder_outputs = {"image": as_image_features(tokens_NVD)}
+    else:
+        vision_BVD = torch.zeros(samples, columns, width, dtype=model.dtype, device=batch.input_ids_BS.device)
+    with _tapped(model, batch if attention and columns else None) as tap:
+        output = model.model(
+            input_ids=batch.input_ids_BS,
+            attention_mask=batch.attention_mask_BS,
+            mm_encoder_outputs=mm_encoder_outputs,
+            use_cache=False,
+        )
+    if tap is not None:
+        assert tap.attention_BHTV is not None, "the first layer did not run through the capturing kernel"
+        captured = tap.attention_BHTV
+    else:
+        heads = model.config.text_config.num_attention_heads
+        captured = vision_BVD.new_zeros(samples, heads, *batch.text_rows_BT.shape[1:], columns, dtype=torch.float32)
+    hidden_AD = output.last_hidden_state.flatten(0, 1).index_select(0, batch.answer_positions_A)
+    return Captured(captured if attention else None, vision_BVD, hidden_AD)
+
+
+@contextmanager
+def _tapped(model: MobileVlm, batch: Batch | None) -> Iterator[_Tap | None]:
+    module = first_attention(model)
+    tap = _Tap(batch) if batch is not None else None
+    if tap is not None and model.config.text_config._attn_implementation != _KERNEL:
+        enable_capture(model)
+    # The request outlives the forward pass on purpose: gradient checkpointing runs the layer again during backward and
+    # must meet the same operations. The next forward pass replaces it.
+    module._alignkd_tap = tap  # type: ignore[assignment]
+    yield tap
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    tap: _Tap | None = getattr(module, "_alignkd_tap", None)
+    if tap is not None and query.shape[2] == tap.batch.input_ids_BS.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        probabilities = _text_to_vision(query, repeat_kv(key, groups), tap.batch, kwargs["scaling"])
+        if tap.attention_BHTV is None:
+            tap.attention_BHTV = probabilities
+    output: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output
+
+
+def _text_to_vision(query_BHSd: torch.Tensor, key_BHSd: torch.Tensor, batch: Batch, scaling: float) -> torch.Tensor:
+    """Attention probabilities of text rows and vision columns, ``[B, H, T, V]`` in float32."""
+    samples, heads, positions, _ = query_BHSd.shape
+    rows = batch.text_rows_BT.shape[1]
+    chunk = max(1, _MAX_SCORES // (samples * heads * positions))
+    parts = []
+    for start in range(0, rows, chunk):
+        row_BT = batch.text_rows_BT[:, start : start + chunk]
+        arguments = (query_BHSd, key_BHSd, row_BT, batch.attention_mask_BS, batch.vision_columns_BV, scaling)
+        if rows > chunk and torch.is_grad_enabled():
+            parts.append(checkpoint(_attention_rows, *arguments, use_reentrant=False))
+        else:
+            parts.append(_attention_rows(*arguments))
+    attention_BHTV = torch.cat(parts, dim=2)
+    real_BTV = batch.text_mask_BT[:, :, None] & batch.vision_mask_BV[:, None, :]
+    return attention_BHTV * real_BTV[:, None]
+
+
+def _attention_rows(
+    query_BHSd: torch.Tensor,
+    key_BHSd: torch.Tensor,
+    row_BT: torch.Tensor,
+    real_BS: torch.Tensor,
+    column_BV: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    heads, positions, width = query_BHSd.shape[1:]
+    query_BHTd = query_BHSd.gather(2, row_BT[:, None, :, None].expand(-1, heads, -1, width))
+    scores_BHTS = (query_BHTd @ key_BHSd.transpose(2, 3)).float() * scaling
+    key_position = torch.arange(positions, device=row_BT.device)
+    visible_BTS = (key_position <= row_BT[:, :, None]) & real_BS[:, None, :]
+    denominator_BHT1 = scores_BHTS.masked_fill(~visible_BTS[:, None], -torch.inf).logsumexp(3, keepdim=True)
+    index_BHTV = column_BV[:, None, None, :].expand(-1, heads, row_BT.shape[1], -1)
+    probability_BHTV = (scores_BHTS.gather(3, index_BHTV) - denominator_BHT1).exp()
+    # A text row between two images does not see the later one.
+    return probability_BHTV * (column_BV[:, None, None, :] <= row_BT[:, None, :, None])
+
+
+AttentionInterface.register(_KERNEL, _attend)
+AttentionMaskInterface.register(_KERNEL, sdpa_mask)

@@ -1,0 +1,109 @@
+"""The terms of Align-KD, one pure function each.
+
+Total (figure of arXiv 2412.01282): ``L = L_sup + L_RKLD + L_1-A(t-v) + L_V``, with ``L_V`` of L_V-all and L_V-focus.
+
+Attention and vision terms are first averaged within a sample, then over the samples that have an image, so that padding
+and neighbours in the batch change nothing. Supervised and logit terms are averaged over answer tokens.
+
+Shapes: B samples, H heads, T text rows, V vision columns, D width, A answers, K kept logits, N vocabulary.
+"""
+
+import torch
+from torch.nn import functional
+
+
+def masked_mean(values_B: torch.Tensor, counted_B: torch.Tensor) -> torch.Tensor:
+    """Mean over the samples that count; zero (with a gradient of zero) when none does."""
+    return (values_B * counted_B).sum() / counted_B.sum().clamp(min=1)
+
+
+def attention_loss(
+    student_BHTV: torch.Tensor,
+    teacher_BHTV: torch.Tensor,
+    text_mask_BT: torch.Tensor,
+    vision_mask_BV: torch.Tensor,
+    *,
+    relative_to_uniform: bool,
+) -> torch.Tensor:
+    """L_1-A(t-v): mean squared error of first-layer text-to-vision attention, heads already mapped to each other.
+
+    ``relative_to_uniform`` measures each probability against 1 / V, which multiplies the error by V squared: entries are of
+    the order of 1 / V, so the plain error (1e-5 and below) would be nothing beside a cross-entropy.
+    """
+    real_BTV = text_mask_BT[:, :, None] & vision_mask_BV[:, None, :]
+    entries_B = real_BTV.sum(dim=(1, 2))
+    error_BTV = (student_BHTV.float() - teacher_BHTV.float()).square().mean(dim=1)
+    loss_B = (error_BTV * real_BTV).sum(dim=(1, 2)) / entries_B.clamp(min=1)
+    if relative_to_uniform:
+        loss_B = loss_B * vision_mask_BV.sum(dim=1).square()
+    return masked_mean(loss_B, entries_B > 0)
+
+
+def focus_mask(attention_BHTV: torch.Tensor, vision_mask_BV: torch.Tensor, k: int) -> torch.Tensor:
+    """The k vision tokens of each sample that the teacher's text attends to most, ``[B, V]`` of bool.
+
+    Score: first-layer attention summed over text rows and averaged over heads. All tokens when a sample has k or fewer.
+    """
+    score_BV = attention_BHTV.float().sum(dim=2).mean(dim=1).masked_fill(~vision_mask_BV, -1.0)
+    chosen = score_BV.topk(min(k, score_BV.shape[1]), dim=1).indices
+    return torch.zeros_like(vision_mask_BV).scatter(1, chosen, True) & vision_mask_BV
+
+
+def vision_loss(
+    student_BVD: torch.Tensor,
+    teacher_BVD: torch.Tensor,
+    token_mask_BV: torch.Tensor,
+    vision_mask_BV: torch.Tensor,
+    *,
+    relative_to_variance: bool,
+) -> torch.Tensor:
+    """L_V over the tokens of ``token_mask_BV``: mean squared error of projected vision tokens, widths already mapped.
+
+    ``relative_to_variance`` divides by the variance of the teacher's tokens of that sample (over all its tokens and
+    features): 1 is what a constant would reach.
+    """
+    teacher_BVD = teacher_BVD.float()
+    error_BV = (student_BVD.float() - teacher_BVD).square().mean(dim=2)
+    chosen_B = token_mask_BV.sum(dim=1)
+    loss_B = (error_BV * token_mask_BV).sum(dim=1) / chosen_B.clamp(min=1)
+    if relative_to_variance:
+        loss_B = loss_B / _variance(teacher_BVD, vision_mask_BV).clamp(min=torch.finfo(torch.float32).tiny)
+    return masked_mean(loss_B, chosen_B > 0)
+
+
+def _variance(tokens_BVD: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
+    count_B = (mask_BV.sum(dim=1) * tokens_BVD.shape[2]).clamp(min=1)
+    mask_BV1 = mask_BV[:, :, None]
+    mean_B = (tokens_BVD * mask_BV1).sum(dim=(1, 2)) / count_B
+    centred_BVD = (tokens_BVD - mean_B[:, None, None]) * mask_BV1
+    # A padded or image-less sample has no variance; one keeps the division finite and its loss zero.
+    return torch.where(mask_BV.any(dim=1), centred_BVD.square().sum(dim=(1, 2)) / count_B, torch.ones_like(mean_B))
+
+
+def supervised_loss(logits_AN: torch.Tensor, answer_ids_A: torch.Tensor) -> torch.Tensor:
+    """L_sup: next-token cross-entropy, summed over answer tokens."""
+    return functional.cross_entropy(logits_AN.float(), answer_ids_A, reduction="sum")
+
+
+def reverse_kl(
+    logits_AN: torch.Tensor,
+    topk_ids_AK: torch.Tensor,
+    topk_logprobs_AK: torch.Tensor,
+    tail_logmass_A: torch.Tensor,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """L_RKLD: KL(student || teacher) per answer token, ``[A]``, the teacher's tail as one bucket of its own.
+
+    ``sum_i q_i (log q_i - log p_i)`` over the kept tokens, and the same for the mass of all others. With K = N it is the
+    dense divergence; with fewer it is a lower bound of it, and never negative when the targets sum to one
+    (:func:`alignkd.targets.renormalise`). Half precision is computed in float32.
+    """
+    if logits_AN.dtype in (torch.bfloat16, torch.float16):
+        logits_AN = logits_AN.float()
+    student_AN = (logits_AN / temperature).log_softmax(dim=1)
+    student_AK = student_AN.gather(1, topk_ids_AK)
+    divergence_A = (student_AK.exp() * (student_AK - topk_logprobs_AK)).sum(dim=1)
+    if topk_ids_AK.shape[1] == logits_AN.shape[1]:
+        return divergence_A
+    student_tail_A = student_AN.scatter(1, topk_ids_AK, -torch.inf).logsumexp(dim=1)
+    return divergence_A + student_tail_A.exp() * (student_tail_A - tail_logmass_A)

@@ -1,0 +1,1 @@
+"""The models: one family a file, each behind the same small contract (see :mod:`alignkd.models.vlm`)."""

@@ -1,0 +1,95 @@
+"""MobileVLM V2 as transformers' LLaVA with the LDPv2 projector: generation, KV cache, saving, PEFT and Trainer come from there.
+
+Shapes: N images, P patches, C tower width, V vision tokens an image, D language-model width, B samples, S positions.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaModel
+
+from alignkd.models.ldpv2 import LdpV2Projector
+
+IMAGE_TOKEN_ID = -200
+"""The id that stands for an image in ``input_ids``: outside the vocabulary, as in LLaVA's and MobileVLM's training code."""
+
+
+class MobileVlmConfig(LlavaConfig):  # type: ignore[misc]
+    """LLaVA's configuration and what LDPv2 adds: the side of the pooled grid, and how images become square."""
+
+    model_type = "mobilevlm_v2"
+
+    projector_grid: int = 12
+    image_aspect_ratio: str = "pad"
+    image_token_index: int = IMAGE_TOKEN_ID
+
+    @property
+    def vision_tokens_per_image(self) -> int:
+        """V: vision tokens one image becomes."""
+        return int(self.projector_grid) ** 2
+
+
+class _TokenEmbedding(nn.Embedding):
+    """An embedding that accepts the image placeholder, whose rows are overwritten by vision tokens afterwards."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids.clamp(min=0))
+
+
+class MobileVlmModel(LlavaModel):  # type: ignore[misc]
+    """Tower, LDPv2 projector and Llama decoder."""
+
+    config: MobileVlmConfig
+
+    def __init__(self, config: MobileVlmConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        self.multi_modal_projector = LdpV2Projector(
+            config.vision_config.hidden_size, text.hidden_size, config.projector_grid
+        )
+        self.language_model.set_input_embeddings(
+            _TokenEmbedding(text.vocab_size, text.hidden_size, padding_idx=text.pad_token_id)
+        )
+        self.post_init()
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Tower features of the selected layer, without the class token: ``[N, 3, h, w] -> [N, P, C]``."""
+        dtype = self.vision_tower.dtype
+        hidden_states = self.vision_tower(pixel_values.to(dtype), output_hidden_states=True).hidden_states
+        features: torch.Tensor = hidden_states[self.config.vision_feature_layer]
+        return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
+
+    def project(self, features_NPC: torch.Tensor) -> torch.Tensor:
+        """Vision tokens as they enter the language model: ``[N, P, C] -> [N, V, D]``."""
+        tokens: torch.Tensor = self.multi_modal_projector(features_NPC)
+        return tokens
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """LLaVA's entry point: the vision tokens as ``pooler_output``, a list of ``[V, D]``, one an image."""
+        return as_image_features(self.project(self.encode_images(pixel_values)))
+
+
+def as_image_features(vision_tokens_NVD: torch.Tensor) -> BaseModelOutputWithPooling:
+    """Wrap vision tokens as LLaVA's ``forward(mm_encoder_outputs={"image": ...})`` wants them."""
+    return BaseModelOutputWithPooling(last_hidden_state=None, pooler_output=list(vision_tokens_NVD))
+
+
+class MobileVlm(LlavaForConditionalGeneration):  # type: ignore[misc]
+    """MobileVLM V2 with its output head."""
+
+    config_class = MobileVlmConfig
+    config: MobileVlmConfig
+
+    def __init__(self, config: MobileVlmConfig) -> None:
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = MobileVlmModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+
+AutoConfig.register(MobileVlmConfig.model_type, MobileVlmConfig)
+AutoModel.register(MobileVlmConfig, MobileVlmModel)
+AutoModelForImageTextToText.register(MobileVlmConfig, MobileVlm)

@@ -1,0 +1,137 @@
+"""The student under a recipe: one forward pass, every term, weighted and unweighted.
+
+Shapes: as in :mod:`alignkd.losses`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from alignkd.adapters import HeadMean, WidthAdapter, make_head_map
+from alignkd.batch import Batch
+from alignkd.capture import Captured, capture, enable_capture
+from alignkd.losses import attention_loss, focus_mask, reverse_kl, supervised_loss, vision_loss
+from alignkd.models.vlm import Vlm
+from alignkd.recipes import Recipe
+from alignkd.targets import Targets
+
+TERMS = ("supervised", "reverse_kl", "attention", "vision_all", "vision_focus")
+
+_LOGITS_AT_ONCE = 2**25
+"""Logits held at a time (128 MB in float32); the rest is recomputed in backward, chunk by chunk."""
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """What the adapters must know of the teacher: its heads (1 for a head mean) and width."""
+
+    heads: int
+    width: int
+
+
+class Objective(nn.Module):
+    """The student and the adapters that align it to a teacher's targets; ``forward`` gives the loss and its terms."""
+
+    def __init__(self, student: Vlm, recipe: Recipe, teacher: TeacherShape | None) -> None:
+        super().__init__()
+        self.student = student.model
+        self.recipe = recipe
+        self.head_map: nn.Module | None = None
+        self.width_map: WidthAdapter | None = None
+        if recipe.attention > 0:
+            assert teacher is not None
+            self.head_map = make_head_map(recipe.head_map, teacher.heads, student.heads)
+        if recipe.vision > 0:
+            assert teacher is not None
+            self.width_map = WidthAdapter(teacher.width, student.hidden_size, recipe.width_map)
+        self.to(student.device)
+        student.freeze_tower()
+        enable_capture(self.student)
+
+    def train(self, mode: bool = True) -> "Objective":
+        """Set training mode everywhere but in the frozen tower."""
+        super().train(mode)
+        self.student.model.vision_tower.eval()
+        return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute decoder layers in backward, always non-reentrant: the reentrant kind silently zeroes gradients."""
+        kwargs = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        self.student.model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+    def forward(self, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
+        """``loss`` (weighted sum) and each unweighted term by its name in :data:`TERMS`, all scalars."""
+        recipe = self.recipe
+        captured = capture(self.student, batch, attention=recipe.attention > 0)
+        terms = self._answer_terms(captured, batch, targets)
+        terms.update(self._alignment_terms(captured, batch, targets))
+        weights = term_weights(recipe)
+        loss = sum((weights[name] * value for name, value in terms.items()), start=terms["supervised"].new_zeros(()))
+        return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
+
+    def _answer_terms(self, captured: Captured, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
+        hidden_AD, answers = captured.hidden_AD, batch.answer_ids_A.shape[0]
+        logit_targets: tuple[torch.Tensor, ...] = ()
+        if self.recipe.reverse_kl > 0:
+            assert targets.topk_ids_AK is not None
+            assert targets.topk_logprobs_AK is not None
+            assert targets.tail_logmass_A is not None
+            logit_targets = (targets.topk_ids_AK, targets.topk_logprobs_AK, targets.tail_logmass_A)
+        chunk = max(1, _LOGITS_AT_ONCE // self.student.lm_head.weight.shape[0])
+        sums = []
+        for start in range(0, max(answers, 1), chunk):
+            part = slice(start, start + chunk)
+            arguments = (hidden_AD[part], batch.answer_ids_A[part], *(t[part] for t in logit_targets))
+            if answers > chunk and torch.is_grad_enabled():
+                sums.append(checkpoint(self._answer_sums, *arguments, use_reentrant=False))
+            else:
+                sums.append(self._answer_sums(*arguments))
+        supervised, divergence = torch.stack(sums).sum(dim=0) / max(answers, 1)
+        return {"supervised": supervised} | ({"reverse_kl": divergence} if logit_targets else {})
+
+    def _answer_sums(
+        self, hidden_AD: torch.Tensor, answer_ids_A: torch.Tensor, *logit_targets: torch.Tensor
+    ) -> torch.Tensor:
+        logits_AN = self.student.lm_head(hidden_AD)
+        supervised = supervised_loss(logits_AN, answer_ids_A)
+        if not logit_targets:
+            return torch.stack([supervised, torch.zeros_like(supervised)])
+        return torch.stack([supervised, reverse_kl(logits_AN, *logit_targets, self.recipe.temperature).sum()])
+
+    def _alignment_terms(self, captured: Captured, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
+        recipe, terms = self.recipe, {}
+        masks = (batch.text_mask_BT, batch.vision_mask_BV)
+        if self.head_map is not None:
+            assert captured.attention_BHTV is not None
+            assert targets.attention_BHTV is not None
+            student = captured.attention_BHTV
+            if isinstance(self.head_map, HeadMean):
+                student = self.head_map(student)
+            teacher = self.head_map(targets.attention_BHTV)
+            terms["attention"] = attention_loss(student, teacher, *masks, relative_to_uniform=recipe.normalise)
+        if self.width_map is not None:
+            assert targets.vision_BVD is not None
+            student, teacher = self.width_map(captured.vision_BVD, targets.vision_BVD)
+            chosen = {"vision_all": batch.vision_mask_BV}
+            if recipe.vision_focus > 0:
+                assert targets.attention_BHTV is not None
+                chosen["vision_focus"] = focus_mask(targets.attention_BHTV, batch.vision_mask_BV, recipe.focus_k)
+            for name, mask in chosen.items():
+                terms[name] = vision_loss(
+                    student, teacher, mask, batch.vision_mask_BV, relative_to_variance=recipe.normalise
+                )
+        return terms
+
+
+def term_weights(recipe: Recipe) -> dict[str, float]:
+    """The factor of each unweighted term in the loss."""
+    return {
+        "supervised": recipe.supervised,
+        "reverse_kl": recipe.reverse_kl,
+        "attention": recipe.attention,
+        "vision_all": recipe.vision,
+        "vision_focus": recipe.vision * recipe.vision_focus,
+    }

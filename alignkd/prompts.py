@@ -1,0 +1,167 @@
+"""Conversations to token ids and labels, exactly as MobileVLM V2's training code makes them.
+
+1. ``<image>`` moves to the front of its turn; 2. the template joins the turns; 3. text between images is tokenised piece
+by piece, each image one placeholder id; 4. everything but the answers is masked with -100.
+
+Source: ``preprocess_multimodal``, ``preprocess_plain``, ``preprocess_v1`` and ``tokenizer_image_token`` of the reference
+training code (after LLaVA's). Their quirks are kept, since a model trained with them expects them; the golden tests hold
+the ids. One departure: a turn with several ``<image>`` keeps them all, where the reference keeps one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from alignkd.models.mobilevlm import IMAGE_TOKEN_ID
+
+Template = Literal["plain", "v1"]
+TEMPLATES: tuple[str, ...] = get_args(Template)
+
+IGNORE = -100
+IMAGE_TAG = "<image>"
+
+_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_ROLES = {"human": "USER", "gpt": "ASSISTANT"}
+_END = "</s>"
+_ANSWER_MARK = " ASSISTANT: "
+
+
+class PromptError(ValueError):
+    """A conversation does not fit its template."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids (one placeholder an image) and labels (-100 = not supervised), both int64 ``[length]``."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    truncated: bool
+
+    @property
+    def supervised(self) -> int:
+        """Answer tokens that can be predicted: label positions after the first."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+    @property
+    def images(self) -> int:
+        """Image placeholders left after truncation."""
+        return int((self.input_ids == IMAGE_TOKEN_ID).sum())
+
+
+Turns = Sequence[tuple[str, str]]
+"""``(speaker, text)`` pairs, speaker ``human`` or ``gpt``."""
+
+
+def encode_conversation(turns: Turns, *, template: str, tokenizer: Any, has_image: bool, max_length: int) -> Encoded:
+    """Token ids and labels of a whole conversation, cut at ``max_length`` ids (an image counts as one).
+
+    Raises:
+        PromptError: the turns do not alternate, or do not fit the template.
+        ValueError: an unknown template.
+    """
+    turns = _image_first(turns) if has_image else list(turns)
+    if template == "plain":
+        ids, labels = _encode_plain(turns, tokenizer, has_image)
+    elif template == "v1":
+        ids, labels = _encode_v1(turns, tokenizer, has_image, max_length)
+    else:
+        raise ValueError(f"template is {template!r}; known are {', '.join(TEMPLATES)}")
+    return Encoded(
+        np.asarray(ids[:max_length], dtype=np.int64),
+        np.asarray(labels[:max_length], dtype=np.int64),
+        truncated=len(ids) > max_length,
+    )
+
+
+def encode_question(turns: Turns, *, template: str, tokenizer: Any, has_image: bool) -> np.ndarray:
+    """Token ids of a conversation up to where its last answer begins, for generation; int64 ``[length]``.
+
+    Raises:
+        PromptError: the last turn is not an answer.
+    """
+    turns = _image_first(turns) if has_image else list(turns)
+    if not turns or turns[-1][0] != "gpt":
+        raise PromptError("the last turn must be the answer ('gpt') to compare with")
+    if template == "plain":
+        text = IMAGE_TAG * sum(t.count(IMAGE_TAG) for _, t in turns)
+    else:
+        text = _v1_text([*turns[:-1], ("gpt", "")])
+    return np.asarray(tokenize_with_images(text, tokenizer), dtype=np.int64)
+
+
+def tokenize_with_images(text: str, tokenizer: Any) -> list[int]:
+    """Tokenise the text around each ``<image>``, which becomes the placeholder id; one start token in all."""
+    chunks = [_ids(chunk, tokenizer) for chunk in text.split(IMAGE_TAG)]
+    has_start = bool(chunks[0]) and chunks[0][0] == tokenizer.bos_token_id
+    ids = list(chunks[0])
+    for chunk in chunks[1:]:
+        ids.append(IMAGE_TOKEN_ID)
+        ids.extend(chunk[1:] if has_start else chunk)
+    return ids
+
+
+def _ids(text: str, tokenizer: Any) -> Sequence[int]:
+    encode = getattr(tokenizer, "encode_chunk", None)
+    ids: Sequence[int] = encode(text) if encode is not None else tokenizer(text).input_ids
+    return ids
+
+
+def _image_first(turns: Turns) -> list[tuple[str, str]]:
+    moved = []
+    for speaker, text in turns:
+        count = text.count(IMAGE_TAG)
+        if count:
+            text = (f"{IMAGE_TAG}\n" * count + text.replace(IMAGE_TAG, "").strip()).strip()
+        moved.append((speaker, text))
+    return moved
+
+
+def _encode_plain(turns: Turns, tokenizer: Any, has_image: bool) -> tuple[list[int], list[int]]:
+    if len(turns) != 2:
+        raise PromptError(f"the plain template takes one question and one answer, found {len(turns)} turns")
+    images = IMAGE_TAG * sum(text.count(IMAGE_TAG) for _, text in turns) if has_image else ""
+    ids = tokenize_with_images(images + turns[1][1].replace(IMAGE_TAG, "") + "\n", tokenizer)
+    masked = len(tokenize_with_images(images, tokenizer))
+    return ids, [IGNORE] * masked + ids[masked:]
+
+
+def _v1_text(turns: Turns) -> str:
+    if turns and turns[0][0] != "human":
+        turns = turns[1:]
+    text = _SYSTEM + " "
+    for index, (speaker, message) in enumerate(turns):
+        if speaker != ("human", "gpt")[index % 2]:
+            raise PromptError(f"turn {index} is from {speaker!r}; turns must alternate human, gpt")
+        role = _ROLES[speaker]
+        text += f"{role}: {message}{(' ', _END)[index % 2]}" if message else f"{role}:"
+    return text
+
+
+def _encode_v1(turns: Turns, tokenizer: Any, has_image: bool, max_length: int) -> tuple[list[int], list[int]]:
+    def tokenize(text: str) -> Sequence[int]:
+        return tokenize_with_images(text, tokenizer) if has_image else _ids(text, tokenizer)[:max_length]
+
+    text = _v1_text(turns)
+    ids = list(tokenize(text))
+    labels = list(ids)
+    position = 1
+    labels[:position] = [IGNORE] * min(position, len(labels))
+    for round_text in text.split(_END):
+        parts = round_text.split(_ANSWER_MARK)
+        if not round_text or len(parts) != 2:
+            break
+        # "- 2": the round's own start token, and the word-start piece that the mark's last space becomes
+        instruction = len(tokenize(parts[0] + _ANSWER_MARK)) - 2
+        labels[position : position + instruction] = [IGNORE] * len(labels[position : position + instruction])
+        position += len(tokenize(round_text))
+    labels[position:] = [IGNORE] * len(labels[position:])
+    # The reference masks the whole sample when its own count disagrees; such a sample is rejected by name later.
+    if position < max_length and position != sum(i != tokenizer.pad_token_id for i in ids):
+        labels = [IGNORE] * len(labels)
+    return ids, labels

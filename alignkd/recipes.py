@@ -1,0 +1,113 @@
+"""Named sets of terms and weights. Every number of the objective is a field here and nowhere else."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+HeadMap = Literal["mixture", "convolution", "mean"]
+WidthMap = Literal["lift", "isometry", "projection"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Weights and settings of the objective; a weight of 0 leaves a term out (its target is then not needed).
+
+    ``normalise``: measure attention against uniform attention and vision tokens against their variance, so that weights
+    mean the same at any number of vision tokens and any width. ``vision_focus`` is the paper's lambda, ``focus_k`` its k.
+    The gradient of the logit term carries no extra temperature factor: its weight says it all.
+    """
+
+    name: str = "custom"
+    supervised: float = 1.0
+    reverse_kl: float = 0.0
+    attention: float = 0.0
+    vision: float = 0.0
+    vision_focus: float = 0.1
+    focus_k: int = 16
+    temperature: float = 1.0
+    normalise: bool = True
+    head_map: HeadMap = "mixture"
+    width_map: WidthMap = "lift"
+
+    def __post_init__(self) -> None:
+        for name in ("supervised", "reverse_kl", "attention", "vision", "vision_focus"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"recipe {self.name}: {name} is {getattr(self, name)}, expected a weight of 0 or more")
+        if not self.temperature > 0:
+            raise ValueError(f"recipe {self.name}: temperature is {self.temperature}, expected more than 0")
+        if self.focus_k < 1:
+            raise ValueError(f"recipe {self.name}: focus_k is {self.focus_k}, expected 1 or more")
+        for name, known in (("head_map", get_args(HeadMap)), ("width_map", get_args(WidthMap))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"recipe {self.name}: {name} is {getattr(self, name)!r}; known are {', '.join(known)}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The targets the recipe cannot do without: of ``attention``, ``vision``, ``logits``."""
+        wanted = {"attention": self.attention > 0, "vision": self.vision > 0, "logits": self.reverse_kl > 0}
+        wanted["attention"] |= self.vision > 0 and self.vision_focus > 0
+        return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("align-kd", reverse_kl=1.0, attention=0.1, vision=1.0),
+        Recipe("paper", reverse_kl=1.0, attention=1.0, vision=1.0, normalise=False, head_map="convolution"),
+        Recipe("sft"),
+        Recipe("logits-only", reverse_kl=1.0),
+    )
+}
+
+
+def get_recipe(name_or_file: str, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """A recipe by name or from a YAML file of its fields, with ``key=value`` overrides.
+
+    A YAML file may name a recipe to start from: ``base: align-kd``.
+
+    Raises:
+        ValueError: an unknown recipe, field or value.
+    """
+    recipe = _read(Path(name_or_file)) if Path(name_or_file).suffix in (".yaml", ".yml") else RECIPES.get(name_or_file)
+    if recipe is None:
+        raise ValueError(f"recipe {name_or_file!r} is not known; known are {', '.join(RECIPES)}, or a FILE.yaml")
+    values = {key: yaml.safe_load(text) for key, text in (overrides or {}).items()}
+    return _replace(recipe, values, "--set")
+
+
+def _read(path: Path) -> Recipe:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"recipe file {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe file {path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe file {path} holds a {type(values).__name__}, expected fields of a recipe")
+    base = values.pop("base", None)
+    if base is not None and base not in RECIPES:
+        raise ValueError(f"recipe file {path}: base is {base!r}; known are {', '.join(RECIPES)}")
+    values.setdefault("name", path.stem)
+    return _replace(RECIPES[base] if base else Recipe(), values, str(path))
+
+
+def _replace(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
+    types = {f.name: type(getattr(Recipe(), f.name)) for f in fields(Recipe)}
+    converted: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in types:
+            raise ValueError(f"{where}: {key!r} is no field of a recipe; known are {', '.join(types)}")
+        kind = types[key]
+        accepted = (int, float) if kind is float else (kind,)
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{where}: {key} is {value!r}, expected {kind.__name__}")
+        converted[key] = kind(value)
+    return replace(recipe, **converted)
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, for a run's resolved configuration."""
+    return asdict(recipe)
