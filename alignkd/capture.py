@@ -75,9 +75,7 @@ def capture(model: MobileVlm, batch: Batch, *, attention: bool = True) -> Captur
     if batch.images.numel():
         features_NPC = batch.images if batch.images.dim() == 3 else model.model.encode_images(batch.images)
         tokens_NVD = model.model.project(features_NPC.to(model.dtype))
-        flat = tokens_NVD.new_zeros(samples * columns, width).index_copy(
-            0, batch.vision_slots, tokens_NVD.flatten(0, 1)
-        )
+        flat = tokens_NVD.new_zeros(samples * columns, width).index_copy(0, batch.vision_slots, tokens_NVD.flatten(0, 1))
         vision_BVD = flat.view(samples, columns, width)
         mm_encoder_outputs = {"image": as_image_features(tokens_NVD)}
     else:

@@ -92,9 +92,7 @@ class Objective(nn.Module):
         supervised, divergence = torch.stack(sums).sum(dim=0) / max(answers, 1)
         return {"supervised": supervised} | ({"reverse_kl": divergence} if logit_targets else {})
 
-    def _answer_sums(
-        self, hidden_AD: torch.Tensor, answer_ids_A: torch.Tensor, *logit_targets: torch.Tensor
-    ) -> torch.Tensor:
+    def _answer_sums(self, hidden_AD: torch.Tensor, answer_ids_A: torch.Tensor, *logit_targets: torch.Tensor) -> torch.Tensor:
         logits_AN = self.student.lm_head(hidden_AD)
         supervised = supervised_loss(logits_AN, answer_ids_A)
         if not logit_targets:
@@ -120,9 +118,7 @@ class Objective(nn.Module):
                 assert targets.attention_BHTV is not None
                 chosen["vision_focus"] = focus_mask(targets.attention_BHTV, batch.vision_mask_BV, recipe.focus_k)
             for name, mask in chosen.items():
-                terms[name] = vision_loss(
-                    student, teacher, mask, batch.vision_mask_BV, relative_to_variance=recipe.normalise
-                )
+                terms[name] = vision_loss(student, teacher, mask, batch.vision_mask_BV, relative_to_variance=recipe.normalise)
         return terms
 
 

@@ -37,9 +37,7 @@ class Targets:
         return replace(self, **{k: function(v) for k, v in values.items() if v is not None})
 
 
-def topk_targets(
-    logits_AN: torch.Tensor, k: int, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def topk_targets(logits_AN: torch.Tensor, k: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The k likeliest tokens, their exact log-probabilities, and the log of the remaining mass.
 
     Returns ids ``[A, K]`` (int64), log-probabilities ``[A, K]`` and log tail mass ``[A]`` (float32 or wider; -inf when K

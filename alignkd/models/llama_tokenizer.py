@@ -72,9 +72,7 @@ class LlamaSentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]
             return tokens[1:]
         return tokens
 
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
+    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None) -> list[int]:
         """Add the start (and, where configured, the end) token."""
         bos = [self.bos_token_id] if self.add_bos_token else []
         eos = [self.eos_token_id] if self.add_eos_token else []

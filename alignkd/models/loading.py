@@ -101,9 +101,7 @@ def load_tokenizer(folder: Path) -> Any:
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ValueError(
-            f"{folder}: the tokenizer cannot be read ({type(error).__name__}): {str(error)[:200]}"
-        ) from error
+        raise ValueError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}): {str(error)[:200]}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token
     return tokenizer

@@ -47,9 +47,7 @@ class MobileVlmModel(LlavaModel):  # type: ignore[misc]
     def __init__(self, config: MobileVlmConfig) -> None:
         super().__init__(config)
         text = config.text_config
-        self.multi_modal_projector = LdpV2Projector(
-            config.vision_config.hidden_size, text.hidden_size, config.projector_grid
-        )
+        self.multi_modal_projector = LdpV2Projector(config.vision_config.hidden_size, text.hidden_size, config.projector_grid)
         self.language_model.set_input_embeddings(
             _TokenEmbedding(text.vocab_size, text.hidden_size, padding_idx=text.pad_token_id)
         )

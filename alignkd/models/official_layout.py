@@ -50,9 +50,7 @@ def read_official(
     """
     projector = official.get("mm_projector_type")
     if projector != "ldpnetv2":
-        raise ValueError(
-            f"{folder}/config.json: mm_projector_type is {projector!r}; known is 'ldpnetv2' (MobileVLM V2)"
-        )
+        raise ValueError(f"{folder}/config.json: mm_projector_type is {projector!r}; known is 'ldpnetv2' (MobileVLM V2)")
     tower_name = official.get("mm_vision_tower") or official.get("vision_tower")
     if not tower_name:
         raise ValueError(f"{folder}/config.json names no mm_vision_tower; is this a text-only checkpoint?")
@@ -82,9 +80,7 @@ def _to_config(folder: Path, official: dict[str, Any], vision: Any) -> MobileVlm
     text = {k: v for k, v in official.items() if not k.startswith(dropped) and k not in ("torch_dtype", "dtype")}
     feature = official.get("mm_vision_select_feature", "patch")
     if feature not in _SELECT:
-        raise ValueError(
-            f"{folder}/config.json: mm_vision_select_feature is {feature!r}; known are {', '.join(_SELECT)}"
-        )
+        raise ValueError(f"{folder}/config.json: mm_vision_select_feature is {feature!r}; known are {', '.join(_SELECT)}")
     return MobileVlmConfig(
         vision_config=vision.to_dict(),
         text_config=LlamaConfig(**text).to_dict(),
@@ -98,9 +94,7 @@ def _to_config(folder: Path, official: dict[str, Any], vision: Any) -> MobileVlm
 
 def _tower_state(folder: Path, name: str, tower_folder: Path | None) -> dict[str, torch.Tensor]:
     if tower_folder is None:
-        raise ValueError(
-            f"{folder} holds no tower weights and {name!r} is not a local folder; give it with --vision-tower"
-        )
+        raise ValueError(f"{folder} holds no tower weights and {name!r} is not a local folder; give it with --vision-tower")
     state = read_state(tower_folder)
     towers = {re.sub(r"^vision_model\.", "", k): v for k, v in state.items() if k.startswith("vision_model.")}
     return {f"model.vision_tower.{k}": v for k, v in (towers or state).items() if not _BUFFERS.search(k)}

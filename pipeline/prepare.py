@@ -1,0 +1,98 @@
+"""One sample to one model input: text to ids and labels, images to pixel values (or ready tower features).
+
+What cannot be prepared is a :class:`SampleError`: the caller names it, counts it and stops when there are too many.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignkd.batch import ModelInput
+from alignkd.models.images import ImageError, ImagePreprocessor, decode_image, read_image_bytes
+from alignkd.models.vlm import Vlm
+from alignkd.pipeline.samples import Sample
+from alignkd.prompts import PromptError, encode_conversation
+
+DEFAULT_MAX_LENGTH = 2048
+
+
+class SampleError(ValueError):
+    """This sample cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model input, and the SHA-256 of its images' files ("" without images)."""
+
+    input: ModelInput
+    image_sha256: str
+    truncated: bool
+
+
+@dataclass
+class Preparer:
+    """Everything that turns a sample into a model input; safe to send to worker processes."""
+
+    tokenizer: Any
+    images: ImagePreprocessor
+    template: str
+    max_length: int
+    image_root: Path
+    features: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
+    """Tower features by image reference, with the file's SHA-256; an image found here is not read again."""
+
+    @classmethod
+    def of(cls, vlm: Vlm, *, template: str, max_length: int, image_root: str | Path | None) -> "Preparer":
+        """The preparer of a loaded model."""
+        return cls(vlm.tokenizer, vlm.images, template, max_length, Path(image_root or "."))
+
+    def __call__(self, sample: Sample) -> Prepared:
+        """Prepare one sample.
+
+        Raises:
+            SampleError: an image cannot be read, or no answer token is left to learn from.
+        """
+        try:
+            encoded = encode_conversation(
+                sample.turns,
+                template=self.template,
+                tokenizer=self.tokenizer,
+                has_image=bool(sample.images),
+                max_length=self.max_length,
+            )
+        except PromptError as error:
+            raise SampleError(str(error)) from error
+        if encoded.images != len(sample.images):
+            raise SampleError(f"an image lies beyond the maximum length of {self.max_length} ids")
+        if not encoded.supervised:
+            where = f" within {self.max_length} ids" if encoded.truncated else ""
+            raise SampleError(f"no supervised token{where}: the answer is empty, cut off, or masked by the template")
+        images, digest = self.load_images(sample.images)
+        return Prepared(ModelInput(encoded.input_ids, encoded.labels, images), digest, encoded.truncated)
+
+    def load_images(self, references: tuple[str, ...]) -> tuple[torch.Tensor, str]:
+        """Pixel values ``[n, 3, h, w]`` (or features ``[n, P, C]``) of a sample's images, and their SHA-256.
+
+        Raises:
+            SampleError: an image is missing, damaged, too large or outside the image folder.
+        """
+        if not references:
+            return torch.zeros(0), ""
+        loaded = [self.features.get(reference) or self._load_image(reference) for reference in references]
+        digests = [digest for digest, _ in loaded]
+        together = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        return torch.stack([values for _, values in loaded]), together
+
+    def _load_image(self, reference: str) -> tuple[str, torch.Tensor]:
+        path = self.image_root / reference
+        if not path.resolve().is_relative_to(self.image_root.resolve()):
+            raise SampleError(f"image {reference!r} lies outside the image folder {self.image_root}")
+        try:
+            data = read_image_bytes(path)
+            pixels = self.images(decode_image(data, str(path)))
+        except ImageError as error:
+            raise SampleError(f"image {error}") from error
+        return hashlib.sha256(data).hexdigest(), pixels
