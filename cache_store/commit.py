@@ -168,10 +168,7 @@ def stray_names(root: Path) -> list[str]:
     """Temporaries, and shard objects that no record names: left over, or about to be committed by another worker."""
     folders = ("", "plan", SHARDS, COMMITS)
     temporaries = [
-        (Path(folder) / name).as_posix()
-        for folder in folders
-        for name in _names(root / folder)
-        if name.startswith(TEMPORARY)
+        (Path(folder) / name).as_posix() for folder in folders for name in _names(root / folder) if name.startswith(TEMPORARY)
     ]
     objects = [name for name in object_names(root) if shard_number(name) is not None]
     # Records are read after the objects are listed, so that a commit in between is seen.

@@ -144,8 +144,7 @@ def _read_column(members: _Members, field: FieldSpec, rows: int) -> Column:
         raise CorruptShard(f"field {field.name!r} has a negative size")
     sizes = part_sizes(field, shapes)
     parts = {
-        part: members.take(f"{field.name}.{part}", dtype, sum(sizes[part]))
-        for part, (_, dtype) in empty_layout(field).items()
+        part: members.take(f"{field.name}.{part}", dtype, sum(sizes[part])) for part, (_, dtype) in empty_layout(field).items()
     }
     return Column(shapes, parts)
 
