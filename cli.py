@@ -1,0 +1,385 @@
+"""The door: click commands, no logic. Heavy imports happen inside the commands, so that ``--help`` answers at once."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from alignkd import __version__
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+RESUMABLE = 75
+_DTYPES = click.Choice(["float32", "bfloat16", "float16"])
+_TEMPLATES = click.Choice(["plain", "v1"])
+_CODECS = click.Choice(["float16", "int8-rows", "exact"])
+
+
+class BadInput(click.ClickException):
+    """A message for the user; exit code 2."""
+
+    exit_code = 2
+
+
+class _Door(click.Group):
+    """Turns the errors that are the user's to mend into one message, and an orderly early end into exit code 75."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, KeyError, OSError) as error:
+            if ctx.find_root().params.get("debug"):
+                raise
+            raise BadInput(str(error)) from error
+        except Exception as error:
+            from alignkd.pipeline.interrupt import Interrupted
+
+            if isinstance(error, Interrupted):
+                click.echo(str(error), err=True)
+                ctx.exit(RESUMABLE)
+            raise
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
+    def apply(command: _Command) -> _Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on standard output.")
+_data = _options(
+    click.option("--data", required=True, help="LLaVA-format JSON or JSON lines."),
+    click.option("--images", help="Folder that image paths are relative to."),
+)
+_machine = _options(
+    click.option("--device", help="cpu, cuda, cuda:1 ... [default: the GPU where there is one]"),
+    click.option("--vision-tower", help="Local folder of the CLIP tower, where the checkpoint names none that is here."),
+)
+_template = click.option("--template", type=_TEMPLATES, help="Prompt template. [default: the model's]")
+_max_rejected = click.option(
+    "--max-rejected", default=100, show_default=True, help="Stop when more samples than this cannot be used."
+)
+
+
+@click.group(cls=_Door, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="alignkd")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:  # noqa: ARG001
+    """Distil a large vision-language model into a small one, from a cache of the teacher's targets.
+
+    \b
+    Example:
+      alignkd cache-teacher --teacher MobileVLM_V2-7B --data train.json --images images --cache cache
+      alignkd distill --student MobileVLM_V2-1.7B --cache cache --data train.json --images images --out run
+    """
+    _quiet_transformers()
+
+
+def _quiet_transformers() -> None:
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _print(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(figures, default=str))
+        return
+    width = max(len(name) for name in figures)
+    for name, value in figures.items():
+        click.echo(f"{name.replace('_', ' '):<{width}}  {_words(name, value)}")
+
+
+def _words(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(name, item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return "; ".join(_words("", item) for item in value) or "none"
+    if "bytes" in name and isinstance(value, int | float):
+        return _size(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.1f} {unit}" if unit != "B" else f"{count:,.0f} B"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+@main.command("cache-teacher")
+@click.option("--teacher", required=True, help="Folder of the teacher's checkpoint.")
+@_data
+@click.option("--cache", required=True, help="Where the cache is written.")
+@_template
+@click.option("--max-length", default=2048, help="Token ids a sample may have (an image counts as one); longer ones are cut.")
+@click.option("--format", "shard_format", type=click.Choice(["zarr"]), default="zarr", help="Shard format.")
+@click.option("--targets", default="attention,vision,logits", help="Comma-separated targets to cache.")
+@click.option(
+    "--attention", type=click.Choice(["per-head", "mean"]), default="per-head", help="Keep every head, or their mean."
+)
+@click.option("--top-k", type=click.IntRange(min=1), default=64, help="Logits kept an answer token; the rest is one tail mass.")
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Temperature of the logits.")
+@click.option("--attention-codec", type=_CODECS, default="float16", help="How attention is stored.")
+@click.option("--vision-codec", type=_CODECS, default="float16", help="How vision tokens are stored.")
+@click.option("--shard-samples", type=click.IntRange(min=1), default=512, help="Samples a shard: the unit of work and resume.")
+@click.option("--batch-tokens", type=click.IntRange(min=1), default=16_384, help="Positions a forward pass, padding included.")
+@click.option("--dtype", type=_DTYPES, default="float32", help="Dtype of the teacher.")
+@_max_rejected
+@_machine
+@click.option("--dry-run", "only_estimate", is_flag=True, help="Plan, size and time from a few real samples; write nothing.")
+@_json
+def cache_teacher_command(
+    shard_format: str,
+    targets: str,
+    attention: str,
+    top_k: int,
+    temperature: float,
+    attention_codec: str,
+    vision_codec: str,
+    only_estimate: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Stage one: run the teacher once and write its targets.
+
+    Running it again goes on where it stopped.
+
+    \b
+    Example:
+      alignkd cache-teacher --teacher MobileVLM_V2-7B --data train.json --images images --cache cache --dtype bfloat16
+    """
+    from alignkd.pipeline.cache_teacher import CacheTeacherConfig, cache_teacher, dry_run
+    from alignkd.pipeline.targets_io import TARGETS, TargetSettings
+
+    assert shard_format == "zarr"
+    chosen = tuple(name.strip() for name in targets.split(",") if name.strip())
+    unknown = [name for name in chosen if name not in TARGETS]
+    if unknown or not chosen:
+        raise BadInput(f"--targets {targets}: known are {', '.join(TARGETS)}")
+    settings = TargetSettings(chosen, attention, top_k, temperature, attention_codec, vision_codec)
+    config = CacheTeacherConfig(settings=settings, **options)
+    _print(dry_run(config) if only_estimate else cache_teacher(config), as_json)
+
+
+@main.group()
+def cache() -> None:
+    """Look into a cache: its progress, its soundness, its rows."""
+
+
+@cache.command("status")
+@click.argument("url")
+@_json
+def cache_status(url: str, as_json: bool) -> None:
+    """Progress: shards and samples done and left, bytes by field, rate, rejected samples.
+
+    \b
+    Example:
+      alignkd cache status cache
+    """
+    from alignkd.cache_store.store import open_store
+    from alignkd.pipeline.cache_figures import status_figures
+
+    _print(status_figures(open_store(url)), as_json)
+
+
+@cache.command("verify")
+@click.argument("url")
+@click.option("--quick", is_flag=True, help="Compare records and sizes only; no content digest.")
+@_json
+def cache_verify(url: str, quick: bool, as_json: bool) -> None:
+    """Audit a cache; the last line is a digest of its content.
+
+    The digest covers every row's key and values, whatever the sharding, order, time or format. Exit code 2 when anything
+    is wrong.
+
+    \b
+    Example:
+      alignkd cache verify cache
+    """
+    from alignkd.cache_store.verify import verify
+
+    report = verify(url, quick=quick)
+    figures = dataclasses.asdict(report) | {"incomplete": report.incomplete}
+    if as_json:
+        click.echo(json.dumps(figures))
+    else:
+        _print({k: v for k, v in figures.items() if k not in ("problems", "content_sha256")}, as_json=False)
+        for problem in report.problems:
+            click.echo(f"problem: {problem}")
+        click.echo(f"content sha256: {report.content_sha256 or '(not computed: --quick)'}")
+    if report.problems:
+        sys.exit(2)
+
+
+@cache.command("inspect")
+@click.argument("url")
+@click.option("--id", "sample_id", help="Decode the row of this sample.")
+@click.option("--save", help="Write the row's arrays to an .npz file.")
+@click.option("--plot", help="Draw the row's attention to a .png file.")
+@_json
+def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str | None, as_json: bool) -> None:
+    """The specification and fingerprint, or one row decoded, in words and as a picture.
+
+    \b
+    Example:
+      alignkd cache inspect cache --id 000123 --save row.npz --plot row.png
+    """
+    from alignkd.cache_store.reader import CacheReader
+
+    reader = CacheReader(url)
+    if sample_id is None:
+        if save or plot:
+            raise BadInput("--save and --plot need --id: they are about one row")
+        specification = json.loads(reader.spec.to_json())
+        click.echo(json.dumps(specification, indent=None if as_json else 2))
+        return
+    import numpy as np
+
+    from alignkd.pipeline.inspect_cache import find_row, plot_row, row_arrays, row_figures
+
+    row = find_row(reader, sample_id)
+    if save:
+        np.savez(save, **row_arrays(row))  # type: ignore[arg-type]
+    if plot:
+        plot_row(reader, row, plot)
+    _print(row_figures(reader, row), as_json)
+
+
+@main.command("distill")
+@click.option("--student", required=True, help="Folder of the student's checkpoint.")
+@click.option("--cache", help="The cache that cache-teacher wrote. Not needed by recipes without a teacher (sft).")
+@_data
+@click.option("--out", required=True, help="Folder of the run.")
+@click.option("--recipe", default="align-kd", help="align-kd, paper, sft, logits-only, or a FILE.yaml.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the recipe; may be repeated.")
+@_template
+@click.option("--max-length", type=click.IntRange(min=2), help="Token ids a sample may have. [default: the cache's]")
+@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Passes over the data.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Optimizer steps, instead of --epochs.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Samples a step and device.")
+@click.option("--gradient-accumulation", type=click.IntRange(min=1), default=1, help="Batches a step.")
+@click.option("--learning-rate", type=float, default=4e-5, help="Peak learning rate; cosine to zero.")
+@click.option("--projector-learning-rate", type=float, help="The projector's own. [default: --learning-rate]")
+@click.option("--warmup", type=click.FloatRange(min=0, max=0.999), default=0.03, help="Share of the steps.")
+@click.option("--weight-decay", type=float, default=0.0, help="AdamW's.")
+@click.option("--seed", type=int, default=0, help="Of the order, dropout and the adapters' start.")
+@click.option("--dtype", type=_DTYPES, default="float32", help="Dtype of the computation; weights stay in float32.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
+@click.option("--cache-tower-features", is_flag=True, help="Keep the frozen tower's features of all images in memory.")
+@click.option("--save-steps", type=click.IntRange(min=1), default=500, help="Steps between checkpoints.")
+@click.option("--log-steps", type=click.IntRange(min=1), default=10, help="Steps between lines of metrics.jsonl.")
+@click.option("--workers", type=click.IntRange(min=0), help="Loader processes. [default: 4 with a GPU, else 0]")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
+@_max_rejected
+@_machine
+@_json
+def distill_command(recipe: str, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Stage two: train the student from the cache; the teacher is never loaded.
+
+    \b
+    Example:
+      alignkd distill --student MobileVLM_V2-1.7B --cache cache --data train.json --images images --out run
+    """
+    from alignkd.recipes import get_recipe
+
+    pairs = [text.partition("=") for text in overrides]
+    wrong = [text for text, (_, equals, _) in zip(overrides, pairs, strict=True) if not equals]
+    if wrong:
+        raise BadInput(f"--set {wrong[0]}: expected key=value")
+    chosen = get_recipe(recipe, {key: value for key, _, value in pairs})
+    from alignkd.pipeline.distill import DistillConfig, distill
+
+    _print(distill(DistillConfig(recipe=chosen, **options)), as_json)
+
+
+@main.command("show")
+@click.option("--model", required=True, help="Folder of a checkpoint.")
+@_data
+@click.option("--id", help="Which sample. [default: the first]")
+@_template
+@click.option("--max-length", type=click.IntRange(min=2), default=2048, help="Token ids a sample may have.")
+@click.option("--save", help="Write the arrays to an .npz file.")
+@click.option("--plot", help="Draw the attention over the image to a .png file.")
+@click.option("--dtype", type=_DTYPES, default="float32", help="Dtype of the model.")
+@_machine
+@_json
+def show_command(as_json: bool, **options: Any) -> None:
+    """One sample as the model sees it: its tokens, and where the text looks.
+
+    \b
+    Example:
+      alignkd show --model MobileVLM_V2-1.7B --data train.json --images images --id 000123 --plot attention.png
+    """
+    from alignkd.pipeline.show import ShowConfig, show
+
+    shown = show(ShowConfig(**options))
+    if as_json:
+        click.echo(json.dumps({**shown.figures, "tokens": shown.tokens}))
+        return
+    click.echo("position      id  place         supervised  piece")
+    for token in shown.tokens:
+        mark = "yes" if token["supervised"] else ""
+        click.echo(f"{token['position']:8d}  {token['id']:6d}  {token['place']:<12}  {mark:<10}  {token['piece']}")
+    _print(shown.figures, as_json=False)
+
+
+@main.command("evaluate")
+@click.option("--model", required=True, help="Folder of a checkpoint.")
+@_data
+@click.option("--metric", type=click.Choice(["exact", "contains"]), default="exact", help="How answers are compared.")
+@click.option("--out", help="Folder for predictions and result.")
+@_template
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Questions at a time.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, help="Longest answer.")
+@click.option("--dtype", type=_DTYPES, default="float32", help="Dtype of the model.")
+@_max_rejected
+@_machine
+@_json
+def evaluate_command(as_json: bool, **options: Any) -> None:
+    """Accuracy of a model on a question file, by generation.
+
+    The last answer of each conversation is generated and compared with the one in the file.
+
+    \b
+    Example:
+      alignkd evaluate --model run/student --data test.json --images images --out run/test
+    """
+    from alignkd.pipeline.evaluate import EvaluateConfig, evaluate
+
+    _print(evaluate(EvaluateConfig(**options)), as_json)
+
+
+@main.command("demo")
+@click.option("--out", required=True, help="Folder for everything the demo makes.")
+@click.option("--seed", type=int, default=0, help="Of the teacher, the students and the choice of labelled images.")
+@click.option("--device", help="cpu, cuda ... [default: the GPU where there is one]")
+@_json
+def demo_command(out: str, seed: int, device: str | None, as_json: bool) -> None:
+    """The whole path on easy-VQA, from image-text pairs to a distilled student, with a report.
+
+    \b
+    Example:
+      alignkd demo --out demo
+    """
+    from alignkd.pipeline.demo import DemoConfig, demo
+
+    result = demo(DemoConfig(out=out, seed=seed, device=device))
+    click.echo(json.dumps(result.figures) if as_json else result.text)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,6 +27,7 @@ class HeadMixture(nn.Module):
         self.logits = nn.Parameter(_grouped(teacher_heads, student_heads) * 2.0)
 
     def forward(self, attention_BHTV: torch.Tensor) -> torch.Tensor:
+        """Mix heads."""
         return torch.einsum("sh,bhtv->bstv", self.logits.softmax(dim=1), attention_BHTV)
 
 
@@ -40,6 +41,7 @@ class HeadConvolution(nn.Module):
         self.bias = nn.Parameter(torch.zeros(student_heads))
 
     def forward(self, attention_BHTV: torch.Tensor) -> torch.Tensor:
+        """Combine heads: ``[B, Ht, T, V] -> [B, Hs, T, V]``."""
         return torch.einsum("sh,bhtv->bstv", self.weight, attention_BHTV) + self.bias[:, None, None]
 
 
@@ -47,6 +49,7 @@ class HeadMean(nn.Module):
     """The head mean of both sides, as in the first release: no parameters."""
 
     def forward(self, attention_BHTV: torch.Tensor) -> torch.Tensor:
+        """Average heads: ``[B, H, T, V] -> [B, 1, T, V]``."""
         return attention_BHTV.mean(dim=1, keepdim=True)
 
 
@@ -66,6 +69,8 @@ class WidthAdapter(nn.Module):
     width, which can collapse.
     """
 
+    basis: torch.Tensor
+
     def __init__(self, teacher_width: int, student_width: int, kind: WidthMap) -> None:
         super().__init__()
         self.kind = kind
@@ -77,6 +82,7 @@ class WidthAdapter(nn.Module):
             self.register_buffer("basis", _orthonormal(teacher_width, student_width))
 
     def forward(self, student_BVD: torch.Tensor, teacher_BVD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both sides at one width."""
         if self.kind == "lift":
             return self.map(student_BVD), teacher_BVD
         if self.kind == "projection":
@@ -90,7 +96,7 @@ def _orthonormal(rows: int, columns: int) -> torch.Tensor:
     """A fixed ``[rows, columns]`` matrix, orthonormal along its shorter side, the same in every run."""
     generator = torch.Generator().manual_seed(0)
     tall = torch.randn(max(rows, columns), min(rows, columns), generator=generator)
-    basis, _ = torch.linalg.qr(tall)
+    basis: torch.Tensor = torch.linalg.qr(tall).Q
     return basis if rows >= columns else basis.T.contiguous()
 
 

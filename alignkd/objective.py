@@ -97,7 +97,9 @@ class Objective(nn.Module):
         supervised = supervised_loss(logits_AN, answer_ids_A)
         if not logit_targets:
             return torch.stack([supervised, torch.zeros_like(supervised)])
-        return torch.stack([supervised, reverse_kl(logits_AN, *logit_targets, self.recipe.temperature).sum()])
+        ids_AK, logprobs_AK, tail_A = logit_targets
+        divergence_A = reverse_kl(logits_AN, ids_AK, logprobs_AK, tail_A, self.recipe.temperature)
+        return torch.stack([supervised, divergence_A.sum()])
 
     def _alignment_terms(self, captured: Captured, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
         recipe, terms = self.recipe, {}

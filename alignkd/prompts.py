@@ -22,7 +22,7 @@ TEMPLATES: tuple[str, ...] = get_args(Template)
 IGNORE = -100
 IMAGE_TAG = "<image>"
 
-_SYSTEM = (
+SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
@@ -134,7 +134,7 @@ def _encode_plain(turns: Turns, tokenizer: Any, has_image: bool) -> tuple[list[i
 def _v1_text(turns: Turns) -> str:
     if turns and turns[0][0] != "human":
         turns = turns[1:]
-    text = _SYSTEM + " "
+    text = SYSTEM + " "
     for index, (speaker, message) in enumerate(turns):
         if speaker != ("human", "gpt")[index % 2]:
             raise PromptError(f"turn {index} is from {speaker!r}; turns must alternate human, gpt")

@@ -8,20 +8,21 @@ that is not committed: prepare its samples, run batches under a token budget, co
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from alignkd.batch import collate, expand
+from alignkd.batch import collate
 from alignkd.cache_store.row import Rejected, Row
 from alignkd.cache_store.spec import CacheSpec
 from alignkd.cache_store.store import CacheStore
 from alignkd.capture import enable_capture
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.cache_figures import status_figures
 from alignkd.pipeline.interrupt import stop_on_signals
 from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Prepared, Preparer, SampleError
 from alignkd.pipeline.progress import bar
@@ -42,7 +43,7 @@ class CacheTeacherConfig:
     cache: str
     template: str | None = None
     max_length: int = DEFAULT_MAX_LENGTH
-    settings: TargetSettings = TargetSettings()
+    settings: TargetSettings = field(default_factory=TargetSettings)
     shard_samples: int = 512
     batch_tokens: int = 16_384
     dtype: str = "float32"
@@ -209,38 +210,6 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
     }
 
 
-def status_figures(store: CacheStore) -> dict[str, Any]:
-    """Progress and size of a cache, as plain figures."""
-    status = store.status()
-    vocabulary = store.spec.fingerprint["teacher"]["vocabulary"]
-    return {
-        "cache": str(store.path),
-        "complete": status.complete,
-        "shards_done": status.shards_done,
-        "shards": status.shards,
-        "samples_done": status.samples_done,
-        "samples_rejected": status.samples_rejected,
-        "samples": status.samples,
-        "bytes": status.total_bytes,
-        "bytes_by_field": dict(status.bytes_by_field),
-        "dense_bytes_by_field": dense_bytes(dict(status.decoded_bytes_by_field), int(vocabulary)),
-        "seconds": round(status.seconds, 3),
-        "samples_per_second": round(status.samples_done / status.seconds, 3) if status.seconds else 0.0,
-        "tokens": status.tokens,
-        "rejected": [{"id": r.sample_id, "key": r.key, "reason": r.reason} for r in status.rejected],
-    }
-
-
-def dense_bytes(decoded_bytes_by_field: dict[str, int], vocabulary: int) -> dict[str, int]:
-    """What the same targets take uncompressed in 16 bits: attention and vision tokens as they are, logits in full."""
-    dense = {
-        name: decoded_bytes_by_field[name] // 2 for name in ("attention", "vision_tokens") if name in decoded_bytes_by_field
-    }
-    if "tail_logmass" in decoded_bytes_by_field:
-        dense["logits"] = decoded_bytes_by_field["tail_logmass"] // 4 * vocabulary * 2
-    return dense
-
-
 def dry_run(config: CacheTeacherConfig, probe: int = 32) -> dict[str, Any]:
     """Plan, size and time, estimated from real samples spread over the data; nothing is written."""
     from alignkd.cache_store.zarr_shard import write_shard
@@ -260,9 +229,6 @@ def dry_run(config: CacheTeacherConfig, probe: int = 32) -> dict[str, Any]:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - started) / len(rows)
     size = len(write_shard(stage.spec(), rows)) / len(rows)
-    layouts = [
-        expand(i.prepared.input.input_ids, i.prepared.input.labels, stage.teacher.vision_tokens_per_image) for i in ready
-    ]
     return {
         "samples": total,
         "records": len(stage.samples),
@@ -270,7 +236,7 @@ def dry_run(config: CacheTeacherConfig, probe: int = 32) -> dict[str, Any]:
         "template": stage.template,
         "tried": len(chosen),
         "rejected_of_tried": len(rejected),
-        "positions_per_sample": round(float(np.mean([len(x.input_ids) for x in layouts])), 1),
+        "positions_per_sample": round(float(np.mean([item.length for item in ready])), 1),
         "bytes_per_sample": round(size),
         "bytes": round(size * total),
         "seconds_per_sample": round(seconds, 6),

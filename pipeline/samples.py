@@ -109,7 +109,8 @@ class SampleFile:
 
     def key(self, index: int) -> str:
         """The key of sample ``index``, without reading the file."""
-        return self.keys[index].tobytes().hex()
+        raw: bytes = self.keys[index].tobytes()
+        return raw.hex()
 
     def unique(self) -> np.ndarray:
         """Indices of the first sample of each key, in file order: identical samples share a row."""

@@ -78,7 +78,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over what trains: the student without its tower, and the adapters; the projector may have its own rate."""
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             projector = set(map(id, self.metrics.objective.student.model.multi_modal_projector.parameters()))
             trained = [p for p in self.metrics.objective.parameters() if p.requires_grad]
             groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in projector]}]

@@ -46,6 +46,7 @@ class LdpV2Projector(nn.Module):
         self.peg = _PositionInjection(out_features)
 
     def forward(self, features_NPC: torch.Tensor) -> torch.Tensor:
+        """Vision tokens of tower features."""
         side = math.isqrt(features_NPC.shape[1])
         assert side * side == features_NPC.shape[1], "LDPv2 needs a square grid of patches"
         tokens_NPD = self.mlp(features_NPC)

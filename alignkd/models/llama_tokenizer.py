@@ -78,3 +78,8 @@ class LlamaSentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]
         eos = [self.eos_token_id] if self.add_eos_token else []
         ids = bos + token_ids_0 + eos
         return ids if token_ids_1 is None else ids + bos + token_ids_1 + eos
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Join pieces to text; byte pieces become the characters they spell."""
+        text: str = self.sp_model.decode_pieces([token for token in tokens if token not in self.all_special_tokens])
+        return text

@@ -348,8 +348,9 @@ def test_an_unknown_select_feature_is_refused(tmp_path):
 
 @pytest.fixture
 def auto_model(tiny, tmp_path):
-    import alignkd.models.loading  # noqa: F401  registers the family
     from transformers import AutoModelForImageTextToText
+
+    import alignkd.models.loading  # noqa: F401  registers the family
 
     save_vlm(tiny, tmp_path / "saved")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32, local_files_only=True)

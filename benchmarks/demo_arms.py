@@ -1,0 +1,79 @@
+"""The demo's comparison over more arms than two: one seed a process, one JSON a seed.
+
+Example: python benchmarks/demo_arms.py --seed 0 --out runs/arms-0 --device cuda
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+from alignkd.pipeline.demo.run import (
+    DemoConfig,
+    Paths,
+    prepare_data,
+    prepare_models,
+    run_cache,
+    test_accuracy,
+    train_student,
+    train_teacher,
+)
+from alignkd.pipeline.provenance import pick_device, versions
+from alignkd.recipes import get_recipe
+
+ARMS: dict[str, tuple[str, dict[str, str]]] = {
+    "sft": ("sft", {}),
+    "align-kd": ("align-kd", {}),
+    "paper": ("paper", {}),
+    "logits-only": ("logits-only", {}),
+    "attention only": ("align-kd", {"reverse_kl": "0", "vision": "0"}),
+    "vision only": ("align-kd", {"reverse_kl": "0", "attention": "0"}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device")
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--extra", action="append", default=[], help="NAME:RECIPE:key=value,key=value")
+    parser.add_argument("--set", dest="fields", action="append", default=[], help="DemoConfig field=number")
+    arguments = parser.parse_args()
+    changed = {k: json.loads(v) for k, _, v in (text.partition("=") for text in arguments.fields)}
+    config = dataclasses.replace(DemoConfig(str(arguments.out), arguments.seed, arguments.device), **changed)
+    paths, device = Paths(arguments.out), pick_device(arguments.device)
+    started = time.perf_counter()
+    data = prepare_data(config, paths)
+    tower = prepare_models(config, paths, data, device)
+    train_teacher(config, paths, data, device)
+    cache = run_cache(config, paths, data, device)
+    accuracy = {"teacher": test_accuracy(paths.teacher, paths, data, device)["accuracy"]}
+    wanted = {name: ARMS[name] for name in arguments.arms.split(",") if name}
+    for text in arguments.extra:
+        name, recipe, pairs = text.split(":")
+        wanted[name] = (recipe, dict(pair.split("=") for pair in pairs.split(",")))
+    seconds = {}
+    for name, (recipe, overrides) in wanted.items():
+        began = time.perf_counter()
+        chosen = get_recipe(recipe, {"focus_k": str(config.focus_k), **overrides})
+        train_student(config, paths, data, device, chosen, name)
+        seconds[name] = round(time.perf_counter() - began, 1)
+        accuracy[name] = test_accuracy(paths.student_run(name) / "student", paths, data, device)["accuracy"]
+        print(config.seed, name, f"{accuracy[name]:.4f}", f"{seconds[name]} s", flush=True)
+    result = {
+        "seed": config.seed,
+        "tower": tower,
+        "accuracy": accuracy,
+        "seconds": seconds,
+        "labelled_questions": cache["samples"],
+        "total_seconds": round(time.perf_counter() - started, 1),
+        "versions": versions(),
+    }
+    (arguments.out / "arms.json").write_text(json.dumps(result, indent=2))
+    print(json.dumps({"seed": config.seed, "tower": tower, "accuracy": accuracy}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""``alignkd demo``: the whole path on easy-VQA, from image-text pairs to a distilled student, with a report."""
+
+from alignkd.pipeline.demo.run import DemoConfig, DemoResult, demo
+
+__all__ = ["DemoConfig", "DemoResult", "demo"]

@@ -1,0 +1,260 @@
+"""The demo, stage by stage.
+
+1. easy-VQA to LLaVA-format files. 2. A vision tower taught colour and shape. 3. A teacher fine-tuned on all training
+questions. 4. ``cache-teacher`` over the questions of a few labelled images. 5. Two students from the same start, seed,
+questions and steps: plain fine-tuning, and Align-KD from the cache. 6. Accuracy of all on the official test split, by
+generation. 7. One HTML report.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from alignkd.pipeline.cache_teacher import CacheTeacherConfig, cache_teacher
+from alignkd.pipeline.demo.checkpoints import LanguageModelSize, new_checkpoint, train_tokenizer
+from alignkd.pipeline.demo.data import (
+    EasyVqa,
+    concept_labels,
+    few_labelled,
+    load_easy_vqa,
+    question_only_floor,
+    statistics,
+    write_llava,
+)
+from alignkd.pipeline.demo.report import write_report
+from alignkd.pipeline.demo.tower import TowerTraining, train_tower
+from alignkd.pipeline.distill import DistillConfig, distill
+from alignkd.pipeline.evaluate import EvaluateConfig, evaluate
+from alignkd.pipeline.progress import console
+from alignkd.pipeline.provenance import peak_memory_bytes, pick_device, versions, write_run
+from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.recipes import Recipe, get_recipe
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Every number of the demo."""
+
+    out: str
+    seed: int = 0
+    device: str | None = None
+    labelled_share: float = 0.03
+    tower: TowerTraining = field(default_factory=TowerTraining)
+    teacher: LanguageModelSize = field(default_factory=lambda: LanguageModelSize(192, 4, 6, 512))
+    student: LanguageModelSize = field(default_factory=lambda: LanguageModelSize(48, 2, 4, 128))
+    teacher_steps: int = 1500
+    student_steps: int = 900
+    batch_size: int = 128
+    teacher_learning_rate: float = 1e-3
+    student_learning_rate: float = 2e-3
+    focus_k: int = 4
+    arms: tuple[str, ...] = ("sft", "align-kd")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Figures for machines, the table for people."""
+
+    figures: dict[str, Any]
+    text: str
+
+
+@dataclass
+class Paths:
+    """Where the demo's parts lie."""
+
+    out: Path
+
+    def __post_init__(self) -> None:
+        self.data, self.cache = self.out / "data", self.out / "cache"
+        self.tokenizer, self.student_start = self.out / "tokenizer", self.out / "student-start"
+        self.teacher_start, self.teacher_run = self.out / "teacher-start", self.out / "teacher"
+        self.teacher = self.teacher_run / "student"
+
+    def student_run(self, arm: str) -> Path:
+        """The run of one student."""
+        return self.out / f"student-{arm}"
+
+
+@dataclass
+class _Stages:
+    """Time and peak memory of each stage."""
+
+    taken: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage and say that it begins."""
+        console.rule(name, style="dim")
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.taken.append({"stage": name, "seconds": round(seconds, 1), "peak_memory_bytes": peak_memory_bytes()})
+
+
+def demo(config: DemoConfig) -> DemoResult:
+    """Run everything and write the report.
+
+    Raises:
+        ValueError: easy-vqa is not installed, or ``out`` already holds a demo.
+    """
+    paths = Paths(Path(config.out))
+    if (paths.out / "result.json").exists() or paths.teacher_run.exists():
+        raise ValueError(f"--out {config.out} already holds a demo; choose another folder, or remove it")
+    device = pick_device(config.device)
+    write_run(paths.out / "run.json", "demo", asdict(config))
+    stages = _Stages()
+    with stages.stage("data: easy-VQA"):
+        data = prepare_data(config, paths)
+    with stages.stage("vision tower: colour and shape"):
+        tower_accuracy = prepare_models(config, paths, data, device)
+    with stages.stage("teacher: fine-tuned on all training questions"):
+        train_teacher(config, paths, data, device)
+    with stages.stage("stage one: cache the teacher's targets"):
+        cache = run_cache(config, paths, data, device)
+    for arm in config.arms:
+        with stages.stage(f"stage two: student, {arm}"):
+            train_student(config, paths, data, device, get_recipe(arm, {"focus_k": str(config.focus_k)}))
+    accuracies = {}
+    with stages.stage("accuracy on the test split"):
+        models = {"teacher": paths.teacher} | {f"student {arm}": paths.student_run(arm) / "student" for arm in config.arms}
+        for name, folder in models.items():
+            accuracies[name] = test_accuracy(folder, paths, data, device)
+    figures: dict[str, Any] = {
+        "seed": config.seed,
+        "data": statistics(data) | {"labelled_questions": cache["samples"]},
+        "question_only_floor": question_only_floor(data.train, data.test),
+        "tower": tower_accuracy,
+        "accuracy": accuracies,
+        "cache": {k: cache[k] for k in ("bytes", "samples", "bytes_by_field", "dense_bytes_by_field", "samples_per_second")},
+        "stages": stages.taken,
+        "versions": versions(),
+    }
+    report = write_report(config, paths, data, figures, device)
+    figures["report"] = str(report)
+    (paths.out / "result.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return DemoResult(figures, summary(figures))
+
+
+def prepare_data(config: DemoConfig, paths: Paths) -> EasyVqa:
+    """Write the LLaVA-format files: all training questions, those of the few labelled images, the test questions."""
+    data = load_easy_vqa()
+    paths.data.mkdir(parents=True, exist_ok=True)
+    write_llava(data.train, paths.data / "train.json")
+    write_llava(few_labelled(data.train, config.labelled_share, config.seed), paths.data / "labelled.json")
+    write_llava(data.test, paths.data / "test.json")
+    return data
+
+
+def prepare_models(config: DemoConfig, paths: Paths, data: EasyVqa, device: str) -> dict[str, float]:
+    """Train the tower; write untrained teacher and student around it. Returns the tower's test accuracy."""
+    set_seed(config.seed)
+    labels, held_out = concept_labels(data.train), concept_labels(data.test)
+    tower, accuracy = train_tower(data.root, labels, held_out, config.tower, device)
+    tower = tower.cpu()
+    train_tokenizer(data.train, paths.tokenizer)
+    new_checkpoint(paths.tokenizer, tower, config.teacher, paths.teacher_start)
+    new_checkpoint(paths.tokenizer, tower, config.student, paths.student_start)
+    return accuracy
+
+
+def train_teacher(config: DemoConfig, paths: Paths, data: EasyVqa, device: str) -> None:
+    """Plain fine-tuning on every training question."""
+    distill(
+        DistillConfig(
+            student=str(paths.teacher_start),
+            data=str(paths.data / "train.json"),
+            images=str(data.root),
+            out=str(paths.teacher_run),
+            recipe=get_recipe("sft"),
+            max_steps=config.teacher_steps,
+            learning_rate=config.teacher_learning_rate,
+            **_shared(config, device),
+        )
+    )
+
+
+def run_cache(config: DemoConfig, paths: Paths, data: EasyVqa, device: str) -> dict[str, Any]:
+    """Stage one over the questions of the few labelled images."""
+    return cache_teacher(
+        CacheTeacherConfig(
+            teacher=str(paths.teacher),
+            data=str(paths.data / "labelled.json"),
+            images=str(data.root),
+            cache=str(paths.cache),
+            settings=TargetSettings(),
+            shard_samples=128,
+            device=device,
+        )
+    )
+
+
+def train_student(
+    config: DemoConfig, paths: Paths, data: EasyVqa, device: str, recipe: Recipe, name: str | None = None
+) -> None:
+    """Stage two with one recipe, from the same start and seed as every other."""
+    distill(
+        DistillConfig(
+            student=str(paths.student_start),
+            data=str(paths.data / "labelled.json"),
+            images=str(data.root),
+            out=str(paths.student_run(name or recipe.name)),
+            recipe=recipe,
+            cache=str(paths.cache) if recipe.needs else None,
+            max_steps=config.student_steps,
+            learning_rate=config.student_learning_rate,
+            **_shared(config, device),
+        )
+    )
+
+
+def _shared(config: DemoConfig, device: str) -> dict[str, Any]:
+    return {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "device": device,
+        "workers": 0,
+        "save_steps": 10_000,
+        "cache_tower_features": True,
+    }
+
+
+def test_accuracy(folder: Path, paths: Paths, data: EasyVqa, device: str) -> dict[str, Any]:
+    """Exact-match accuracy on the official test split, by generation."""
+    result = evaluate(
+        EvaluateConfig(
+            model=str(folder),
+            data=str(paths.data / "test.json"),
+            images=str(data.root),
+            out=str(folder.parent / "test"),
+            batch_size=512,
+            max_new_tokens=5,
+            device=device,
+        )
+    )
+    return {"accuracy": result["accuracy"], "interval_95": result["interval_95"], "answered": result["answered"]}
+
+
+def summary(figures: dict[str, Any]) -> str:
+    """The table that ends the demo."""
+    total = sum(stage["seconds"] for stage in figures["stages"])
+    rows: list[tuple[str, str]] = [("question-only floor", f"{figures['question_only_floor']:6.1%}")]
+    order: Callable[[str], bool] = lambda name: name == "teacher"  # noqa: E731
+    for name in sorted(figures["accuracy"], key=order):
+        result = figures["accuracy"][name]
+        low, high = result["interval_95"]
+        rows.append((name, f"{result['accuracy']:6.1%}   95 % interval {low:.1%} to {high:.1%}"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"easy-VQA, official test split, seed {figures['seed']}", ""]
+    lines += [f"  {name:<{width}}  {value}" for name, value in rows]
+    lines += ["", f"  {total / 60:.1f} minutes in all", f"  report: {figures['report']}"]
+    return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""Accuracy of a model on a question file: generate each last answer and compare it with the one in the file."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignkd.models.loading import load_vlm
+from alignkd.models.vlm import Vlm
+from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer, SampleError
+from alignkd.pipeline.progress import bar
+from alignkd.pipeline.provenance import parse_dtype, pick_device, write_run
+from alignkd.pipeline.rejects import Rejects
+from alignkd.pipeline.samples import Sample, SampleFile
+from alignkd.prompts import TEMPLATES, PromptError, encode_question
+
+
+def exact(prediction: str, answer: str) -> bool:
+    """The same words, whatever their case, surrounding space or final full stop."""
+    return prediction.strip().rstrip(".").casefold() == answer.strip().rstrip(".").casefold()
+
+
+def contains(prediction: str, answer: str) -> bool:
+    """The answer occurs in the prediction, whatever the case."""
+    return answer.strip().rstrip(".").casefold() in prediction.casefold()
+
+
+METRICS: dict[str, Callable[[str, str], bool]] = {"exact": exact, "contains": contains}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What ``alignkd evaluate`` was asked to do."""
+
+    model: str
+    data: str
+    images: str | None
+    out: str | None = None
+    metric: str = "exact"
+    template: str | None = None
+    batch_size: int = 64
+    max_new_tokens: int = 32
+    dtype: str = "float32"
+    device: str | None = None
+    vision_tower: str | None = None
+    max_rejected: int = 100
+
+
+@dataclass(frozen=True)
+class _Question:
+    sample: Sample
+    input_ids: np.ndarray
+    images: torch.Tensor
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson's score interval)."""
+    if total == 0:
+        return 0.0, 1.0
+    p, n = correct / total, total
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return centre - half, centre + half
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Generate and score; writes ``predictions.jsonl`` and ``result.json`` where ``out`` is given.
+
+    Raises:
+        ValueError: bad input, or too many rejected samples.
+    """
+    samples = SampleFile(config.data)
+    tower = Path(config.vision_tower) if config.vision_tower else None
+    vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
+    template = config.template or vlm.default_template
+    if template not in TEMPLATES:
+        raise ValueError(f"--template {template}: known are {', '.join(TEMPLATES)}")
+    preparer = Preparer.of(vlm, template=template, max_length=DEFAULT_MAX_LENGTH, image_root=config.images)
+    rejects = Rejects(config.max_rejected)
+    lines: list[dict[str, Any]] = []
+    with bar("evaluate", len(samples), "samples") as progress:
+        for start in range(0, len(samples), config.batch_size):
+            indices = range(start, min(start + config.batch_size, len(samples)))
+            questions = _questions(samples, indices, preparer, rejects)
+            if questions:
+                predictions = answer(vlm, questions, config.max_new_tokens)
+                lines += [_line(q.sample, p, METRICS[config.metric]) for q, p in zip(questions, predictions, strict=True)]
+            progress.advance(len(indices))
+    correct = sum(line["correct"] for line in lines)
+    low, high = wilson_interval(correct, len(lines))
+    result = {
+        "metric": config.metric,
+        "accuracy": correct / max(len(lines), 1),
+        "interval_95": [low, high],
+        "correct": correct,
+        "answered": len(lines),
+        "rejected": rejects.count,
+        "rejected_samples": rejects.reasons,
+    }
+    if config.out is not None:
+        _write(Path(config.out), config, lines, result)
+    return result
+
+
+def _questions(samples: SampleFile, indices: Sequence[int], preparer: Preparer, rejects: Rejects) -> list[_Question]:
+    questions = []
+    for index in indices:
+        sample = samples[index]
+        try:
+            ids = encode_question(
+                sample.turns, template=preparer.template, tokenizer=preparer.tokenizer, has_image=bool(sample.images)
+            )
+            images, _ = preparer.load_images(sample.images)
+        except (PromptError, SampleError) as error:
+            rejects.add(sample.id or sample.key, str(error))
+            continue
+        questions.append(_Question(sample, ids, images))
+    return questions
+
+
+@torch.inference_mode()
+def answer(vlm: Vlm, questions: Sequence[Any], max_new_tokens: int) -> list[str]:
+    """Greedy answers of a batch; each question has ``input_ids`` (one placeholder an image) and ``images``."""
+    expanded = [
+        np.repeat(q.input_ids, np.where(q.input_ids == vlm.image_token_id, vlm.vision_tokens_per_image, 1)) for q in questions
+    ]
+    longest = max(len(ids) for ids in expanded)
+    input_ids = torch.full((len(expanded), longest), int(vlm.tokenizer.pad_token_id))
+    mask = torch.zeros_like(input_ids)
+    for i, ids in enumerate(expanded):  # padded on the left, so that generation goes on from the prompt
+        input_ids[i, longest - len(ids) :] = torch.from_numpy(ids)
+        mask[i, longest - len(ids) :] = 1
+    images = [q.images for q in questions if len(q.images)]
+    output = vlm.model.generate(
+        input_ids=input_ids.to(vlm.device),
+        attention_mask=mask.to(vlm.device),
+        pixel_values=torch.cat(images).to(vlm.device, vlm.model.dtype) if images else None,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=vlm.tokenizer.eos_token_id,
+        pad_token_id=vlm.tokenizer.pad_token_id,
+    )
+    new_ids = output[:, longest:].tolist()
+    return [vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new_ids]
+
+
+def _line(sample: Sample, prediction: str, metric: Callable[[str, str], bool]) -> dict[str, Any]:
+    expected = sample.turns[-1][1]
+    return {"id": sample.id, "prediction": prediction, "answer": expected, "correct": metric(prediction, expected)}
+
+
+def _write(out: Path, config: EvaluateConfig, lines: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    write_run(out / "run.json", "evaluate", asdict(config))
+    (out / "predictions.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")

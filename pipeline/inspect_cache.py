@@ -1,0 +1,72 @@
+"""Look into a cache: its specification, or one row decoded, in words and as a picture."""
+
+from typing import Any
+
+import numpy as np
+
+from alignkd.cache_store.reader import CacheReader
+from alignkd.cache_store.row import Row
+from alignkd.pipeline.pictures import attention_figure, save_figure
+
+
+def find_row(reader: CacheReader, sample_id: str) -> Row:
+    """The row of a sample id; the first one where several samples share it.
+
+    Raises:
+        ValueError: the cache has none.
+    """
+    keys = reader.find(sample_id)
+    if not keys:
+        rejected = next((r for r in reader.rejected.values() if r.sample_id == sample_id), None)
+        why = f"it was rejected: {rejected.reason}" if rejected else f"it holds {len(reader)} other samples"
+        raise ValueError(f"{reader.path} has no row of sample {sample_id!r}; {why}")
+    return reader.row(keys[0])
+
+
+def row_arrays(row: Row) -> dict[str, np.ndarray]:
+    """A row's values under the names that ``alignkd show --save`` uses."""
+    values = row.values
+    arrays = {"input_ids": values["input_ids"].astype(np.int64), "labels": values["labels"].astype(np.int64)}
+    if "attention" in values:
+        arrays["attention_HTV"] = values["attention"]
+    if "vision_tokens" in values:
+        arrays["vision_tokens_VD"] = values["vision_tokens"]
+    if "topk_ids" in values:
+        arrays["topk_ids_AK"] = values["topk_ids"].astype(np.int64)
+        arrays["topk_logprobs_AK"] = values["topk_logprobs"]
+        arrays["tail_mass_A"] = np.exp(values["tail_logmass"])
+    return arrays
+
+
+def row_figures(reader: CacheReader, row: Row) -> dict[str, Any]:
+    """A row in words."""
+    arrays = row_arrays(row)
+    figures: dict[str, Any] = {
+        "id": row.sample_id,
+        "key": row.key,
+        "shard": reader.shard_of(row.key),
+        "image_sha256": row.image_sha256,
+        "shapes": {name: list(array.shape) for name, array in arrays.items()},
+    }
+    if arrays.get("attention_HTV", np.zeros(0)).size:
+        figures["attention_on_images"] = float(arrays["attention_HTV"].sum(axis=2).mean())
+    if "tail_mass_A" in arrays:
+        figures["mean_tail_mass"] = float(arrays["tail_mass_A"].mean())
+    return figures
+
+
+def plot_row(reader: CacheReader, row: Row, path: str) -> None:
+    """Draw a row's attention over a grey field: the cache holds no image.
+
+    Raises:
+        ValueError: the cache holds no attention, or the sample no image.
+    """
+    arrays = row_arrays(row)
+    if not arrays.get("attention_HTV", np.zeros(0)).size:
+        raise ValueError(f"the row of {row.sample_id!r} holds no attention to draw")
+    tokens = int(reader.fingerprint["vision_tokens_per_image"])
+    side = round(tokens**0.5)
+    images = arrays["attention_HTV"].shape[2] // tokens
+    pictures = [np.full((side * 8, side * 8, 3), 0.5)] * images
+    figure = attention_figure(pictures, arrays["attention_HTV"], (side, side), f"{row.sample_id}: cached teacher attention")
+    save_figure(figure, path)
