@@ -56,8 +56,9 @@ def _head(config: "DemoConfig", figures: dict[str, Any]) -> str:
     return (
         "<h1>Align-KD on easy-VQA</h1>"
         f"<p>A small MobileVLM-V2-shaped teacher learns from {counts['train_questions']:,} questions about"
-        f" {counts['train_images']:,} images. Two students, {config.student.hidden_size} wide with {config.student.layers} layers"
-        f" (the teacher: {config.teacher.hidden_size} and {config.teacher.layers}), learn from {counts['labelled_questions']:,}"
+        f" {counts['train_images']:,} images. Two students, {config.student.hidden_size} wide with"
+        f" {config.student.layers} layers (the teacher: {config.teacher.hidden_size} and {config.teacher.layers}), learn"
+        f" from {counts['labelled_questions']:,}"
         f" questions about {config.labelled_share:.0%} of the images, from the same start, in the same order, for"
         f" {config.student_steps} steps: one by plain fine-tuning, one from the teacher's cached targets. The teacher is"
         " not loaded while they learn. All three share one frozen vision tower, which knew"
@@ -70,9 +71,8 @@ def _head(config: "DemoConfig", figures: dict[str, Any]) -> str:
 
 
 def _accuracy(figures: dict[str, Any]) -> str:
-    rows = [
-        f"<tr><td>always answering from the question alone</td><td class='number'>{figures['question_only_floor']:.1%}</td><td></td></tr>"
-    ]
+    floor = f"{figures['question_only_floor']:.1%}"
+    rows = [f"<tr><td>always answering from the question alone</td><td class='number'>{floor}</td><td></td></tr>"]
     for name, result in sorted(figures["accuracy"].items(), key=lambda item: item[0] == "teacher"):
         low, high = result["interval_95"]
         chosen = " class='chosen'" if name == "student align-kd" else ""

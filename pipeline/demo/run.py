@@ -120,7 +120,7 @@ def demo(config: DemoConfig) -> DemoResult:
     with stages.stage("teacher: fine-tuned on all training questions"):
         train_teacher(config, paths, data, device)
     with stages.stage("stage one: cache the teacher's targets"):
-        cache = run_cache(config, paths, data, device)
+        cache = run_cache(paths, data, device)
     for arm in config.arms:
         with stages.stage(f"stage two: student, {arm}"):
             train_student(config, paths, data, device, get_recipe(arm, {"focus_k": str(config.focus_k)}))
@@ -183,7 +183,7 @@ def train_teacher(config: DemoConfig, paths: Paths, data: EasyVqa, device: str) 
     )
 
 
-def run_cache(config: DemoConfig, paths: Paths, data: EasyVqa, device: str) -> dict[str, Any]:
+def run_cache(paths: Paths, data: EasyVqa, device: str) -> dict[str, Any]:
     """Stage one over the questions of the few labelled images."""
     return cache_teacher(
         CacheTeacherConfig(

@@ -157,19 +157,20 @@ def test_labels_are_the_ids_or_masked_and_an_image_is_never_supervised(tokenizer
 
 
 def supervised_text(encoded, tokenizer):
-    return tokenizer.decode(encoded.labels[encoded.labels != IGNORE])
+    pieces = tokenizer.convert_ids_to_tokens(encoded.labels[encoded.labels != IGNORE].tolist())
+    return "".join(pieces).replace("\u2581", "")
 
 
 def test_the_supervised_tokens_are_the_answers_and_their_ends(tokenizer):
     turns = [("human", "<image>\nWhat is it?"), ("gpt", "A wave."), ("human", "Large?"), ("gpt", "No.")]
     encoded = assert_equals_oracle(turns, "v1", tokenizer, True)
-    assert supervised_text(encoded, tokenizer).replace(" ", "") == "Awave.</s>No.</s>"
+    assert supervised_text(encoded, tokenizer) == "Awave.</s>No.</s>"
 
 
 def test_a_text_only_sample_has_answers_and_no_placeholder(tokenizer):
     encoded = assert_equals_oracle([("human", "Two and two?"), ("gpt", "Four")], "v1", tokenizer, False)
     assert encoded.images == 0
-    assert supervised_text(encoded, tokenizer).replace(" ", "") == "Four</s>"
+    assert supervised_text(encoded, tokenizer) == "Four</s>"
 
 
 def test_the_tag_is_plain_text_in_a_sample_without_image(tokenizer):
@@ -191,7 +192,7 @@ def test_images_of_several_turns_stay_in_their_turns(tokenizer):
     encoded = assert_equals_oracle(turns, "v1", tokenizer, True)
     text = f"{SYSTEM} USER: <image>\nOne ASSISTANT: A</s>USER: <image>\nTwo ASSISTANT: B</s>"
     assert encoded.input_ids.tolist() == tokenize_with_images(text, tokenizer)
-    assert supervised_text(encoded, tokenizer).replace(" ", "") == "A</s>B</s>"
+    assert supervised_text(encoded, tokenizer) == "A</s>B</s>"
 
 
 def test_a_conversation_is_cut_at_max_length_and_says_so(tokenizer):
