@@ -195,9 +195,8 @@ def _train(config: DistillConfig, objective: Objective, data: TrainingSet, out: 
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         metrics_checkpoint.metrics = trainer.metrics
-        if checkpoint is not None:
-            state = json.loads((checkpoint / MetricsCheckpoint.NAME).read_text())
-            trainer.metrics.resume(state, done)
+        state = json.loads((checkpoint / MetricsCheckpoint.NAME).read_text()) if checkpoint is not None else {}
+        trainer.metrics.resume(state, done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop and trainer.state.global_step < steps:
             raise Interrupted(f"stopped by {stop.signal_name} at step {trainer.state.global_step}; go on with --resume")

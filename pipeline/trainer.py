@@ -117,11 +117,12 @@ class _Metrics:
         return {"samples": self.samples, "tokens": self.tokens, "seconds": seconds}
 
     def resume(self, state: Mapping[str, float], step: int) -> None:
-        """Go on from a checkpoint: totals, and lines of steps that are run again are dropped."""
-        self.samples, self.tokens = int(state["samples"]), int(state["tokens"])
-        self._seconds_before = float(state["seconds"])
+        """Go on from a checkpoint's totals (none: from the start); lines of steps that are run again are dropped."""
+        self.samples, self.tokens = int(state.get("samples", 0)), int(state.get("tokens", 0))
+        self._seconds_before = float(state.get("seconds", 0.0))
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        # A kill can cut the last line short; it belongs to a step that is run again.
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         self.path.write_text("".join(line + "\n" for line in kept))
 
     def add(self, outputs: Mapping[str, torch.Tensor], batch: Any) -> None:

@@ -47,7 +47,7 @@ class DemoConfig:
     device: str | None = None
     labelled_share: float = 0.03
     tower: TowerTraining = field(default_factory=TowerTraining)
-    teacher: LanguageModelSize = field(default_factory=lambda: LanguageModelSize(192, 4, 6, 512))
+    teacher: LanguageModelSize = field(default_factory=lambda: LanguageModelSize(128, 4, 4, 344))
     student: LanguageModelSize = field(default_factory=lambda: LanguageModelSize(48, 2, 4, 128))
     teacher_steps: int = 1500
     student_steps: int = 900

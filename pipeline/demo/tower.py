@@ -34,7 +34,7 @@ class TowerTraining:
     heads: int = 4
     intermediate_size: int = 256
     patch_size: int = 8
-    epochs: int = 40
+    epochs: int = 30
     batch_size: int = 128
     learning_rate: float = 1e-3
 
