@@ -68,6 +68,8 @@ class Batch:
     vision_mask_BV: torch.Tensor
     vision_slots: torch.Tensor
     """Where each vision token of the N images lies in a flattened ``[B * V]``."""
+    vision_positions: torch.Tensor
+    """Where each vision token of the N images lies in a flattened ``[B * S]``."""
     answer_positions_A: torch.Tensor
     """Where each answer's logits lie in a flattened ``[B * S]``."""
     answer_ids_A: torch.Tensor
@@ -106,6 +108,7 @@ def collate(samples: Sequence[ModelInput], *, vision_tokens_per_image: int, pad_
         vision_columns_BV=columns,
         vision_mask_BV=column_mask,
         vision_slots=column_mask.flatten().nonzero().squeeze(1),
+        vision_positions=torch.from_numpy(np.concatenate([i * length + x.vision_columns for i, x in enumerate(layouts)])),
         answer_positions_A=torch.from_numpy(np.concatenate([i * length + x.answers for i, x in enumerate(layouts)])),
         answer_ids_A=torch.from_numpy(np.concatenate([x.answer_ids for x in layouts])),
         answer_samples_A=torch.from_numpy(np.repeat(np.arange(len(layouts)), [len(x.answers) for x in layouts])),

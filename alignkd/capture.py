@@ -10,8 +10,6 @@ Everything is differentiable. ``output_attentions`` would instead keep every lay
 Shapes: B samples, S positions, H heads, d head width, T text rows, V vision columns, N images, A answers, D model width.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from alignkd.batch import Batch
-from alignkd.models.mobilevlm import MobileVlm, as_image_features
+from alignkd.models.mobilevlm import MobileVlm
 
 _KERNEL = "alignkd_capture"
 _MAX_SCORES = 2**26
@@ -69,44 +67,37 @@ def capture(model: MobileVlm, batch: Batch, *, attention: bool = True) -> Captur
 
     ``batch.images`` are pixel values ``[N, 3, h, w]`` or, where the frozen tower already ran, features ``[N, P, C]``.
     """
-    mm_encoder_outputs = None
     width = model.config.text_config.hidden_size
     samples, columns = batch.vision_columns_BV.shape
+    tokens_NVD: torch.Tensor | None = None
     if batch.images.numel():
         features_NPC = batch.images if batch.images.dim() == 3 else model.model.encode_images(batch.images)
         tokens_NVD = model.model.project(features_NPC.to(model.dtype))
-        flat = tokens_NVD.new_zeros(samples * columns, width).index_copy(0, batch.vision_slots, tokens_NVD.flatten(0, 1))
-        vision_BVD = flat.view(samples, columns, width)
-        mm_encoder_outputs = {"image": as_image_features(tokens_NVD)}
+        flat = tokens_NVD.new_zeros(samples * columns, width)
+        vision_BVD = flat.index_copy(0, batch.vision_slots, tokens_NVD.flatten(0, 1)).view(samples, columns, width)
     else:
         vision_BVD = torch.zeros(samples, columns, width, dtype=model.dtype, device=batch.input_ids_BS.device)
-    with _tapped(model, batch if attention and columns else None) as tap:
-        output = model.model(
-            input_ids=batch.input_ids_BS,
-            attention_mask=batch.attention_mask_BS,
-            mm_encoder_outputs=mm_encoder_outputs,
-            use_cache=False,
-        )
+    tap = _tap(model, batch if attention and columns else None)
+    hidden_BSD = model.model.decode(batch.input_ids_BS, batch.attention_mask_BS, tokens_NVD, batch.vision_positions)
     if tap is not None:
         assert tap.attention_BHTV is not None, "the first layer did not run through the capturing kernel"
         captured = tap.attention_BHTV
     else:
         heads = model.config.text_config.num_attention_heads
         captured = vision_BVD.new_zeros(samples, heads, *batch.text_rows_BT.shape[1:], columns, dtype=torch.float32)
-    hidden_AD = output.last_hidden_state.flatten(0, 1).index_select(0, batch.answer_positions_A)
+    hidden_AD = hidden_BSD.flatten(0, 1).index_select(0, batch.answer_positions_A)
     return Captured(captured if attention else None, vision_BVD, hidden_AD)
 
 
-@contextmanager
-def _tapped(model: MobileVlm, batch: Batch | None) -> Iterator[_Tap | None]:
-    module = first_attention(model)
+def _tap(model: MobileVlm, batch: Batch | None) -> _Tap | None:
+    """Ask the first layer for attention (or no longer ask it)."""
     tap = _Tap(batch) if batch is not None else None
     if tap is not None and model.config.text_config._attn_implementation != _KERNEL:
         enable_capture(model)
     # The request outlives the forward pass on purpose: gradient checkpointing runs the layer again during backward and
     # must meet the same operations. The next forward pass replaces it.
-    module._alignkd_tap = tap  # type: ignore[assignment]
-    yield tap
+    first_attention(model)._alignkd_tap = tap  # type: ignore[assignment]
+    return tap
 
 
 def _attend(

@@ -4,7 +4,6 @@ Shapes: as in :mod:`alignkd.losses`.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -57,10 +56,13 @@ class Objective(nn.Module):
         self.student.model.vision_tower.eval()
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def recompute_activations(self) -> None:
         """Recompute decoder layers in backward, always non-reentrant: the reentrant kind silently zeroes gradients."""
-        kwargs = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
-        self.student.model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        decoder, kwargs = self.student.model.language_model, {"use_reentrant": False}
+        if hasattr(decoder, "activation_checkpointing_enable"):
+            decoder.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        else:
+            decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
     def forward(self, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
         """``loss`` (weighted sum) and each unweighted term by its name in :data:`TERMS`, all scalars."""

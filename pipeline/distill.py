@@ -134,6 +134,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         max_rejected=config.max_rejected,
     )
     objective = Objective(student, config.recipe, shape)
+    if config.gradient_checkpointing:
+        objective.recompute_activations()
     resolved = asdict(config) | {"template": template, "max_length": max_length, "recipe": describe(config.recipe)}
     resolved |= {"samples": len(data), "cache_fingerprint": reader.fingerprint if reader else None}
     write_run(out / "run.json", "distill", resolved)
@@ -237,8 +239,6 @@ def _arguments(config: DistillConfig, out: Path) -> TrainingArguments:
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
         use_cpu=device == "cpu",
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=config.log_steps,
         logging_first_step=True,
         save_steps=config.save_steps,

@@ -67,12 +67,28 @@ class MobileVlmModel(LlavaModel):  # type: ignore[misc]
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """LLaVA's entry point: the vision tokens as ``pooler_output``, a list of ``[V, D]``, one an image."""
-        return as_image_features(self.project(self.encode_images(pixel_values)))
+        vision_tokens_NVD = self.project(self.encode_images(pixel_values))
+        return BaseModelOutputWithPooling(last_hidden_state=None, pooler_output=list(vision_tokens_NVD))
 
+    def decode(
+        self,
+        input_ids_BS: torch.Tensor,
+        attention_mask_BS: torch.Tensor,
+        vision_tokens_NVD: torch.Tensor | None,
+        vision_positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Last hidden states ``[B, S, D]`` of ready vision tokens, placed at positions of a flattened ``[B * S]``.
 
-def as_image_features(vision_tokens_NVD: torch.Tensor) -> BaseModelOutputWithPooling:
-    """Wrap vision tokens as LLaVA's ``forward(mm_encoder_outputs={"image": ...})`` wants them."""
-    return BaseModelOutputWithPooling(last_hidden_state=None, pooler_output=list(vision_tokens_NVD))
+        The positions are known on the host, so nothing waits for the device, as LLaVA's own placeholder check would.
+        """
+        embeddings_BSD = self.get_input_embeddings()(input_ids_BS)
+        if vision_tokens_NVD is not None:
+            tokens = vision_tokens_NVD.flatten(0, 1).to(embeddings_BSD.dtype)
+            flat = embeddings_BSD.flatten(0, 1).index_copy(0, vision_positions, tokens)
+            embeddings_BSD = flat.view_as(embeddings_BSD)
+        output = self.language_model(inputs_embeds=embeddings_BSD, attention_mask=attention_mask_BS, use_cache=False)
+        hidden_BSD: torch.Tensor = output.last_hidden_state
+        return hidden_BSD
 
 
 class MobileVlm(LlavaForConditionalGeneration):  # type: ignore[misc]
