@@ -162,6 +162,6 @@ def _encode_v1(turns: Turns, tokenizer: Any, has_image: bool, max_length: int) -
         position += len(tokenize(round_text))
     labels[position:] = [IGNORE] * len(labels[position:])
     # The reference masks the whole sample when its own count disagrees; such a sample is rejected by name later.
-    if position < max_length and position != sum(i != tokenizer.pad_token_id for i in ids):
+    if position < max_length and position != len(ids) - ids.count(tokenizer.pad_token_id):
         labels = [IGNORE] * len(labels)
     return ids, labels

@@ -9,6 +9,10 @@ import json
 import time
 from pathlib import Path
 
+from transformers import set_seed
+
+from alignkd.models.loading import load_vlm
+from alignkd.pipeline.demo.checkpoints import new_checkpoint
 from alignkd.pipeline.demo.run import (
     DemoConfig,
     Paths,
@@ -32,11 +36,21 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
+def reuse_teacher(config: DemoConfig, paths: Paths, demo: Path) -> dict[str, float]:
+    """Take tower, tokenizer and teacher of another run; a new student start is drawn from this run's seed."""
+    for name in ("tokenizer", "teacher"):
+        (paths.out / name).symlink_to((demo / name).resolve())
+    set_seed(config.seed)
+    new_checkpoint(paths.tokenizer, load_vlm(paths.teacher).tower, config.student, paths.student_start)
+    return {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device")
+    parser.add_argument("--teacher", type=Path, help="a finished demo whose tower and teacher are used again")
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--extra", action="append", default=[], help="NAME:RECIPE:key=value,key=value")
     parser.add_argument("--set", dest="fields", action="append", default=[], help="DemoConfig field=number")
@@ -46,8 +60,11 @@ def main() -> None:
     paths, device = Paths(arguments.out), pick_device(arguments.device)
     started = time.perf_counter()
     data = prepare_data(config, paths)
-    tower = prepare_models(config, paths, data, device)
-    train_teacher(config, paths, data, device)
+    if arguments.teacher:
+        tower = reuse_teacher(config, paths, arguments.teacher)
+    else:
+        tower = prepare_models(config, paths, data, device)
+        train_teacher(config, paths, data, device)
     cache = run_cache(paths, data, device)
     accuracy = {"teacher": test_accuracy(paths.teacher, paths, data, device)["accuracy"]}
     wanted = {name: ARMS[name] for name in arguments.arms.split(",") if name}

@@ -50,7 +50,7 @@ class DemoConfig:
     teacher: LanguageModelSize = field(default_factory=lambda: LanguageModelSize(128, 4, 4, 344))
     student: LanguageModelSize = field(default_factory=lambda: LanguageModelSize(48, 2, 4, 128))
     teacher_steps: int = 1500
-    student_steps: int = 900
+    student_steps: int = 600
     batch_size: int = 128
     teacher_learning_rate: float = 1e-3
     student_learning_rate: float = 2e-3
@@ -192,7 +192,7 @@ def run_cache(paths: Paths, data: EasyVqa, device: str) -> dict[str, Any]:
             images=str(data.root),
             cache=str(paths.cache),
             settings=TargetSettings(),
-            shard_samples=128,
+            shard_samples=256,
             device=device,
         )
     )
