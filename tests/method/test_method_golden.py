@@ -37,7 +37,10 @@ def prepared(vlm, template, name):
 
 
 def assert_golden(vlm, model, template, name, attention, vision, logits, answer_ids):
-    golden = {k: VALUES[f"{template}/{name}/{model}/{k}"] for k in ("attention_text_to_vision", "vision_tokens", "answer_logits", "loss")}
+    golden = {
+        k: VALUES[f"{template}/{name}/{model}/{k}"]
+        for k in ("attention_text_to_vision", "vision_tokens", "answer_logits", "loss")
+    }
     np.testing.assert_allclose(attention, golden["attention_text_to_vision"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(vision, golden["vision_tokens"], rtol=0, atol=1e-4 * np.abs(golden["vision_tokens"]).max())
     np.testing.assert_allclose(logits, golden["answer_logits"], rtol=0, atol=1e-4 * np.abs(golden["answer_logits"]).max())
@@ -99,4 +102,9 @@ def test_the_two_golden_models_share_one_tower_and_one_tokenizer(golden_models):
 def test_the_golden_models_have_the_shape_their_configuration_says(golden_models):
     teacher, student = golden_models["teacher"], golden_models["student"]
     assert (teacher.heads, teacher.hidden_size, student.heads, student.hidden_size) == (8, 64, 4, 32)
-    assert (student.vision_tokens_per_image, student.vision_grid, student.vocabulary, student.image_token_id) == (144, (12, 12), 512, -200)
+    assert (student.vision_tokens_per_image, student.vision_grid, student.vocabulary, student.image_token_id) == (
+        144,
+        (12, 12),
+        512,
+        -200,
+    )

@@ -139,7 +139,9 @@ def copy_tokenizer(folder: Path) -> None:
         shutil.copyfile(GOLDEN / "student" / name, folder / name)
 
 
-def write_checkpoint(folder: Path, *, seed: int = 0, tower: dict[str, Any] | None = None, **changes: Any) -> dict[str, torch.Tensor]:
+def write_checkpoint(
+    folder: Path, *, seed: int = 0, tower: dict[str, Any] | None = None, **changes: Any
+) -> dict[str, torch.Tensor]:
     """An official folder of random weights, its tower's configuration and preprocessing in ``clip/``; returns the weights."""
     config, tower = {**MODEL, **changes}, {**TOWER, **(tower or {})}
     config["mm_hidden_size"] = tower["hidden_size"]
@@ -172,7 +174,9 @@ class Reference:
     logits: torch.Tensor
 
 
-def reference_vision(state: dict[str, torch.Tensor], config: dict[str, Any], tower: dict[str, Any], pixels: torch.Tensor) -> Any:
+def reference_vision(
+    state: dict[str, torch.Tensor], config: dict[str, Any], tower: dict[str, Any], pixels: torch.Tensor
+) -> Any:
     """Vision tokens ``[n, V, D]`` of pixel values ``[n, 3, h, w]``."""
     width, heads = tower["hidden_size"], tower["num_attention_heads"]
     weights = {k.removeprefix(TOWER_PREFIX): v for k, v in state.items() if k.startswith(TOWER_PREFIX)}
@@ -191,9 +195,7 @@ def reference_vision(state: dict[str, torch.Tensor], config: dict[str, Any], tow
     for i in range(tower["num_hidden_layers"]):
         layer = f"encoder.layers.{i}."
         h = norm(x, f"{layer}layer_norm1")
-        q, k, v = (
-            linear(h, f"{layer}self_attn.{n}_proj").unflatten(2, (heads, width // heads)).transpose(1, 2) for n in "qkv"
-        )
+        q, k, v = (linear(h, f"{layer}self_attn.{n}_proj").unflatten(2, (heads, width // heads)).transpose(1, 2) for n in "qkv")
         weight = (q @ k.transpose(2, 3) / math.sqrt(width // heads)).softmax(3)
         x = x + linear((weight @ v).transpose(1, 2).flatten(2), f"{layer}self_attn.out_proj")
         h = linear(norm(x, f"{layer}layer_norm2"), f"{layer}mlp.fc1")
@@ -241,9 +243,7 @@ def reference(
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         h = norm(x, f"{layer}input_layernorm")
-        q, k, v = (
-            (h @ state[f"{layer}self_attn.{n}_proj.weight"].T).unflatten(1, (-1, width)).transpose(0, 1) for n in "qkv"
-        )
+        q, k, v = ((h @ state[f"{layer}self_attn.{n}_proj.weight"].T).unflatten(1, (-1, width)).transpose(0, 1) for n in "qkv")
         q, k, v = rotate(q), rotate(k).repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
         scores = q @ k.transpose(1, 2) / math.sqrt(width)
         weight = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(2)

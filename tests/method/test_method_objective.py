@@ -1,0 +1,402 @@
+"""The objective: which parameter each term moves, chunks, adapters that cannot collapse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import batch_of, mixture, sample, write_checkpoint
+
+from alignkd import objective as objective_module
+from alignkd.adapters import HeadConvolution, HeadMixture, WidthAdapter, make_head_map
+from alignkd.capture import capture
+from alignkd.losses import attention_loss, focus_mask, reverse_kl, supervised_loss, vision_loss
+from alignkd.models.loading import load_vlm
+from alignkd.models.vlm import module_fingerprint
+from alignkd.objective import TERMS, Objective, TeacherShape, term_weights
+from alignkd.recipes import RECIPES, Recipe
+from alignkd.targets import Targets, topk_targets
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A wider teacher with more heads."""
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    write_checkpoint(folder, seed=1, hidden_size=32, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=3)
+    return load_vlm(folder)
+
+
+def targets_of(teacher, batch, k=20):
+    with torch.no_grad():
+        captured = capture(teacher.model, batch)
+        kept = topk_targets(teacher.model.lm_head(captured.hidden_AD), k)
+    return Targets(captured.attention_BHTV, captured.vision_BVD, *kept)
+
+
+def shape_of(teacher):
+    return TeacherShape(teacher.heads, teacher.hidden_size)
+
+
+def run(tiny, teacher, recipe, samples=None):
+    objective = Objective(tiny, recipe, shape_of(teacher))
+    objective.train()
+    batch = batch_of(tiny, mixture(tiny) if samples is None else samples)
+    terms = objective(batch, targets_of(teacher, batch))
+    terms["loss"].backward()
+    return objective, terms
+
+
+def moved(objective):
+    """The parameters that a loss moves."""
+    return {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+LAYER = "student.model.language_model.layers.{}."
+Q_AND_K = {LAYER.format(0) + f"self_attn.{n}_proj.weight" for n in "qk"}
+PROJECTOR = "student.model.multi_modal_projector."
+ALONE = {
+    "supervised": Recipe("one", supervised=1),
+    "reverse_kl": Recipe("one", supervised=0, reverse_kl=1),
+    "attention": Recipe("one", supervised=0, attention=1),
+    "vision": Recipe("one", supervised=0, vision=1, vision_focus=0),
+    "vision and focus": Recipe("one", supervised=0, vision=1, vision_focus=0.5, focus_k=2),
+}
+
+
+def names(objective, *prefixes):
+    return {name for name, _ in objective.named_parameters() if name.startswith(prefixes)}
+
+
+@pytest.mark.parametrize("term", ["supervised", "reverse_kl"])
+def test_answer_terms_reach_everything_but_the_tower(tiny, teacher, term):
+    # Logits depend on every layer, on the vision tokens in the prompt and on the output head; no adapter is in between.
+    objective, _ = run(tiny, teacher, ALONE[term])
+    everything = {name for name, _ in objective.named_parameters() if ".vision_tower." not in name}
+    assert moved(objective) == everything
+    assert everything >= Q_AND_K
+    assert objective.head_map is None
+    assert objective.width_map is None
+
+
+def test_the_attention_term_reaches_what_makes_the_first_scores_and_nothing_after(tiny, teacher):
+    # Rows come from text embeddings, columns from the projector; both pass the first norm and layer 0's q and k. The head
+    # mixture is trained. Values, outputs, later layers and the head come after the probabilities.
+    objective, _ = run(tiny, teacher, ALONE["attention"])
+    expected = Q_AND_K | {LAYER.format(0) + "input_layernorm.weight", "student.model.language_model.embed_tokens.weight"}
+    expected |= names(objective, PROJECTOR, "head_map.")
+    assert moved(objective) == expected
+
+
+@pytest.mark.parametrize("head_map", ["mixture", "convolution", "mean"])
+def test_the_attention_term_trains_the_head_map_that_has_weights(tiny, teacher, head_map):
+    objective, _ = run(tiny, teacher, Recipe("one", supervised=0, attention=1, head_map=head_map))
+    assert {n for n in moved(objective) if n.startswith("head_map.")} == names(objective, "head_map.")
+    assert bool(names(objective, "head_map.")) == (head_map != "mean")
+    assert moved(objective) >= Q_AND_K
+
+
+@pytest.mark.parametrize("term", ["vision", "vision and focus"])
+def test_the_vision_terms_reach_the_projector_and_the_width_map_alone(tiny, teacher, term):
+    # Vision tokens exist before the language model: no decoder weight can change them.
+    objective, _ = run(tiny, teacher, ALONE[term])
+    assert moved(objective) == names(objective, PROJECTOR, "width_map.")
+    assert names(objective, "width_map.") == {"width_map.map.weight", "width_map.map.bias"}
+
+
+@pytest.mark.parametrize("recipe", [*ALONE.values(), *RECIPES.values()], ids=[*ALONE, *RECIPES])
+def test_no_term_reaches_the_tower_or_the_teacher(tiny, teacher, recipe):
+    before = module_fingerprint(tiny.tower), teacher.weights_fingerprint()
+    objective, terms = run(tiny, teacher, recipe)
+    assert terms["loss"].isfinite()
+    assert all(p.grad is None and not p.requires_grad for p in tiny.tower.parameters())
+    assert all(p.grad is None for p in teacher.model.parameters())
+    assert not tiny.tower.training
+    assert objective.student.model.language_model.training
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    torch.optim.SGD(trained, lr=0.1).step()
+    assert (module_fingerprint(tiny.tower), teacher.weights_fingerprint()) == before
+
+
+def test_every_term_is_the_function_of_its_name(tiny, teacher):
+    recipe = replace(RECIPES["align-kd"], focus_k=2)
+    objective, terms = run(tiny, teacher, recipe)
+    batch = batch_of(tiny, mixture(tiny))
+    targets = targets_of(teacher, batch)
+    with torch.no_grad():
+        captured = capture(tiny.model, batch)
+        logits = tiny.model.lm_head(captured.hidden_AD)
+        masks = batch.text_mask_BT, batch.vision_mask_BV
+        vision = objective.width_map.map(captured.vision_BVD), targets.vision_BVD
+        focus = focus_mask(targets.attention_BHTV, masks[1], 2)
+        expected = {
+            "supervised": supervised_loss(logits, batch.answer_ids_A) / 17,
+            "reverse_kl": reverse_kl(logits, targets.topk_ids_AK, targets.topk_logprobs_AK, targets.tail_logmass_A).mean(),
+            "attention": attention_loss(
+                captured.attention_BHTV, objective.head_map(targets.attention_BHTV), *masks, relative_to_uniform=True
+            ),
+            "vision_all": vision_loss(*vision, masks[1], masks[1], relative_to_variance=True),
+            "vision_focus": vision_loss(*vision, focus, masks[1], relative_to_variance=True),
+        }
+    assert set(terms) == {"loss", *TERMS}
+    assert set(expected) == set(TERMS)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-5, atol=1e-6)
+        assert not terms[name].requires_grad
+    weights = term_weights(recipe)
+    total = sum(weights[name] * terms[name] for name in TERMS)
+    torch.testing.assert_close(terms["loss"].detach(), total, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_needs_no_target_but_those_it_names(tiny, teacher, name):
+    recipe = RECIPES[name]
+    batch = batch_of(tiny, mixture(tiny))
+    all_targets = targets_of(teacher, batch)
+    fields = {
+        "attention": {"attention_BHTV": all_targets.attention_BHTV},
+        "vision": {"vision_BVD": all_targets.vision_BVD},
+        "logits": {k: getattr(all_targets, k) for k in ("topk_ids_AK", "topk_logprobs_AK", "tail_logmass_A")},
+    }
+    chosen = {k: v for need in recipe.needs for k, v in fields[need].items()}
+    objective = Objective(tiny, recipe, shape_of(teacher) if recipe.needs & {"attention", "vision"} else None)
+    terms = objective(batch, Targets(**chosen))
+    assert terms["loss"].isfinite()
+    assert {t for t in TERMS if t in terms} == {t for t, weight in term_weights(recipe).items() if weight > 0}
+
+
+def test_what_each_weight_needs():
+    assert Recipe().needs == set()
+    assert Recipe(reverse_kl=1).needs == {"logits"}
+    assert Recipe(attention=1).needs == {"attention"}
+    assert Recipe(vision=1, vision_focus=0).needs == {"vision"}
+    assert Recipe(vision=1, vision_focus=0.1).needs == {"vision", "attention"}
+    assert Recipe(vision=0, vision_focus=0.1).needs == set()
+
+
+@pytest.mark.parametrize("recipe", [RECIPES["sft"], RECIPES["logits-only"], RECIPES["align-kd"]], ids=lambda r: r.name)
+@pytest.mark.parametrize("at_once", [2, 5])
+def test_answers_in_chunks_give_the_same_loss_and_gradients(tiny, teacher, monkeypatch, recipe, at_once):
+    torch.manual_seed(0)
+    objective, expected = run(tiny, teacher, recipe)
+    gradients = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    objective.zero_grad()
+    monkeypatch.setattr(objective_module, "_LOGITS_AT_ONCE", at_once * tiny.vocabulary)
+    sizes = []
+    hook = tiny.model.lm_head.register_forward_hook(lambda m, i, o: sizes.append(len(o)))
+    batch = batch_of(tiny, mixture(tiny))
+    found = objective(batch, targets_of(teacher, batch))
+    found["loss"].backward()
+    hook.remove()
+    assert max(sizes) <= at_once
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    for name, p in objective.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_padding_and_neighbours_change_no_alignment_term(tiny, teacher):
+    objective = Objective(tiny, RECIPES["align-kd"], shape_of(teacher))
+    samples = [s for s in mixture(tiny) if len(s.images)]
+
+    def terms_of(chosen):
+        batch = batch_of(tiny, chosen)
+        with torch.no_grad():
+            return objective(batch, targets_of(teacher, batch))
+
+    together, alone = terms_of(samples), [terms_of([s]) for s in samples]
+    with_text = terms_of([*samples, sample(tiny, [1, 5, 6, 7, 8, 9], answers=2)])
+    for name in ("attention", "vision_all", "vision_focus"):
+        torch.testing.assert_close(together[name], torch.stack([t[name] for t in alone]).mean(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(with_text[name], together[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda r: r.name)
+def test_a_batch_without_any_image_trains_on_its_answers_alone(tiny, teacher, recipe):
+    samples = [sample(tiny, [1, 5, 6, 7, 8]), sample(tiny, [1, 9, 10, 11, 12, 13])]
+    objective, terms = run(tiny, teacher, recipe, samples)
+    assert terms["loss"].isfinite()
+    assert all(terms[name] == 0 for name in ("attention", "vision_all", "vision_focus") if name in terms)
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+    assert moved(objective) >= Q_AND_K
+    assert not any(name.startswith(("head_map", "width_map")) for name in moved(objective))
+
+
+def test_a_batch_without_any_answer_trains_on_its_alignment_alone(tiny, teacher):
+    objective, terms = run(tiny, teacher, RECIPES["align-kd"], [sample(tiny, [1, -200, 6, 7, 8], answers=0)])
+    assert terms["supervised"] == terms["reverse_kl"] == 0
+    assert terms["loss"] > 0
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+
+
+def test_a_few_steps_bring_every_term_of_the_teacher_down(tiny, teacher):
+    # The supervised term is left out: a random teacher does not agree with the answers.
+    torch.manual_seed(0)
+    objective = Objective(tiny, replace(RECIPES["align-kd"], supervised=0.0, focus_k=2), shape_of(teacher))
+    objective.train()
+    batch = batch_of(tiny, mixture(tiny))
+    targets = targets_of(teacher, batch, k=tiny.vocabulary)
+    optimizer = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], lr=1e-2)
+    history = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        terms = objective(batch, targets)
+        terms["loss"].backward()
+        optimizer.step()
+        history.append({name: float(value.detach()) for name, value in terms.items()})
+    assert all(history[-1][name] < 0.9 * history[0][name] for name in ("loss", *TERMS[1:]))
+
+
+def test_a_head_mean_in_the_cache_asks_for_the_mean_map(tiny, teacher):
+    with pytest.raises(ValueError, match="head_map=mean"):
+        Objective(tiny, RECIPES["align-kd"], TeacherShape(1, teacher.hidden_size))
+    recipe = Recipe("one", attention=1, head_map="mean")
+    batch = batch_of(tiny, mixture(tiny))
+    full = targets_of(teacher, batch)
+    mean = Targets(full.attention_BHTV.mean(1, keepdim=True))
+    by_mean = Objective(tiny, recipe, TeacherShape(1, teacher.hidden_size))(batch, mean)
+    by_heads = Objective(tiny, recipe, shape_of(teacher))(batch, full)
+    torch.testing.assert_close(by_mean["attention"], by_heads["attention"])
+
+
+# --- adapters ----------------------------------------------------------------------------------------------------------
+
+HEADS = st.integers(1, 12)
+
+
+@given(HEADS, HEADS, st.floats(0, 20), st.integers(0, 999))
+def test_a_mixture_of_attention_rows_stays_part_of_a_distribution(teacher_heads, student_heads, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    attention = torch.randn(2, teacher_heads, 3, 7, generator=generator).mul(3).softmax(3)[..., :5]
+    heads = HeadMixture(teacher_heads, student_heads)
+    with torch.no_grad():
+        heads.logits.copy_(torch.randn(heads.logits.shape, generator=generator) * size)
+        mixed = heads(attention)
+    assert mixed.shape == (2, student_heads, 3, 5)
+    assert (mixed >= 0).all()
+    mass, teacher_mass = mixed.sum(3), attention.sum(3)
+    assert (mass <= teacher_mass.max(1, keepdim=True).values + 1e-5).all()
+    assert (mass >= teacher_mass.min(1, keepdim=True).values - 1e-5).all()
+
+
+@given(st.integers(2, 12), HEADS, st.sampled_from(["mixture", "convolution"]))
+def test_a_head_map_begins_as_an_average_of_teacher_heads(teacher_heads, student_heads, kind):
+    heads = make_head_map(kind, teacher_heads, student_heads)
+    ones = torch.ones(1, teacher_heads, 1, 1)
+    torch.testing.assert_close(heads(ones).detach(), torch.ones(1, student_heads, 1, 1))
+    weights = heads(torch.eye(teacher_heads)[:, :, None, None])[:, :, 0, 0].T
+    assert (weights >= 0).all()
+
+
+@pytest.mark.parametrize("kind", [HeadMixture, HeadConvolution])
+def test_a_head_map_begins_with_each_student_head_at_its_share_of_the_teachers(kind):
+    weights = kind(8, 4)(torch.eye(8)[:, :, None, None])[:, :, 0, 0].T
+    assert [w.topk(2).indices.sort().values.tolist() for w in weights] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(("teacher_width", "student_width"), [(12, 8), (8, 12), (8, 8)])
+def test_width_maps_bring_both_sides_to_one_width(teacher_width, student_width):
+    student, teacher = torch.randn(2, 5, student_width), torch.randn(2, 5, teacher_width)
+    lifted, target = WidthAdapter(teacher_width, student_width, "lift")(student, teacher)
+    assert target is teacher
+    assert lifted.shape == teacher.shape
+    source, projected = WidthAdapter(teacher_width, student_width, "projection")(student, teacher)
+    assert source is student
+    assert projected.shape == student.shape
+    narrow = [side.shape[-1] for side in WidthAdapter(teacher_width, student_width, "isometry")(student, teacher)]
+    assert narrow == [min(teacher_width, student_width)] * 2
+
+
+@pytest.mark.parametrize(("teacher_width", "student_width"), [(12, 8), (8, 12), (8, 8)])
+def test_the_isometry_is_orthonormal_fixed_and_the_same_in_every_run(teacher_width, student_width):
+    torch.manual_seed(5)
+    one = WidthAdapter(teacher_width, student_width, "isometry")
+    torch.manual_seed(6)
+    other = WidthAdapter(teacher_width, student_width, "isometry")
+    assert torch.equal(one.basis, other.basis)
+    assert not list(one.parameters())
+    tall = one.basis if teacher_width >= student_width else one.basis.T
+    torch.testing.assert_close(tall.T @ tall, torch.eye(min(teacher_width, student_width)), rtol=0, atol=1e-5)
+
+
+def train_alignment_alone(adapter, student, loss_of, steps=200):
+    """Train student values and adapter on an alignment loss alone, with decay of the adapter's weights as AdamW has it.
+
+    Plain gradient descent, one step size for both but for the number of student values that share the mean.
+    """
+    for _ in range(steps):
+        values = [student, *adapter.parameters()]
+        gradients = torch.autograd.grad(loss_of(), values)
+        with torch.no_grad():
+            student -= 0.2 * student.numel() * gradients[0]
+            for weight, gradient in zip(values[1:], gradients[1:], strict=True):
+                weight -= 0.2 * (gradient + 0.2 * weight)
+    return loss_of().item()
+
+
+def attention_training(kind):
+    """Mean size of the target and of the student, relative to the teacher's, after training; and the loss."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(2, 6, 4, 8, generator=generator).mul(2).softmax(3)
+    text, vision = torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 8, dtype=torch.bool)
+    adapter = make_head_map(kind, 6, 3)
+    student = torch.full((2, 3, 4, 8), 0.1).requires_grad_()
+    loss = train_alignment_alone(
+        adapter, student, lambda: attention_loss(student, adapter(teacher), text, vision, relative_to_uniform=False)
+    )
+    return (
+        adapter(teacher).abs().mean().item() / teacher.mean().item(),
+        student.abs().mean().item() / teacher.mean().item(),
+        loss,
+    )
+
+
+def vision_training(kind):
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(2, 8, 12, generator=generator)
+    vision = torch.ones(2, 8, dtype=torch.bool)
+    torch.manual_seed(0)
+    adapter = WidthAdapter(12, 6, kind)
+    student = torch.randn(2, 8, 6, generator=generator).requires_grad_()
+
+    def loss_of():
+        return vision_loss(*adapter(student, teacher), vision, vision, relative_to_variance=False)
+
+    loss = train_alignment_alone(adapter, student, loss_of)
+    mapped_student, target = adapter(student, teacher)
+    scale = teacher.std().item()
+    return target.std().item() / scale, mapped_student.std().item() / scale, loss
+
+
+def test_the_default_head_map_cannot_collapse_where_a_convolution_does():
+    target, student, loss = attention_training("mixture")
+    assert target == pytest.approx(1, abs=1e-4)  # the teacher's whole mass, whatever the mixture became
+    assert student == pytest.approx(1, abs=0.05)
+    target, student, loss = attention_training("convolution")
+    assert target < 0.01
+    assert student < 0.01
+    assert loss < 1e-6  # and the loss calls it a success
+
+
+def test_the_default_width_map_cannot_collapse_where_a_projection_does():
+    target, student, _ = vision_training("lift")
+    assert target == 1
+    assert student > 0.6  # six of twelve directions explain more than half of the variance
+    target, student, loss = vision_training("projection")
+    assert target < 0.01
+    assert student < 0.01
+    assert loss < 1e-6
+
+
+def test_an_isometry_between_equal_widths_keeps_every_length():
+    teacher = torch.randn(1, 4, 6)
+    _, target = WidthAdapter(6, 6, "isometry")(teacher, teacher)
+    torch.testing.assert_close(target.norm(dim=2), teacher.norm(dim=2))
+
+
+def test_the_defaults_are_the_maps_that_cannot_collapse():
+    assert (Recipe().head_map, Recipe().width_map) == ("mixture", "lift")
+    assert (RECIPES["align-kd"].head_map, RECIPES["align-kd"].width_map) == ("mixture", "lift")

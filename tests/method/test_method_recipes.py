@@ -1,0 +1,147 @@
+"""Recipes: by name, from a file, overridden; and every wrong value refused by name."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignkd.recipes import RECIPES, Recipe, describe, get_recipe
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_(text, name="mine.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write_
+
+
+def test_a_recipe_is_found_by_its_name():
+    assert set(RECIPES) == {"align-kd", "paper", "sft", "logits-only"}
+    assert all(get_recipe(name) is not None and get_recipe(name) == recipe for name, recipe in RECIPES.items())
+
+
+def test_a_file_starts_from_its_base_and_is_called_by_its_file_name(write):
+    recipe = get_recipe(write("base: align-kd\nattention: 0.5\nfocus_k: 4\n"))
+    assert recipe == Recipe("mine", reverse_kl=1.0, attention=0.5, vision=1.0, focus_k=4)
+
+
+def test_a_file_without_base_starts_from_the_defaults(write):
+    assert get_recipe(write("name: other\nvision: 2\n", "x.yml")) == Recipe("other", vision=2.0)
+
+
+def test_overrides_win_over_name_and_file(write):
+    assert get_recipe("sft", {"reverse_kl": "2", "normalise": "false", "head_map": "mean"}) == Recipe(
+        "sft", reverse_kl=2.0, normalise=False, head_map="mean"
+    )
+    assert get_recipe(write("base: align-kd\nattention: 0.5\n"), {"attention": "0.25"}).attention == 0.25
+
+
+@pytest.mark.parametrize("text", ["0.01", "1e-2", "1.0e-2", ".01"])
+def test_a_weight_may_be_written_in_any_usual_form(write, text):
+    assert get_recipe("sft", {"attention": text}).attention == 0.01
+    assert get_recipe(write(f"attention: {text}")).attention == 0.01
+
+
+def test_a_described_recipe_read_back_is_the_same_recipe(write):
+    import yaml
+
+    for recipe in RECIPES.values():
+        assert get_recipe(write(yaml.safe_dump(describe(recipe)))) == recipe
+        assert set(describe(recipe)) == {f.name for f in fields(Recipe)}
+
+
+WRONG = [
+    ("supervised", "-1", "0 or more"),
+    ("reverse_kl", "-0.5", "0 or more"),
+    ("attention", ".nan", "0 or more"),
+    ("attention", ".inf", "weight|finite"),
+    ("vision", "much", "expected float"),
+    ("vision", "true", "expected float"),
+    ("vision_focus", "[1]", "expected float"),
+    ("vision_focus", "null", "expected float"),
+    ("temperature", "0", "more than 0"),
+    ("temperature", "-1", "more than 0"),
+    ("temperature", ".nan", "more than 0"),
+    ("focus_k", "0", "1 or more"),
+    ("focus_k", "1.5", "expected int"),
+    ("focus_k", "true", "expected int"),
+    ("normalise", "1", "expected bool"),
+    ("normalise", "perhaps", "expected bool"),
+    ("head_map", "magic", "mixture, convolution, mean"),
+    ("head_map", "3", "expected str"),
+    ("width_map", "magic", "lift, isometry, projection"),
+    ("name", "3", "expected str"),
+]
+
+
+@pytest.mark.parametrize(("field", "text", "expectation"), WRONG)
+def test_a_wrong_value_is_refused_with_its_field_and_what_was_expected(write, field, text, expectation):
+    for make in (lambda: get_recipe("align-kd", {field: text}), lambda: get_recipe(write(f"{field}: {text}\n"))):
+        with pytest.raises(ValueError, match=expectation) as error:
+            make()
+        assert field in str(error.value)
+
+
+def test_every_field_has_a_wrong_value_above():
+    assert {field for field, _, _ in WRONG} == {f.name for f in fields(Recipe)}
+
+
+def test_an_unknown_field_is_refused_with_the_known_ones(write):
+    for make in (lambda: get_recipe("sft", {"atention": "1"}), lambda: get_recipe(write("atention: 1\n"))):
+        with pytest.raises(ValueError, match=r"'atention' is no field of a recipe; known are .*attention"):
+            make()
+
+
+def test_an_unknown_recipe_or_base_is_refused_with_the_known_ones(write):
+    with pytest.raises(ValueError, match="'kd' is not known; known are align-kd"):
+        get_recipe("kd")
+    with pytest.raises(ValueError, match="base is 'kd'; known are align-kd"):
+        get_recipe(write("base: kd\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("attention: [1", "not YAML"), ("- 1\n- 2\n", "holds a list"), ("just words", "holds a str"), ("", "holds a NoneType")],
+)
+def test_a_file_that_is_no_recipe_is_refused(write, text, message):
+    with pytest.raises(ValueError, match=message):
+        get_recipe(write(text))
+
+
+def test_a_base_that_is_no_name_is_refused(write):
+    with pytest.raises(ValueError, match="base"):
+        get_recipe(write("base: [align-kd]\n"))
+
+
+def test_an_override_that_is_not_yaml_is_refused_with_its_field():
+    with pytest.raises(ValueError, match="attention"):
+        get_recipe("sft", {"attention": "[1"})
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.yaml"):
+        get_recipe(str(tmp_path / "none.yaml"))
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(ValueError, match=r"folder\.yaml"):
+        get_recipe(str(tmp_path / "folder.yaml"))
+
+
+@given(st.binary(max_size=30))
+def test_any_bytes_are_a_recipe_or_a_value_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("bytes") / "x.yaml"
+    path.write_bytes(data)
+    with contextlib.suppress(ValueError):
+        assert isinstance(get_recipe(str(path)), Recipe)
+
+
+def test_a_file_cannot_run_code(write, tmp_path):
+    with pytest.raises(ValueError, match="YAML"):
+        get_recipe(write(f"name: !!python/object/apply:os.mkdir ['{tmp_path}/ran']\n"))
+    assert not (tmp_path / "ran").exists()
