@@ -30,6 +30,8 @@ class _Door(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of our output left; click ends quietly
+            raise
         except (ValueError, KeyError, OSError) as error:
             if ctx.find_root().params.get("debug"):
                 raise
