@@ -12,7 +12,7 @@ import torch
 
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer, SampleError
+from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer, SampleError, check_text
 from alignkd.pipeline.progress import bar
 from alignkd.pipeline.provenance import parse_dtype, pick_device, write_run
 from alignkd.pipeline.rejects import Rejects
@@ -112,6 +112,7 @@ def _questions(samples: SampleFile, indices: Sequence[int], preparer: Preparer, 
     for index in indices:
         sample = samples[index]
         try:
+            check_text(sample)
             ids = encode_question(
                 sample.turns, template=preparer.template, tokenizer=preparer.tokenizer, has_image=bool(sample.images)
             )

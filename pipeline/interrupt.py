@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 RESUMABLE_EXIT_CODE = 75
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupted(Exception):  # noqa: N818 - an early but orderly end
@@ -45,9 +46,18 @@ def stop_on_signals() -> Iterator[StopFlag]:
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    previous = {number: signal.signal(number, note) for number in _SIGNALS}
     try:
         yield flag
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def leave_signals_to_parent(_worker: int) -> None:
+    """Make a loader process outlive the signals that schedulers send to every process of a job.
+
+    The parent needs its loaders until it has written its checkpoint; they end when it does.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -55,6 +55,7 @@ class Preparer:
         Raises:
             SampleError: an image cannot be read, or no answer token is left to learn from.
         """
+        check_text(sample)
         try:
             encoded = encode_conversation(
                 sample.turns,
@@ -88,7 +89,11 @@ class Preparer:
 
     def _load_image(self, reference: str) -> tuple[str, torch.Tensor]:
         path = self.image_root / reference
-        if not path.resolve().is_relative_to(self.image_root.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.image_root.resolve())
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a name that no file can have
+            raise SampleError(f"image {reference!r} cannot be a file: {error}") from error
+        if not inside:
             raise SampleError(f"image {reference!r} lies outside the image folder {self.image_root}")
         try:
             data = read_image_bytes(path)
@@ -96,3 +101,16 @@ class Preparer:
         except ImageError as error:
             raise SampleError(f"image {error}") from error
         return hashlib.sha256(data).hexdigest(), pixels
+
+
+def check_text(sample: Sample) -> None:
+    """Refuse text that no tokenizer takes.
+
+    Raises:
+        SampleError: half of a surrogate pair, which JSON can escape but UTF-8 cannot hold.
+    """
+    try:
+        for _, text in sample.turns:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(f"its text is not Unicode: {error}") from error

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from alignkd.cache_store.commit import write_atomically
 from alignkd.objective import TERMS, Objective, term_weights
-from alignkd.pipeline.interrupt import StopFlag
+from alignkd.pipeline.interrupt import StopFlag, leave_signals_to_parent
 from alignkd.pipeline.loader import SHARDS_OPEN, MisalignedRow, TrainingSet
 from alignkd.pipeline.order import EpochSampler
 from alignkd.pipeline.progress import Bar
@@ -48,6 +49,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
             sampler=self._get_train_sampler(),
             collate_fn=self.data.collate,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=leave_signals_to_parent,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=self.args.dataloader_num_workers > 0,
         )
@@ -188,4 +190,5 @@ class MetricsCheckpoint(TrainerCallback):  # type: ignore[misc]
         """Trainer's hook after a checkpoint."""
         assert self.metrics is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / self.NAME).write_text(json.dumps(self.metrics.state_dict()))
+        # Whole or not at all: this file is what says that the checkpoint is complete.
+        write_atomically(folder / self.NAME, json.dumps(self.metrics.state_dict()).encode())
