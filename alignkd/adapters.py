@@ -54,11 +54,13 @@ class HeadMean(nn.Module):
 
 
 def _grouped(teacher_heads: int, student_heads: int) -> torch.Tensor:
-    """Start with student head s meeting the teacher heads of its share: ``[Hs, Ht]`` of 0 and 1."""
-    teacher = torch.arange(teacher_heads) * student_heads // teacher_heads
-    student = torch.arange(student_heads) * min(teacher_heads, student_heads) // student_heads
-    share = teacher * min(teacher_heads, student_heads) // student_heads if teacher_heads < student_heads else teacher
-    return (student[:, None] == share[None, :]).float()
+    """Start with each student head meeting its share of the teacher's, at least one: ``[Hs, Ht]`` of 0 and 1."""
+    weights = torch.zeros(student_heads, teacher_heads)
+    for student in range(student_heads):
+        first = student * teacher_heads // student_heads
+        end = (student + 1) * teacher_heads // student_heads
+        weights[student, first : max(end, first + 1)] = 1
+    return weights
 
 
 class WidthAdapter(nn.Module):

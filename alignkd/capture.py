@@ -77,8 +77,14 @@ def capture(model: MobileVlm, batch: Batch, *, attention: bool = True) -> Captur
         vision_BVD = flat.index_copy(0, batch.vision_slots, tokens_NVD.flatten(0, 1)).view(samples, columns, width)
     else:
         vision_BVD = torch.zeros(samples, columns, width, dtype=model.dtype, device=batch.input_ids_BS.device)
-    tap = _tap(model, batch if attention and columns else None)
-    hidden_BSD = model.model.decode(batch.input_ids_BS, batch.attention_mask_BS, tokens_NVD, batch.vision_positions)
+    tap = _Tap(batch) if attention and columns and batch.text_rows_BT.shape[1] else None
+    if tap is not None and model.config.text_config._attn_implementation != _KERNEL:
+        enable_capture(model)
+    # Passed down to the attention function with the call itself, so that gradient checkpointing, which runs the layer
+    # again during backward, meets the same operations, and no later call meets them.
+    hidden_BSD = model.model.decode(
+        batch.input_ids_BS, batch.attention_mask_BS, tokens_NVD, batch.vision_positions, alignkd_tap=tap
+    )
     if tap is not None:
         assert tap.attention_BHTV is not None, "the first layer did not run through the capturing kernel"
         captured = tap.attention_BHTV
@@ -89,27 +95,17 @@ def capture(model: MobileVlm, batch: Batch, *, attention: bool = True) -> Captur
     return Captured(captured if attention else None, vision_BVD, hidden_AD)
 
 
-def _tap(model: MobileVlm, batch: Batch | None) -> _Tap | None:
-    """Ask the first layer for attention (or no longer ask it)."""
-    tap = _Tap(batch) if batch is not None else None
-    if tap is not None and model.config.text_config._attn_implementation != _KERNEL:
-        enable_capture(model)
-    # The request outlives the forward pass on purpose: gradient checkpointing runs the layer again during backward and
-    # must meet the same operations. The next forward pass replaces it.
-    first_attention(model)._alignkd_tap = tap  # type: ignore[assignment]
-    return tap
-
-
 def _attend(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    alignkd_tap: _Tap | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    tap: _Tap | None = getattr(module, "_alignkd_tap", None)
-    if tap is not None and query.shape[2] == tap.batch.input_ids_BS.shape[1]:
+    tap = alignkd_tap if module.layer_idx == 0 else None
+    if tap is not None:
         groups = query.shape[1] // key.shape[1]
         probabilities = _text_to_vision(query, repeat_kv(key, groups), tap.batch, kwargs["scaling"])
         if tap.attention_BHTV is None:

@@ -71,7 +71,9 @@ class Objective(nn.Module):
         terms = self._answer_terms(captured, batch, targets)
         terms.update(self._alignment_terms(captured, batch, targets))
         weights = term_weights(recipe)
-        loss = sum((weights[name] * value for name, value in terms.items()), start=terms["supervised"].new_zeros(()))
+        # A term of weight 0 stays out: 0 times an overflow would still poison the sum.
+        weighted = [weights[name] * value for name, value in terms.items() if weights[name] > 0]
+        loss = sum(weighted, start=terms["supervised"].new_zeros(()))
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
     def _answer_terms(self, captured: Captured, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:

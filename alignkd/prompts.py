@@ -89,10 +89,10 @@ def encode_question(turns: Turns, *, template: str, tokenizer: Any, has_image: b
     if not turns or turns[-1][0] != "gpt":
         raise PromptError("the last turn must be the answer ('gpt') to compare with")
     if template == "plain":
-        text = IMAGE_TAG * sum(t.count(IMAGE_TAG) for _, t in turns)
+        text = IMAGE_TAG * sum(t.count(IMAGE_TAG) for _, t in turns) if has_image else ""
     else:
         text = _v1_text([*turns[:-1], ("gpt", "")])
-    return np.asarray(tokenize_with_images(text, tokenizer), dtype=np.int64)
+    return np.asarray(tokenize_with_images(text, tokenizer) if has_image else _ids(text, tokenizer), dtype=np.int64)
 
 
 def tokenize_with_images(text: str, tokenizer: Any) -> list[int]:

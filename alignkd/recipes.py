@@ -1,6 +1,7 @@
 """Named sets of terms and weights. Every number of the objective is a field here and nowhere else."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,9 +35,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("supervised", "reverse_kl", "attention", "vision", "vision_focus"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"recipe {self.name}: {name} is {getattr(self, name)}, expected a weight of 0 or more")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < float("inf"):
             raise ValueError(f"recipe {self.name}: temperature is {self.temperature}, expected more than 0")
         if self.focus_k < 1:
             raise ValueError(f"recipe {self.name}: focus_k is {self.focus_k}, expected 1 or more")
@@ -74,7 +75,7 @@ def get_recipe(name_or_file: str, overrides: Mapping[str, str] | None = None) ->
     recipe = _read(Path(name_or_file)) if Path(name_or_file).suffix in (".yaml", ".yml") else RECIPES.get(name_or_file)
     if recipe is None:
         raise ValueError(f"recipe {name_or_file!r} is not known; known are {', '.join(RECIPES)}, or a FILE.yaml")
-    values = {key: yaml.safe_load(text) for key, text in (overrides or {}).items()}
+    values = {key: _parse(key, text) for key, text in (overrides or {}).items()}
     return _replace(recipe, values, "--set")
 
 
@@ -88,10 +89,17 @@ def _read(path: Path) -> Recipe:
     if not isinstance(values, dict):
         raise ValueError(f"recipe file {path} holds a {type(values).__name__}, expected fields of a recipe")
     base = values.pop("base", None)
-    if base is not None and base not in RECIPES:
+    if base is not None and (not isinstance(base, str) or base not in RECIPES):
         raise ValueError(f"recipe file {path}: base is {base!r}; known are {', '.join(RECIPES)}")
     values.setdefault("name", path.stem)
     return _replace(RECIPES[base] if base else Recipe(), values, str(path))
+
+
+def _parse(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {key}={text}: not a value ({error.__class__.__name__})") from error
 
 
 def _replace(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
@@ -101,6 +109,9 @@ def _replace(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
         if key not in types:
             raise ValueError(f"{where}: {key!r} is no field of a recipe; known are {', '.join(types)}")
         kind = types[key]
+        if kind is float and isinstance(value, str):  # YAML takes 1e-2 for a string
+            with suppress(ValueError):
+                value = float(value)
         accepted = (int, float) if kind is float else (kind,)
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{where}: {key} is {value!r}, expected {kind.__name__}")

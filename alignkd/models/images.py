@@ -21,6 +21,26 @@ MAX_IMAGE_PIXELS = 64_000_000
 MAX_IMAGE_BYTES = 256 * 2**20
 
 
+_DECISIVE = (
+    "do_convert_rgb",
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+"""The settings that change pixel values, defaults included: how a file spells them does not matter."""
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if hasattr(value, "keys") else {k: v for k, v in vars(value).items() if v is not None}
+
+
 class ImageError(ValueError):
     """An image file is missing, too large or cannot be decoded."""
 
@@ -51,7 +71,9 @@ class ImagePreprocessor:
 
     def fingerprint(self) -> str:
         """Digest of everything that changes pixel values."""
-        text = json.dumps([self.aspect_ratio, self.settings], sort_keys=True)
+        processor = self._processor  # type: ignore[attr-defined]
+        resolved = {name: getattr(processor, name, None) for name in _DECISIVE}
+        text = json.dumps([self.aspect_ratio, resolved], sort_keys=True, default=_plain)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

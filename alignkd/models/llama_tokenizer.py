@@ -81,5 +81,13 @@ class LlamaSentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Join pieces to text; byte pieces become the characters they spell."""
-        text: str = self.sp_model.decode_pieces([token for token in tokens if token not in self.all_special_tokens])
-        return text
+        special = set(self.all_special_tokens)
+        parts: list[str] = []
+        pieces: list[str] = []
+        for token in [*tokens, None]:
+            if token is None or token in special:
+                parts += [self.sp_model.decode_pieces(pieces), token or ""]
+                pieces = []
+            else:
+                pieces.append(token)
+        return "".join(parts)

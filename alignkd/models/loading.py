@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from alignkd.models.images import ImagePreprocessor
 from alignkd.models.llama_tokenizer import LlamaSentencePieceTokenizer
 from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
-from alignkd.models.official_layout import copy_tokenizer, read_official, write_official
+from alignkd.models.official_layout import build_model, copy_tokenizer, read_official, write_official
+from alignkd.models.state_files import read_json, read_state
 from alignkd.models.vlm import Vlm
 
 
@@ -33,10 +34,7 @@ def load_vlm(
     if kind == "mobilevlm":
         model, images = read_official(folder, config, dtype, vision_tower)
     elif kind == MobileVlmConfig.model_type:
-        model = MobileVlm.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        images = ImagePreprocessor(
-            json.loads((folder / "preprocessor_config.json").read_text()), model.config.image_aspect_ratio
-        )
+        model, images = _read_own(folder, dtype)
     else:
         raise ValueError(
             f"{folder}/config.json: model_type is {kind!r}; known are 'mobilevlm' (the official MobileVLM V2 folders)"
@@ -49,6 +47,17 @@ def load_vlm(
         )
     model.eval().to(device)
     return Vlm(model, tokenizer, images, folder, official_config=config if kind == "mobilevlm" else None)
+
+
+def _read_own(folder: Path, dtype: torch.dtype) -> tuple[MobileVlm, ImagePreprocessor]:
+    config = MobileVlmConfig.from_pretrained(folder, local_files_only=True)
+    state = read_state(folder)
+    if config.tie_word_embeddings and "model.language_model.embed_tokens.weight" in state:
+        state.setdefault("lm_head.weight", state["model.language_model.embed_tokens.weight"])
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no preprocessor_config.json; save it again with alignkd, or copy it there")
+    return build_model(folder, config, state, dtype), ImagePreprocessor(read_json(path), config.image_aspect_ratio)
 
 
 def save_vlm(vlm: Vlm, folder: str | Path, *, official: bool = False) -> None:
@@ -78,13 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a checkpoint: it holds no config.json")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, expected an object")
-    return config
+    return read_json(path)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -26,7 +26,6 @@ _TO_OFFICIAL = (
     (r"^model\.language_model\.", "model."),
 )
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-_SELECT = {"patch": "default", "cls_patch": "full"}
 
 
 def _rename(state: dict[str, torch.Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
@@ -60,8 +59,10 @@ def read_official(
     if not any(name.startswith("model.vision_tower.") for name in state):
         state.update(_tower_state(folder, str(tower_name), tower_folder))
     if config.text_config.tie_word_embeddings:
-        state.setdefault("lm_head.weight", state["model.language_model.embed_tokens.weight"])
-    model = _build(folder, config, state, dtype)
+        embeddings = state.get("model.language_model.embed_tokens.weight")
+        if embeddings is not None:
+            state.setdefault("lm_head.weight", embeddings)
+    model = build_model(folder, config, state, dtype)
     settings = image_settings(folder, tower_folder, int(config.vision_config.image_size))
     return model, ImagePreprocessor(settings, config.image_aspect_ratio)
 
@@ -79,13 +80,13 @@ def _to_config(folder: Path, official: dict[str, Any], vision: Any) -> MobileVlm
     )
     text = {k: v for k, v in official.items() if not k.startswith(dropped) and k not in ("torch_dtype", "dtype")}
     feature = official.get("mm_vision_select_feature", "patch")
-    if feature not in _SELECT:
-        raise ValueError(f"{folder}/config.json: mm_vision_select_feature is {feature!r}; known are {', '.join(_SELECT)}")
+    if feature != "patch":
+        raise ValueError(f"{folder}/config.json: mm_vision_select_feature is {feature!r}; LDPv2 needs 'patch', a square")
     return MobileVlmConfig(
         vision_config=vision.to_dict(),
         text_config=LlamaConfig(**text).to_dict(),
         vision_feature_layer=int(official.get("mm_vision_select_layer", -2)),
-        vision_feature_select_strategy=_SELECT[feature],
+        vision_feature_select_strategy="default",
         projector_grid=int(official.get("mm_projector_grid", 12)),
         image_aspect_ratio=official.get("image_aspect_ratio") or "square",
         tie_word_embeddings=bool(official.get("tie_word_embeddings", False)),
@@ -100,7 +101,12 @@ def _tower_state(folder: Path, name: str, tower_folder: Path | None) -> dict[str
     return {f"model.vision_tower.{k}": v for k, v in (towers or state).items() if not _BUFFERS.search(k)}
 
 
-def _build(folder: Path, config: MobileVlmConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> MobileVlm:
+def build_model(folder: Path, config: MobileVlmConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> MobileVlm:
+    """A model with exactly these weights.
+
+    Raises:
+        ValueError: a tensor is missing, is not the model's, or has another shape.
+    """
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in MobileVlm(config).state_dict().items()}
     missing = sorted(set(expected) - set(state))
@@ -147,15 +153,17 @@ def write_official(
         "mm_hidden_size": model.config.vision_config.hidden_size,
         "mm_vision_tower": tower_name,
         "mm_vision_select_layer": model.config.vision_feature_layer,
-        "mm_vision_select_feature": {v: k for k, v in _SELECT.items()}[model.config.vision_feature_select_strategy],
+        "mm_vision_select_feature": "patch",
         "image_aspect_ratio": model.config.image_aspect_ratio,
         "vision_tower_type": "clip",
         "use_mm_proj": True,
         "tie_word_embeddings": bool(model.config.tie_word_embeddings),
         "torch_dtype": str(model.dtype).removeprefix("torch."),
     }
-    if official.get("rope_scaling") is None:
-        official["rope_scaling"] = None
+    rope = dict(model.config.text_config.rope_parameters)
+    rope.pop("rope_theta")
+    scaled = rope.get("rope_type", "default") != "default"
+    official["rope_scaling"] = {**rope, "type": rope["rope_type"]} if scaled else None
     (folder / "config.json").write_text(json.dumps(official, indent=2, sort_keys=True))
 
 

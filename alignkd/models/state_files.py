@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -18,17 +19,39 @@ def read_state(folder: Path) -> dict[str, torch.Tensor]:
     """
     for name in _INDEX:
         if (folder / name).is_file():
-            shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
             state: dict[str, torch.Tensor] = {}
-            for shard in shards:
-                if Path(shard).name != shard:
-                    raise ValueError(f"{folder / name} names the shard {shard!r}, which is not a plain file name")
+            for shard in _shards(folder / name):
                 state.update(_read_file(folder / shard))
             return state
     for name in _SINGLE:
         if (folder / name).is_file():
             return _read_file(folder / name)
     raise ValueError(f"{folder} holds no weights: expected one of {', '.join(_SINGLE + _INDEX)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ValueError: it cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not JSON that can be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _shards(index: Path) -> list[str]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index} has no weight_map of tensor names to file names; copy the whole folder again")
+    for name in names.values():
+        if Path(name).name != name:
+            raise ValueError(f"{index} names the shard {name!r}, which is not a plain file name")
+    return sorted(set(names.values()))
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
@@ -43,4 +66,6 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as tensors ({type(error).__name__}): {str(error)[:200]}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected tensors by name")
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
