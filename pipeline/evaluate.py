@@ -137,10 +137,12 @@ def answer(vlm: Vlm, questions: Sequence[Any], max_new_tokens: int) -> list[str]
         input_ids[i, longest - len(ids) :] = torch.from_numpy(ids)
         mask[i, longest - len(ids) :] = 1
     images = [q.images for q in questions if len(q.images)]
+    # A batch of text alone must not name pixel values at all: generation would send None through the tower.
+    pixels = {"pixel_values": torch.cat(images).to(vlm.device, vlm.model.dtype)} if images else {}
     output = vlm.model.generate(
         input_ids=input_ids.to(vlm.device),
         attention_mask=mask.to(vlm.device),
-        pixel_values=torch.cat(images).to(vlm.device, vlm.model.dtype) if images else None,
+        **pixels,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,

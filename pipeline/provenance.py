@@ -48,10 +48,18 @@ def peak_memory_bytes() -> int:
 
 
 def pick_device(name: str | None) -> str:
-    """The device asked for, or the GPU where there is one."""
-    if name is not None:
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device asked for, or the GPU where there is one.
+
+    Raises:
+        ValueError: it is not here.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name
 
 
 def parse_dtype(name: str) -> torch.dtype:

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_runs import SAMPLES, record, write_data
+
+from alignkd.pipeline import samples as samples_module
+from alignkd.pipeline.samples import DataError, SampleFile, parse_sample
+
+TEXTS = st.text(max_size=12)
+RECORDS = st.builds(
+    lambda name, question, answer, images, extra: {
+        **record(name, None, question.replace("<image>", "") + "<image>" * len(images), answer.replace("<image>", "")),
+        "image": images,
+        "extra": extra,
+    },
+    TEXTS,
+    TEXTS,
+    TEXTS,
+    st.lists(st.text(min_size=1, max_size=5), max_size=2),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | TEXTS,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+        max_leaves=6,
+    ),
+)
+
+
+def read(path):
+    file = SampleFile(path)
+    assert [file.key(i) for i in range(len(file))] == [file[i].key for i in range(len(file))]
+    return [file[i] for i in range(len(file))]
+
+
+def test_a_json_list_and_json_lines_give_the_same_samples_and_keys(tmp_path):
+    write_data(tmp_path / "a.json", SAMPLES)
+    (tmp_path / "b.json").write_text(json.dumps(SAMPLES, indent=3, ensure_ascii=False))
+    (tmp_path / "c.jsonl").write_text("\n\n".join(json.dumps(r, ensure_ascii=False) for r in SAMPLES) + "\n")
+    first = read(tmp_path / "a.json")
+    assert first == read(tmp_path / "b.json") == read(tmp_path / "c.jsonl")
+    assert [s.id for s in first] == [r["id"] for r in SAMPLES]
+    assert [len(s.images) for s in first] == [1, 1, 1, 1, 0, 2]
+
+
+@settings(max_examples=60)
+@given(
+    records=st.lists(RECORDS, min_size=1, max_size=4),
+    chunk=st.integers(8, 64),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+    bom=st.booleans(),
+)
+def test_any_text_and_nesting_is_read_whole_over_any_chunk_border(tmp_path_factory, records, chunk, indent, ascii_only, bom):
+    path = tmp_path_factory.mktemp("chunks") / "data.json"
+    mark = b"\xef\xbb\xbf" if bom else b""
+    expected = [parse_sample(r, "") for r in records]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples_module, "_CHUNK", chunk)
+        path.write_bytes(mark + json.dumps(records, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))
+        assert read(path) == expected
+        lines = "\n".join(json.dumps(r, ensure_ascii=ascii_only) for r in records)
+        path.write_bytes(mark + lines.encode("utf-8", "surrogatepass"))
+        assert read(path) == expected
+
+
+def test_one_object_much_larger_than_a_chunk_is_one_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples_module, "_CHUNK", 1000)
+    big = record("big", None, 'é{["\\' * 5000, "yes")
+    small = record("small", None, "why", "so")
+    assert [s.id for s in read(write_data(tmp_path / "d.json", [small, big, small]))] == ["small", "big", "small"]
+    assert read(tmp_path / "d.json")[1].turns[0][1] == 'é{["\\' * 5000
+
+
+def test_an_object_without_end_is_refused_and_not_collected_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples_module, "_CHUNK", 100)
+    monkeypatch.setattr(samples_module, "_LARGEST_SAMPLE", 1000)
+    path = tmp_path / "d.json"
+    path.write_text('[{"id": "' + "x" * 5000)
+    with pytest.raises(DataError, match="not JSON from byte 1 on"):
+        SampleFile(path)
+
+
+def test_the_key_is_made_of_id_images_and_turns_alone():
+    base = record("a", "x.png", "<image>why", "so")
+    key = parse_sample(base, "").key
+    assert parse_sample({"other": 1, "model": "b", **dict(reversed(base.items()))}, "").key == key
+    assert parse_sample({**base, "image": ["x.png"]}, "").key == key
+    turns = base["conversations"]
+    others = [
+        {**base, "id": "b"},
+        {**base, "image": "y.png"},
+        {**base, "conversations": turns[:1]},
+        {**base, "conversations": [turns[0], {**turns[1], "value": "so."}]},
+        {**base, "conversations": [turns[0], {**turns[1], "from": "human"}]},
+    ]
+    assert len({key, *(parse_sample(other, "").key for other in others)}) == 6
+
+
+def test_an_id_may_be_a_number():
+    assert parse_sample(record(7, None, "a", "b"), "").id == "7"
+
+
+GOOD = json.dumps(record("good", None, "a", "b"))
+
+
+def _list(text: str) -> str:
+    return f"[{GOOD}, {text}]"
+
+
+MALFORMED = {
+    "text": ("hello", ["begins with b'h'", "JSON list or JSON lines"]),
+    "empty file": ("", ["expected a JSON list or JSON lines"]),
+    "empty list": ("[]", ["holds no samples"]),
+    "object at the top": ('{"data": []}', ["record 0", "'conversations' is None", "expected a list"]),
+    "list cut short": (_list(GOOD)[:-9], ["not JSON from byte", "cut short"]),
+    "list without its end": (_list(GOOD)[:-1], ["not JSON from byte", "cut short"]),
+    "broken object in a list": (_list('{"id": nope}'), ["not JSON from byte", str(len(GOOD) + 3)]),
+    "line cut short": (f"{GOOD}\n{GOOD[:-9]}", ["record 1", "not JSON"]),
+    "number in a list": (_list("3"), ["record 1", "found a int", "expected an object"]),
+    "no conversations": (_list('{"id": "q"}'), ["record 1", "id 'q'", "'conversations' is None", "expected a list of turns"]),
+    "empty conversations": (_list('{"id": "q", "conversations": []}'), ["record 1", "expected a list of turns"]),
+    "wrong speaker": (_list(GOOD.replace("gpt", "user")), ["record 1", "'user'", "'from': 'human' or 'gpt'"]),
+    "value no text": (_list(GOOD.replace('"b"', "5")), ["record 1", "5", "'value': text"]),
+    "more tags": (_list(json.dumps(record("q", None, "<image>", "b"))), ["record 1", "1 <image>", "0 images"]),
+    "more images": (_list(json.dumps(record("q", ["x", "y"], "<image>", "b"))), ["record 1", "1 <image>", "2 images"]),
+    "image no path": (_list(json.dumps(record("q", 5, "<image>", "b"))), ["record 1", "'image' is 5", "a path or a list"]),
+    "image no name": (_list(json.dumps(record("q", "", "<image>", "b"))), ["record 1", "'image' is ''", "a path or a list"]),
+    "utf-16": (None, ["expected a JSON list or JSON lines"]),
+    "bytes that are no utf-8": (b"[" + GOOD.encode().replace(b'"a"', b'"\xff\xfe"') + b"]", ["record 0", "not JSON"]),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_file_is_refused_with_file_record_and_what_was_expected(tmp_path, name):
+    text, parts = MALFORMED[name]
+    path = tmp_path / "broken.json"
+    path.write_bytes(text if isinstance(text, bytes) else GOOD.encode("utf-16") if text is None else text.encode())
+    with pytest.raises(DataError) as error:
+        SampleFile(path)
+    for part in ["broken.json", *parts]:
+        assert part in str(error.value)
+
+
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match=r"nothing\.json: No such file"):
+        SampleFile(tmp_path / "nothing.json")
+    with pytest.raises(DataError, match="directory"):
+        SampleFile(tmp_path)
+
+
+def test_unique_keeps_the_first_of_identical_samples_in_file_order(tmp_path):
+    a, b, c = (record(name, None, "a", "b") for name in "abc")
+    file = SampleFile(write_data(tmp_path / "d.json", [b, a, b, {**a, "more": 1}, c, b]))
+    assert file.unique().tolist() == [0, 1, 4]
+
+
+def test_a_sample_file_crosses_processes_with_and_without_an_open_file(tmp_path):
+    file = SampleFile(write_data(tmp_path / "d.json", SAMPLES))
+    fresh = pickle.loads(pickle.dumps(file))
+    assert file[2] == fresh[2]
+    assert pickle.loads(pickle.dumps(file))[5] == fresh[5]
