@@ -39,9 +39,8 @@ def train_tokenizer(questions: list[Question], folder: Path) -> Path:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_prefix=str(folder / "tokenizer"),
-        model_type="unigram",
-        vocab_size=400,
-        hard_vocab_limit=False,
+        model_type="bpe",
+        vocab_size=480,
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
