@@ -145,10 +145,11 @@ def _v1_text(turns: Turns) -> str:
 
 def _encode_v1(turns: Turns, tokenizer: Any, has_image: bool, max_length: int) -> tuple[list[int], list[int]]:
     def tokenize(text: str) -> Sequence[int]:
-        return tokenize_with_images(text, tokenizer) if has_image else _ids(text, tokenizer)[:max_length]
+        return tokenize_with_images(text, tokenizer) if has_image else _ids(text, tokenizer)
 
     text = _v1_text(turns)
-    ids = list(tokenize(text))
+    # Without an image the reference lets the tokenizer cut the whole text, but not the rounds it counts with.
+    ids = list(tokenize(text) if has_image else tokenize(text)[:max_length])
     labels = list(ids)
     position = 1
     labels[:position] = [IGNORE] * min(position, len(labels))

@@ -23,7 +23,7 @@ from alignkd.capture import enable_capture
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_figures import status_figures
-from alignkd.pipeline.interrupt import stop_on_signals
+from alignkd.pipeline.interrupt import StopFlag, stop_on_signals
 from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Prepared, Preparer, SampleError
 from alignkd.pipeline.progress import bar
 from alignkd.pipeline.provenance import parse_dtype, peak_memory_bytes, pick_device, write_run
@@ -173,6 +173,11 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
         ValueError: bad input, a cache of other settings, or too many rejected samples.
         Interrupted: a signal came; what is committed stays.
     """
+    with stop_on_signals() as stop:
+        return _cache_teacher(config, stop)
+
+
+def _cache_teacher(config: CacheTeacherConfig, stop: StopFlag) -> dict[str, Any]:
     stage = StageOne.open(config)
     keys = stage.samples.keys[stage.order]
     meta = {"data_file": Path(config.data).name, "records": len(stage.samples)}
@@ -185,7 +190,8 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
         rejects.add(sample.sample_id or sample.key, sample.reason)
     done = before.samples_done + before.samples_rejected
     started, new_samples = time.perf_counter(), 0
-    with stop_on_signals() as stop, bar("cache-teacher", before.samples, "samples", done=done) as progress:
+    stop.check()
+    with bar("cache-teacher", before.samples, "samples", done=done) as progress:
         for shard in store.pending():
             shard_started = time.perf_counter()
             indices = stage.order[shard * config.shard_samples : (shard + 1) * config.shard_samples]

@@ -19,7 +19,7 @@ from alignkd.models.loading import load_vlm, save_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective, TeacherShape
 from alignkd.pipeline.features import cache_tower_features
-from alignkd.pipeline.interrupt import Interrupted, stop_on_signals
+from alignkd.pipeline.interrupt import Interrupted, StopFlag, stop_on_signals
 from alignkd.pipeline.loader import TrainingSet
 from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer
 from alignkd.pipeline.progress import bar
@@ -117,6 +117,11 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         ValueError: bad input, or a cache that does not fit.
         Interrupted: a signal came; a checkpoint was written.
     """
+    with stop_on_signals() as stop:
+        return _distill(config, stop)
+
+
+def _distill(config: DistillConfig, stop: StopFlag) -> dict[str, Any]:
     out = Path(config.out)
     _check_out(out, config.resume)
     reader = _open_cache(config)
@@ -137,11 +142,18 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     if config.gradient_checkpointing:
         objective.recompute_activations()
     resolved = asdict(config) | {"template": template, "max_length": max_length, "recipe": describe(config.recipe)}
-    resolved |= {"samples": len(data), "cache_fingerprint": reader.fingerprint if reader else None}
+    resolved |= {
+        "samples": len(data),
+        "data_keys": data.fingerprint(),
+        "cache_fingerprint": reader.fingerprint if reader else None,
+    }
+    if config.resume:
+        _check_same_run(out / "run.json", resolved)
     write_run(out / "run.json", "distill", resolved)
     if config.cache_tower_features:
         cache_tower_features(student, data, limit_bytes=config.feature_bytes)
-    figures = _train(config, objective, data, out)
+    stop.check()
+    figures = _train(config, objective, data, out, stop)
     student.model.eval()
     save_vlm(student, out / "student")
     save_vlm(student, out / "student-official", official=True)
@@ -153,6 +165,32 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 def _check_out(out: Path, resume: bool) -> None:
     if not resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"--out {out} already holds a run; go on with --resume, or choose another folder")
+
+
+_MAY_CHANGE = ("resume", "device", "workers", "save_steps", "log_steps", "max_rejected", "out", "images", "data", "cache")
+"""What a resumed run may be given anew: nothing that changes what is learned. Data and cache are compared by content."""
+
+
+def _check_same_run(path: Path, resolved: dict[str, Any]) -> None:
+    """Refuse to go on with a run of other settings.
+
+    Raises:
+        ValueError: names each setting that differs, with both values.
+    """
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text())["configuration"]
+    now = json.loads(json.dumps(resolved, default=str))
+    differing = [
+        f"{name}: {before.get(name)!r} before, {value!r} now"
+        for name, value in now.items()
+        if name not in _MAY_CHANGE and before.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"--resume: {path.parent} was run with other settings: {'; '.join(differing)}. Resume with the same ones, or"
+            " choose another --out"
+        )
 
 
 def _open_cache(config: DistillConfig) -> CacheReader | None:
@@ -179,13 +217,13 @@ def _settle(student: Vlm, reader: CacheReader | None, config: DistillConfig) -> 
     return template, max_length, TeacherShape(heads, found["teacher"]["width"])
 
 
-def _train(config: DistillConfig, objective: Objective, data: TrainingSet, out: Path) -> dict[str, Any]:
+def _train(config: DistillConfig, objective: Objective, data: TrainingSet, out: Path, stop: StopFlag) -> dict[str, Any]:
     arguments = _arguments(config, out)
     metrics_checkpoint = MetricsCheckpoint()
     steps = _total_steps(config, len(data), arguments.world_size)
     checkpoint = _last_checkpoint(out / "checkpoints") if config.resume else None
     done = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
-    with stop_on_signals() as stop, bar(f"distill {config.recipe.name}", steps, "steps", done=done) as progress:
+    with bar(f"distill {config.recipe.name}", steps, "steps", done=done) as progress:
         trainer = DistillTrainer(
             objective,
             arguments,

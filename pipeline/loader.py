@@ -1,5 +1,6 @@
 """Feed stage two: samples and the rows that belong to them, checked against each other one by one."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,7 @@ class Failure:
     ``fatal``: a misaligned row, which must end the run; otherwise the sample is left out and counted.
     """
 
+    key: str
     sample_id: str
     reason: str
     fatal: bool
@@ -95,6 +97,10 @@ class TrainingSet(Dataset["Item | Failure"]):
                 raise ValueError(f"sample {name!r} has no row in the cache. {self._missing(key)}")
         return np.asarray(kept, dtype=np.int64)
 
+    def fingerprint(self) -> str:
+        """Digest of the samples and their order in the file."""
+        return hashlib.sha256(self.samples.keys[self.indices].tobytes()).hexdigest()
+
     def _missing(self, key: str) -> str:
         assert self.reader is not None
         try:
@@ -129,9 +135,9 @@ class TrainingSet(Dataset["Item | Failure"]):
             row = self.reader.row(sample.key)
             check_row(sample, prepared, row, self.vision_tokens_per_image)
         except SampleError as error:
-            return Failure(sample.id or sample.key, str(error), fatal=False)
+            return Failure(sample.key, sample.id or sample.key, str(error), fatal=False)
         except (MisalignedRow, CorruptShard) as error:
-            return Failure(sample.id or sample.key, str(error), fatal=True)
+            return Failure(sample.key, sample.id or sample.key, str(error), fatal=True)
         return Item(prepared.input, {name: row.values[name] for name in self.fields})
 
     def collate(self, items: Sequence[Item | Failure]) -> dict[str, Any]:

@@ -14,13 +14,18 @@ class Rejects:
     limit: int
     reasons: dict[str, str] = field(default_factory=dict)
     count: int = 0
+    _seen: set[str] = field(default_factory=set)
 
-    def add(self, sample_id: str, reason: str) -> None:
-        """Note one.
+    def add(self, sample_id: str, reason: str, *, key: str | None = None) -> None:
+        """Note one; a sample of a ``key`` that was noted before (in an earlier epoch) is not counted again.
 
         Raises:
             TooManyRejected: the limit is passed; names the first few.
         """
+        if key is not None:
+            if key in self._seen:
+                return
+            self._seen.add(key)
         self.count += 1
         self.reasons.setdefault(sample_id, reason)
         if self.count > self.limit:

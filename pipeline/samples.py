@@ -57,7 +57,7 @@ def parse_sample(record: Any, where: str) -> Sample:
     tags = sum(text.count(IMAGE_TAG) for _, text in turns)
     if tags != len(images):
         raise DataError(f"{where}: {tags} {IMAGE_TAG} in the text but {len(images)} images; they must be as many")
-    sample_id = str(record.get("id", ""))
+    sample_id = "" if record.get("id") is None else str(record["id"])
     content = json.dumps([sample_id, images, turns], ensure_ascii=False, separators=(",", ":"))
     key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
     return Sample(sample_id, tuple(images), tuple(turns), key)

@@ -60,10 +60,9 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         for failure in inputs["failures"]:
             if failure.fatal:
                 raise MisalignedRow(failure.reason)
-            self.data.rejects.add(failure.sample_id, failure.reason)
+            self.data.rejects.add(failure.sample_id, failure.reason, key=failure.key)
         if inputs["batch"] is None:
-            first = inputs["failures"][0]
-            raise ValueError(f"no sample of a whole batch can be used. First: {first.sample_id}: {first.reason}")
+            return {"batch": None, "targets": None}
         return {name: inputs[name].to(self.args.device) for name in ("batch", "targets")}
 
     def compute_loss(
@@ -74,6 +73,9 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The weighted sum of terms; each term is kept on the device until the next log line."""
+        if inputs["batch"] is None:  # every sample of it was rejected: the step is made without a gradient
+            nothing = next(p for p in model.parameters() if p.requires_grad).sum() * 0.0
+            return (nothing, {}) if return_outputs else nothing
         outputs = model(**inputs)
         self.metrics.add(outputs, inputs["batch"])
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
@@ -140,7 +142,7 @@ class _Metrics:
     def line(self, logs: dict[str, float], state: TrainerState) -> dict[str, float]:
         """The log line with every term, unweighted and weighted; also appended to the file."""
         weights = term_weights(self.objective.recipe)
-        terms = {name: float(value) / self._batches for name, value in self._sums.items()}
+        terms = {name: float(value) / max(self._batches, 1) for name, value in self._sums.items()}
         self._sums, self._batches = {}, 0
         totals = self.state_dict()
         line = {
