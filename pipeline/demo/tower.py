@@ -32,9 +32,9 @@ class TowerTraining:
     hidden_size: int = 128
     layers: int = 3
     heads: int = 4
-    intermediate_size: int = 512
+    intermediate_size: int = 256
     patch_size: int = 8
-    epochs: int = 20
+    epochs: int = 30
     batch_size: int = 128
     learning_rate: float = 1e-3
 
@@ -48,7 +48,7 @@ def tower_config(training: TowerTraining) -> CLIPVisionConfig:
         num_attention_heads=training.heads,
         image_size=64,
         patch_size=training.patch_size,
-        hidden_act="quick_gelu",
+        hidden_act="gelu",
         projection_dim=training.hidden_size,
     )
 
