@@ -63,8 +63,9 @@ def oracle_v1(turns, tokenizer, has_image, max_length):
         text += "USER:" if who == "human" else "ASSISTANT:"
         if said:
             text += " " + said + (" " if who == "human" else "</s>")
-    count = (lambda t: oracle_ids(t, tokenizer)) if has_image else (lambda t: tokenizer(t).input_ids[:max_length])
-    ids = count(text)
+    count = (lambda t: oracle_ids(t, tokenizer)) if has_image else (lambda t: tokenizer(t).input_ids)
+    # Without an image the tokenizer cuts the whole text, but no round.
+    ids = count(text) if has_image else count(text)[:max_length]
     supervised = [False] * len(ids)
     place = 1
     for part in text.split("</s>"):
