@@ -12,6 +12,7 @@ import torch
 
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.features import tower_features
 from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer, SampleError, check_text
 from alignkd.pipeline.progress import bar
 from alignkd.pipeline.provenance import parse_dtype, pick_device, write_run
@@ -56,6 +57,7 @@ class _Question:
     sample: Sample
     input_ids: np.ndarray
     images: torch.Tensor
+    """Tower features ``[n, P, C]``."""
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -86,7 +88,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     with bar("evaluate", len(samples), "samples") as progress:
         for start in range(0, len(samples), config.batch_size):
             indices = range(start, min(start + config.batch_size, len(samples)))
-            questions = _questions(samples, indices, preparer, rejects)
+            questions = _questions(vlm, [samples[i] for i in indices], preparer, rejects)
             if questions:
                 predictions = answer(vlm, questions, config.max_new_tokens)
                 lines += [_line(q.sample, p, METRICS[config.metric]) for q, p in zip(questions, predictions, strict=True)]
@@ -107,10 +109,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _questions(samples: SampleFile, indices: Sequence[int], preparer: Preparer, rejects: Rejects) -> list[_Question]:
+def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects: Rejects) -> list[_Question]:
+    # Benchmarks ask many questions about one image: the tower sees it once a batch, not once a question.
+    preparer.features = {}
+    preparer.features = tower_features(vlm, preparer, list(dict.fromkeys(ref for s in samples for ref in s.images)))
     questions = []
-    for index in indices:
-        sample = samples[index]
+    for sample in samples:
         try:
             check_text(sample)
             ids = encode_question(
@@ -126,7 +130,8 @@ def _questions(samples: SampleFile, indices: Sequence[int], preparer: Preparer, 
 
 @torch.inference_mode()
 def answer(vlm: Vlm, questions: Sequence[Any], max_new_tokens: int) -> list[str]:
-    """Greedy answers of a batch; each question has ``input_ids`` (one placeholder an image) and ``images``."""
+    """Greedy answers of a batch; each question has ``input_ids`` (one placeholder an image) and
+    ``images`` (pixel values or tower features)."""
     expanded = [
         np.repeat(q.input_ids, np.where(q.input_ids == vlm.image_token_id, vlm.vision_tokens_per_image, 1)) for q in questions
     ]

@@ -4,19 +4,19 @@ They are what the tower would give in every epoch. Worth it where the tower is a
 few: it takes images x patches x tower width numbers.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
 
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.loader import TrainingSet
-from alignkd.pipeline.prepare import SampleError
+from alignkd.pipeline.prepare import Preparer, SampleError
 from alignkd.pipeline.progress import bar
 
 _BATCH = 64
 
 
-@torch.no_grad()
 def cache_tower_features(vlm: Vlm, data: TrainingSet, *, limit_bytes: int) -> None:
     """Fill ``data.preparer.features``; its samples then carry features ``[n, P, C]`` instead of pixel values.
 
@@ -32,19 +32,28 @@ def cache_tower_features(vlm: Vlm, data: TrainingSet, *, limit_bytes: int) -> No
             f"--cache-tower-features needs {needed / 2**30:.1f} GiB for {len(references):,} images, more than the"
             f" {limit_bytes / 2**30:.1f} GiB allowed; leave it out"
         )
-    features = {}
     with bar("tower features", len(references), "images") as progress:
         for start in range(0, len(references), _BATCH):
             chunk = references[start : start + _BATCH]
-            loaded = {}
-            for reference in chunk:
-                # An unreadable image is left to the sample that uses it, which is then named and counted.
-                with suppress(SampleError):
-                    loaded[reference] = data.preparer.load_images((reference,))
-            if loaded:
-                pixels = torch.cat([images for images, _ in loaded.values()]).to(vlm.device)
-                encoded = vlm.model.model.encode_images(pixels).cpu()
-                for (reference, (_, digest)), values in zip(loaded.items(), encoded, strict=True):
-                    features[reference] = (digest, values.clone())
+            data.preparer.features |= tower_features(vlm, data.preparer, chunk)
             progress.advance(len(chunk))
-    data.preparer.features = features
+
+
+@torch.no_grad()
+def tower_features(vlm: Vlm, preparer: Preparer, references: Sequence[str]) -> dict[str, tuple[str, torch.Tensor]]:
+    """Features ``[P, C]`` of images by reference, each with its file's SHA-256.
+
+    An unreadable image is absent: the sample that uses it is then named and counted.
+    """
+    features = {}
+    for start in range(0, len(references), _BATCH):
+        loaded = {}
+        for reference in references[start : start + _BATCH]:
+            with suppress(SampleError):
+                loaded[reference] = preparer.load_images((reference,))
+        if loaded:
+            pixels = torch.cat([images for images, _ in loaded.values()]).to(vlm.device)
+            encoded = vlm.model.model.encode_images(pixels).cpu()
+            for (reference, (_, digest)), values in zip(loaded.items(), encoded, strict=True):
+                features[reference] = (digest, values.clone())
+    return features

@@ -66,8 +66,12 @@ class MobileVlmModel(LlavaModel):  # type: ignore[misc]
         return tokens
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """LLaVA's entry point: the vision tokens as ``pooler_output``, a list of ``[V, D]``, one an image."""
-        vision_tokens_NVD = self.project(self.encode_images(pixel_values))
+        """LLaVA's entry point: the vision tokens as ``pooler_output``, a list of ``[V, D]``, one an image.
+
+        ``pixel_values`` are ``[N, 3, h, w]`` or, where the frozen tower already ran, its features ``[N, P, C]``.
+        """
+        features_NPC = pixel_values if pixel_values.dim() == 3 else self.encode_images(pixel_values)
+        vision_tokens_NVD = self.project(features_NPC)
         return BaseModelOutputWithPooling(last_hidden_state=None, pooler_output=list(vision_tokens_NVD))
 
     def decode(
