@@ -16,6 +16,9 @@ RESUMABLE = 75
 _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 _TEMPLATES = click.Choice(["plain", "v1"])
 _CODECS = click.Choice(["float16", "int8-rows", "exact"])
+_FORMATS = click.Choice(["zarr", "webdataset"])
+# zarr 3, which the zarr format is, begins with Python 3.11.
+_DEFAULT_FORMAT = "zarr" if sys.version_info >= (3, 11) else "webdataset"
 
 
 class BadInput(click.ClickException):
@@ -125,10 +128,10 @@ def _size(count: float) -> str:
 @main.command("cache-teacher")
 @click.option("--teacher", required=True, help="Folder of the teacher's checkpoint.")
 @_data
-@click.option("--cache", required=True, help="Where the cache is written.")
+@click.option("--cache", required=True, help="Where the cache is written: a folder, or a URL such as s3://bucket/cache.")
 @_template
 @click.option("--max-length", default=2048, help="Token ids a sample may have (an image counts as one); longer ones are cut.")
-@click.option("--format", "shard_format", type=click.Choice(["zarr"]), default="zarr", help="Shard format.")
+@click.option("--format", "shard_format", type=_FORMATS, default=_DEFAULT_FORMAT, help="Shard format.")
 @click.option("--targets", default="attention,vision,logits", help="Comma-separated targets to cache.")
 @click.option(
     "--attention", type=click.Choice(["per-head", "mean"]), default="per-head", help="Keep every head, or their mean."
@@ -142,39 +145,58 @@ def _size(count: float) -> str:
 @click.option("--dtype", type=_DTYPES, default="float32", help="Dtype of the teacher.")
 @_max_rejected
 @_machine
+@click.option("--rank", type=click.IntRange(min=0), help="This worker. [default: from torchrun, SLURM or Kubernetes, else 0]")
+@click.option("--world-size", type=click.IntRange(min=1), help="Number of workers. [default: likewise, else 1]")
+@click.option("--steal", is_flag=True, help="When its own shards are done, take those that other workers have not done yet.")
+@click.option("--host-threads", type=click.IntRange(min=1), default=4, help="Threads that read images ahead of the teacher.")
+@click.option("--engine", type=click.Choice(["process", "ray"]), default="process", help="Who hands out the shards.")
+@click.option("--ray-workers", type=click.IntRange(min=1), help="Ray actors, each with a teacher. [default: one a GPU, or one]")
+@click.option("--ray-address", help="Of a running Ray cluster. [default: the one Ray finds, or a local one]")
 @click.option("--dry-run", "only_estimate", is_flag=True, help="Plan, size and time from a few real samples; write nothing.")
 @_json
 def cache_teacher_command(
-    shard_format: str,
     targets: str,
     attention: str,
     top_k: int,
     temperature: float,
     attention_codec: str,
     vision_codec: str,
+    engine: str,
+    ray_workers: int | None,
+    ray_address: str | None,
     only_estimate: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Stage one: run the teacher once and write its targets.
 
-    Running it again goes on where it stopped.
+    Running it again goes on where it stopped. Any number of workers may write one cache: see docs/cluster.md.
 
     \b
     Example:
       alignkd cache-teacher --teacher MobileVLM_V2-7B --data train.json --images images --cache cache --dtype bfloat16
     """
-    from alignkd.pipeline.cache_teacher import CacheTeacherConfig, cache_teacher, dry_run
+    from alignkd.pipeline.stage_one import CacheTeacherConfig
     from alignkd.pipeline.targets_io import TARGETS, TargetSettings
 
-    assert shard_format == "zarr"
     chosen = tuple(name.strip() for name in targets.split(",") if name.strip())
     unknown = [name for name in chosen if name not in TARGETS]
     if unknown or not chosen:
         raise BadInput(f"--targets {targets}: known are {', '.join(TARGETS)}")
     settings = TargetSettings(chosen, attention, top_k, temperature, attention_codec, vision_codec)
     config = CacheTeacherConfig(settings=settings, **options)
-    _print(dry_run(config) if only_estimate else cache_teacher(config), as_json)
+    if only_estimate:
+        from alignkd.pipeline.dry_run import dry_run
+
+        _print(dry_run(config), as_json)
+    elif engine == "ray":
+        from alignkd.pipeline.ray_engine import cache_teacher_on_ray
+
+        _print(cache_teacher_on_ray(config, workers=ray_workers, address=ray_address), as_json)
+    else:
+        from alignkd.pipeline.cache_teacher import cache_teacher
+
+        _print(cache_teacher(config), as_json)
 
 
 @main.group()
@@ -184,18 +206,25 @@ def cache() -> None:
 
 @cache.command("status")
 @click.argument("url")
+@click.option(
+    "--rejected", "rejected_file", type=click.Path(), help="Write every rejected sample and its reason to a JSONL file."
+)
 @_json
-def cache_status(url: str, as_json: bool) -> None:
-    """Progress: shards and samples done and left, bytes by field, rate, rejected samples.
+def cache_status(url: str, rejected_file: str | None, as_json: bool) -> None:
+    """Progress: shards and samples done and left, bytes by field, rate, time left, rejected samples. It may be running.
 
     \b
     Example:
-      alignkd cache status cache
+      alignkd cache status cache --rejected rejected.jsonl
     """
     from alignkd.cache_store.store import open_store
     from alignkd.pipeline.cache_figures import status_figures
 
-    _print(status_figures(open_store(url)), as_json)
+    figures = status_figures(open_store(url))
+    if rejected_file is not None:
+        with open(rejected_file, "w") as file:
+            file.writelines(json.dumps(sample) + "\n" for sample in figures["rejected"])
+    _print(figures, as_json)
 
 
 @cache.command("verify")
@@ -212,9 +241,9 @@ def cache_verify(url: str, quick: bool, as_json: bool) -> None:
     Example:
       alignkd cache verify cache
     """
-    from alignkd.cache_store.verify import verify
+    from alignkd.pipeline.audit import verify_with_progress
 
-    report = verify(url, quick=quick)
+    report = verify_with_progress(url, quick=quick)
     figures = dataclasses.asdict(report) | {"incomplete": report.incomplete}
     if as_json:
         click.echo(json.dumps(figures))
@@ -225,6 +254,53 @@ def cache_verify(url: str, quick: bool, as_json: bool) -> None:
         click.echo(f"content sha256: {report.content_sha256 or '(not computed: --quick)'}")
     if report.problems:
         sys.exit(2)
+
+
+@cache.command("repair")
+@click.argument("url")
+@click.option(
+    "--min-age",
+    type=click.FloatRange(min=0),
+    default=3600.0,
+    help="Seconds; younger strays stay, as a running worker may be about to commit them.",
+)
+@_json
+def cache_repair(url: str, min_age: float, as_json: bool) -> None:
+    """Drop everything that verify finds wrong, and sweep what crashes left; cache-teacher then rebuilds what is missing.
+
+    \b
+    Example:
+      alignkd cache repair cache
+    """
+    from alignkd.cache_store.repair import repair
+
+    report = repair(url, min_age_s=min_age)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report)))
+        return
+    for problem in report.problems:
+        click.echo(f"problem: {problem}")
+    for name in report.removed:
+        click.echo(f"removed: {name}")
+    click.echo(f"shards to do: {report.shards_to_do}" + ("; run alignkd cache-teacher again" if report.shards_to_do else ""))
+
+
+@cache.command("convert")
+@click.argument("source")
+@click.argument("target")
+@click.option("--format", "shard_format", type=_FORMATS, help="Format of the target. [default: the one the source is not]")
+@_json
+def cache_convert(source: str, target: str, shard_format: str | None, as_json: bool) -> None:
+    """Copy a cache into the other shard format; the content sha256 stays the same. Resumes where it stopped.
+
+    \b
+    Example:
+      alignkd cache convert cache s3://bucket/cache
+    """
+    from alignkd.pipeline.audit import convert_with_progress
+    from alignkd.pipeline.cache_figures import status_figures
+
+    _print(status_figures(convert_with_progress(source, target, shard_format)), as_json)
 
 
 @cache.command("inspect")
@@ -246,7 +322,7 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
     if sample_id is None:
         if save or plot:
             raise BadInput("--save and --plot need --id: they are about one row")
-        specification = json.loads(reader.spec.to_json())
+        specification = {"shard_format": reader.shard_format, **reader.spec.to_dict()}
         click.echo(json.dumps(specification, indent=None if as_json else 2))
         return
     import numpy as np

@@ -1,10 +1,11 @@
-"""What exists: the only place that renames, fsyncs or writes a commit record.
+"""What exists: the names of objects, and the only place that writes a commit record.
 
-1. The shard's bytes go to ``shards/000012-HASH.zarr.zip``. The name holds a hash of the bytes, so two workers that
+1. The shard's bytes go to ``shards/000012-HASH.SUFFIX``. The name holds a hash of the bytes, so two workers that
    write the same shard never write over each other.
-2. The record goes to ``commits/000012.json``, last, with the checksum of the shard and one of its own.
+2. The record goes to ``commits/000012.json``, last, with the checksum of the shard and one of its own. The first
+   record of a shard stays; a second is discarded.
 
-Each is written to a temporary name, fsynced, renamed, and its folder fsynced. What no record names does not exist.
+What no record names does not exist.
 """
 
 from __future__ import annotations
@@ -13,20 +14,16 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import secrets
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from alignkd.cache_store.row import Rejected, is_key
+from alignkd.cache_store.storage import TEMPORARY, Storage, read_all
 
 SHARDS = "shards"
 COMMITS = "commits"
-TEMPORARY = ".tmp-"
 
 _OBJECT = re.compile(rf"{SHARDS}/(\d{{6,}})-[0-9a-f]{{12}}(\.[a-z]+)+")
 _RECORD = re.compile(r"(\d{6,})\.json")
@@ -40,30 +37,30 @@ class CorruptRecord(ValueError):  # noqa: N818 - a name says what is the matter
 class CommitRecord:
     """One committed shard.
 
-    ``object`` is the shard's name relative to the cache, ``bytes`` and ``sha256`` are those of the whole object,
-    ``keys`` the key of each row in order. Per field: bytes in the object, and bytes of the decoded values.
-    ``seconds`` is the time that making the rows took, ``tokens`` the number of tokens that went in.
+    ``object`` is the shard's name relative to the cache; ``bytes``, ``crc32`` (fast: compared whenever the shard is
+    opened) and ``sha256`` (compared by an audit) are those of the whole object. Its
+    ``rows`` are the shard's planned samples but the ``rejected`` ones, in the order of the plan. Per field: bytes in
+    the object, and bytes of the decoded values. ``seconds`` is the time that making the rows took, ``tokens`` the
+    number of positions that went in, ``finished`` when (Unix time), ``worker`` by whom.
     """
 
     number: int
     object: str
     bytes: int
+    crc32: int
     sha256: str
-    keys: tuple[str, ...]
+    rows: int
     rejected: tuple[Rejected, ...] = ()
     bytes_by_field: Mapping[str, int] = field(default_factory=dict)
     decoded_bytes_by_field: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     tokens: int = 0
-
-    @property
-    def rows(self) -> int:
-        """Number of rows in the shard."""
-        return len(self.keys)
+    finished: float = 0.0
+    worker: str = ""
 
     def to_json(self) -> str:
         """One line of JSON, with its own checksum."""
-        content = {**dataclasses.asdict(self), "rows": self.rows}
+        content = dataclasses.asdict(self)
         return _canonical({**content, "record_sha256": _checksum(content)}) + "\n"
 
     @classmethod
@@ -71,23 +68,23 @@ class CommitRecord:
         """The record of ``to_json``; CorruptRecord where a single character differs."""
         try:
             content = json.loads(text)
-            checksum, rows = content.pop("record_sha256"), content["rows"]
-            if checksum != _checksum(content):
+            if content.pop("record_sha256") != _checksum(content):
                 raise CorruptRecord("its checksum does not match")
-            del content["rows"]
             rejected = tuple(Rejected(**entry) for entry in content.pop("rejected"))
-            record = cls(**{**content, "keys": tuple(content["keys"]), "rejected": rejected})
-            record._check(rows)
+            record = cls(**content, rejected=rejected)
+            record._check()
+            if record.to_json() != text:
+                raise CorruptRecord("it is not what it was written as")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorruptRecord(f"damaged commit record: {error}") from error
         return record
 
-    def _check(self, rows: int) -> None:
+    def _check(self) -> None:
         # The checksum tells damage, not malice: a name such as ../../x would have the reader open it.
         if shard_number(self.object) != self.number:
             raise CorruptRecord(f"shard {self.number} cannot be the object {self.object!r}")
-        if len(self.keys) != rows or not all(map(is_key, self.keys)):
-            raise CorruptRecord(f"expected {rows} keys, found {len(self.keys)} or some that are none")
+        if not all(is_key(sample.key) for sample in self.rejected):
+            raise CorruptRecord("a rejected sample has no key")
 
 
 def object_name(number: int, data: bytes, suffix: str) -> str:
@@ -101,112 +98,120 @@ def shard_number(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def record_path(root: Path, number: int) -> Path:
-    """Where the record of a shard is, or would be."""
-    return root / COMMITS / f"{number:06d}.json"
+def record_name(number: int) -> str:
+    """Where the record of a shard is, or would be, relative to the cache."""
+    return f"{COMMITS}/{number:06d}.json"
 
 
-def commit(root: Path, record: CommitRecord, data: bytes) -> None:
-    """Write a shard's bytes, then its record. A crash at any point leaves either both, or nothing that exists."""
+def commit(storage: Storage, record: CommitRecord, data: bytes) -> bool:
+    """Write a shard's bytes, then its record; False where another worker's record was there first.
+
+    A crash at any point leaves either both, or nothing that exists.
+    """
     assert (record.bytes, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    write_atomically(root / record.object, data)
-    write_atomically(record_path(root, record.number), record.to_json().encode())
+    fresh = _put(storage, record.object, data)
+    first = storage.write(record_name(record.number), record.to_json().encode())
+    if first and not fresh:
+        # What lay there may have been old enough for another worker to sweep it until a moment ago.
+        _put(storage, record.object, data)
+    return first
 
 
-def committed_numbers(root: Path) -> list[int]:
+def _put(storage: Storage, name: str, data: bytes) -> bool:
+    """Have an object of these bytes, whose hash its name holds; False where it was there."""
+    if storage.write(name, data):
+        return True
+    with contextlib.suppress(FileNotFoundError):
+        if storage.read(name) == data:
+            return False
+    # Only damage can leave other bytes.
+    storage.delete(name)
+    storage.write(name, data)
+    return True
+
+
+def committed_numbers(storage: Storage) -> list[int]:
     """Numbers of the shards that have a record, ascending; no record is opened."""
-    return sorted(int(match[1]) for name in _names(root / COMMITS) if (match := _RECORD.fullmatch(name)))
+    return sorted(int(match[1]) for name in storage.names(COMMITS) if (match := _RECORD.fullmatch(name)))
 
 
-def read_record(root: Path, number: int) -> CommitRecord:
+def read_record(storage: Storage, number: int) -> CommitRecord:
     """The record of a committed shard; CorruptRecord that says what to do where it is damaged."""
-    path = record_path(root, number)
-    try:
-        record = CommitRecord.from_json(path.read_bytes().decode())
-        if record.number != number:
-            raise CorruptRecord(f"it is the record of shard {record.number}")
-    except (CorruptRecord, UnicodeDecodeError) as error:
-        raise CorruptRecord(f"{path}: {error}. Delete it and run alignkd cache-teacher to redo this shard.") from error
-    return record
+    return _parse(storage, number, storage.read(record_name(number)))
 
 
-def read_records(root: Path) -> dict[int, CommitRecord]:
+def read_records(storage: Storage, numbers: Sequence[int] | None = None) -> dict[int, CommitRecord]:
     """Records of all committed shards, by number; CorruptRecord at the first that is damaged."""
-    return {number: read_record(root, number) for number in committed_numbers(root)}
+    numbers = committed_numbers(storage) if numbers is None else numbers
+    texts = read_all(storage, [record_name(number) for number in numbers])
+    return {number: _parse(storage, number, data) for number, data in zip(numbers, texts, strict=True)}
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``path`` so that it holds all of ``data`` or is as it was before, whatever happens in between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+def stray_names(storage: Storage) -> list[str]:
+    """Temporaries, and shard objects that no record names: left over, or about to be committed by another worker.
+
+    CorruptRecord where a record is damaged: what it names would look like a stray.
+    """
+    objects = [name for name in object_names(storage) if shard_number(name) is not None]
+    # Records are read after the objects are listed, so that a commit in between is seen.
+    recorded = {record.object for record in read_records(storage).values()}
+    return [*temporary_names(storage), *(name for name in objects if name not in recorded)]
 
 
-def sweep(root: Path, *, min_age_s: float = 0.0) -> list[str]:
-    """Remove temporaries and shard objects that no record names; returns their names relative to the cache.
+def sweep(storage: Storage, *, min_age_s: float) -> list[str]:
+    """Remove strays; returns their names relative to the cache.
 
     With other workers writing at the same time, ``min_age_s`` (seconds since the last change) has to be longer than
-    a commit takes, or their work in flight is swept as well. CorruptRecord, and nothing removed, where a record is
-    damaged: what it names would be lost.
+    a commit takes, or their work in flight is swept as well.
     """
-    strays = [name for name in stray_names(root) if _age_s(root / name) >= min_age_s]
-    for name in strays:
-        (root / name).unlink(missing_ok=True)
-    return strays
+    swept = []
+    for name in stray_names(storage):
+        if (not min_age_s or storage.age_s(name) >= min_age_s) and not _recorded(storage, name):
+            storage.delete(name)
+            swept.append(name)
+    return swept
 
 
-def stray_names(root: Path) -> list[str]:
-    """Temporaries, and shard objects that no record names: left over, or about to be committed by another worker."""
-    folders = ("", "plan", SHARDS, COMMITS)
-    temporaries = [
-        (Path(folder) / name).as_posix() for folder in folders for name in _names(root / folder) if name.startswith(TEMPORARY)
-    ]
-    objects = [name for name in object_names(root) if shard_number(name) is not None]
-    # Records are read after the objects are listed, so that a commit in between is seen.
-    recorded = {record.object for record in read_records(root).values()}
-    return temporaries + [name for name in objects if name not in recorded]
+def _recorded(storage: Storage, name: str) -> bool:
+    """Whether a record names this object by now: a resumed worker finds and uses what a crash left behind."""
+    number = shard_number(name)
+    return number is not None and storage.size(record_name(number)) is not None and read_record(storage, number).object == name
 
 
-def object_names(root: Path) -> list[str]:
+def temporary_names(storage: Storage) -> list[str]:
+    """Files that a crash left half-written, relative to the cache."""
+
+    def found() -> Iterator[str]:
+        for folder in ("", "plan", "runs", SHARDS, COMMITS):
+            prefix = f"{folder}/" if folder else ""
+            yield from (prefix + name for name in storage.names(folder) if name.startswith(TEMPORARY))
+
+    return list(found())
+
+
+def object_names(storage: Storage) -> list[str]:
     """Everything in the folder of shards but temporaries, relative to the cache."""
-    return [f"{SHARDS}/{name}" for name in _names(root / SHARDS) if not name.startswith(TEMPORARY)]
+    return [f"{SHARDS}/{name}" for name in storage.names(SHARDS) if not name.startswith(TEMPORARY)]
 
 
-def foreign_names(root: Path) -> list[str]:
+def foreign_names(storage: Storage) -> list[str]:
     """What lies among shards and records without being either, relative to the cache."""
-    records = [name for name in _names(root / COMMITS) if not name.startswith(TEMPORARY)]
-    return [name for name in object_names(root) if shard_number(name) is None] + [
+    records = [name for name in storage.names(COMMITS) if not name.startswith(TEMPORARY)]
+    return [name for name in object_names(storage) if shard_number(name) is None] + [
         f"{COMMITS}/{name}" for name in records if not _RECORD.fullmatch(name)
     ]
 
 
-def _names(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder)) if folder.is_dir() else []
-
-
-def _age_s(path: Path) -> float:
-    with contextlib.suppress(FileNotFoundError):
-        return time.time() - path.stat().st_mtime
-    return 0.0
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folder; its rename is on disk when it returns.
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+def _parse(storage: Storage, number: int, data: bytes) -> CommitRecord:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        record = CommitRecord.from_json(data.decode())
+        if record.number != number:
+            raise CorruptRecord(f"it is the record of shard {record.number}")
+    except (CorruptRecord, UnicodeDecodeError) as error:
+        raise CorruptRecord(
+            f"{storage.url}/{record_name(number)}: {error}. Run alignkd cache repair, then cache-teacher again."
+        ) from error
+    return record
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

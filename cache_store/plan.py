@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alignkd.cache_store.commit import write_atomically
 from alignkd.cache_store.spec import plain_json
+from alignkd.cache_store.storage import Storage
 
-_KEYS = "plan/keys.npy"
-_PLAN = "plan/plan.json"
+FOLDER = "plan"
 
 
 @dataclass(frozen=True)
 class Plan:
     """``keys`` uint8 [samples, 16] in order, ``shard_samples`` of them to a shard; ``meta`` is the planner's own.
 
+    ``extras`` are arrays of the planner, one entry a sample: where to find each sample again, for example.
     ValueError for other arrays, for no samples, for fewer than one to a shard, and for a key that comes twice.
     """
 
     keys: NDArray[np.uint8]
     shard_samples: int
     meta: Mapping[str, Any]
+    extras: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "meta", plain_json(self.meta))
@@ -39,7 +39,9 @@ class Plan:
             raise ValueError("a plan without samples: found none in the data file, expected at least one")
         if self.shard_samples < 1:
             raise ValueError(f"samples per shard: found {self.shard_samples}, expected at least 1")
-        repeated = len(self.keys) - len(np.unique(np.ascontiguousarray(self.keys).view("V16")))
+        if any(len(array) != self.samples for array in self.extras.values()):
+            raise ValueError("extra arrays of a plan hold one entry a sample")
+        repeated = len(self.keys) - len(np.unique(np.ascontiguousarray(self.keys).view(">u8").reshape(-1, 2), axis=0))
         if repeated:
             raise ValueError(f"{repeated} of {len(self.keys)} keys are repeated: plan identical samples once")
 
@@ -53,47 +55,97 @@ class Plan:
         """Number of planned shards; the last may be shorter."""
         return -(-self.samples // self.shard_samples)
 
+    def positions_of(self, shard: int) -> range:
+        """Places in the plan of a shard's samples."""
+        assert 0 <= shard < self.shards
+        return range(shard * self.shard_samples, min((shard + 1) * self.shard_samples, self.samples))
+
     def keys_of(self, shard: int) -> list[str]:
         """Keys of a shard, in the order of the plan."""
-        assert 0 <= shard < self.shards
-        first = shard * self.shard_samples
-        return [key.tobytes().hex() for key in self.keys[first : first + self.shard_samples]]
+        positions = self.positions_of(shard)
+        text = self.keys[positions.start : positions.stop].tobytes().hex()
+        return [text[i : i + 32] for i in range(0, len(text), 32)]
+
+    def locate(self, keys: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Place in the plan of each key ``[N, 16]``; -1 where it is not planned."""
+        prefixes, order = self._by_prefix
+        wanted = np.ascontiguousarray(keys).view(">u8")[:, 0].astype(np.uint64)
+        found = np.full(len(keys), -1, dtype=np.int64)
+        at = np.searchsorted(prefixes, wanted)
+        # Eight bytes name a key but for a coincidence; the rest of a run of equal ones is tried as well.
+        open_ = np.flatnonzero(at < len(prefixes))
+        while len(open_):
+            open_ = open_[prefixes[at[open_]] == wanted[open_]]
+            here = order[at[open_]]
+            same = (self.keys[here] == keys[open_]).all(axis=1)
+            found[open_[same]] = here[same]
+            open_ = open_[~same]
+            at[open_] += 1
+            open_ = open_[at[open_] < len(prefixes)]
+        return found
 
     def shard_of(self, key: str) -> int | None:
-        """The shard that a key is planned for; None where it is not planned. Reads through all keys."""
-        at = np.flatnonzero((self.keys == np.frombuffer(bytes.fromhex(key), np.uint8)).all(axis=1))
-        return int(at[0]) // self.shard_samples if len(at) else None
+        """The shard that a key is planned for; None where it is not planned."""
+        position = int(self.locate(np.frombuffer(bytes.fromhex(key), np.uint8)[None])[0])
+        return None if position < 0 else position // self.shard_samples
+
+    @cached_property
+    def _by_prefix(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        prefixes = np.ascontiguousarray(self.keys).view(">u8")[:, 0].astype(np.uint64)
+        order = np.argsort(prefixes, kind="stable")
+        return prefixes[order], order
 
     def summary(self) -> dict[str, Any]:
-        """What makes two plans the same."""
+        """What makes two plans the same, and the objects that hold its arrays."""
         return {
             "samples": self.samples,
-            "shards": self.shards,
             "shard_samples": self.shard_samples,
-            "keys_sha256": hashlib.sha256(self.keys.tobytes()).hexdigest(),
+            "arrays": {name: hashlib.sha256(_bytes(array)).hexdigest() for name, array in self._arrays.items()},
             "meta": self.meta,
         }
 
-    def write(self, root: Path) -> None:
-        """Write ``plan/keys.npy`` and ``plan/plan.json``."""
-        buffer = io.BytesIO()
-        np.save(buffer, self.keys, allow_pickle=False)
-        write_atomically(root / _KEYS, buffer.getvalue())
-        write_atomically(root / _PLAN, (json.dumps(self.summary(), indent=2, sort_keys=True) + "\n").encode())
+    @property
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        assert "keys" not in self.extras
+        return {"keys": self.keys, **self.extras}
+
+    def write(self, storage: Storage) -> None:
+        """Write each array as ``plan/NAME-HASH.npy``."""
+        for name, array in self._arrays.items():
+            data = _bytes(array)
+            storage.write(_object(name, hashlib.sha256(data).hexdigest()), data)
 
     @classmethod
-    def load(cls, root: Path) -> Plan:
-        """The plan of a cache; ValueError where it is missing or damaged."""
+    def load(cls, storage: Storage, summary: Mapping[str, Any]) -> Plan:
+        """The plan of a summary; ValueError where an array is missing or damaged."""
         try:
-            summary = json.loads((root / _PLAN).read_text())
-            keys = np.load(root / _KEYS, allow_pickle=False)
-            plan = cls(keys, summary["shard_samples"], summary["meta"])
-            damaged = plan.summary() != summary
-        except (KeyError, OSError, TypeError, ValueError) as error:
-            raise ValueError(f"the plan of the cache at {root} cannot be read ({error}): {_REMEDY}") from error
-        if damaged:
-            raise ValueError(f"the plan of the cache at {root} is damaged: its keys and plan.json disagree. {_REMEDY}")
-        return plan
+            arrays = {name: _read(storage, name, digest) for name, digest in summary["arrays"].items()}
+            return cls(arrays.pop("keys"), summary["shard_samples"], summary["meta"], arrays)
+        except (AttributeError, FileNotFoundError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the plan of the cache at {storage.url} cannot be read ({error}):"
+                " restore the folder plan/ from a copy, or write a new cache"
+            ) from error
 
 
-_REMEDY = "restore the folder plan/ from a copy, or write a new cache"
+def plan_objects(summary: Mapping[str, Any]) -> list[str]:
+    """Names of the objects that hold a plan."""
+    return [_object(name, digest) for name, digest in summary["arrays"].items()]
+
+
+def _object(name: str, digest: str) -> str:
+    return f"{FOLDER}/{name}-{digest[:12]}.npy"
+
+
+def _read(storage: Storage, name: str, digest: str) -> NDArray[Any]:
+    data = storage.read(_object(name, digest))
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise ValueError(f"{_object(name, digest)} is damaged")
+    array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+    return array
+
+
+def _bytes(array: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

@@ -1,15 +1,17 @@
 """A shard in memory: the encoded arrays of its rows, concatenated, and what every shard format has to offer.
 
-A format (``zarr_shard``) turns a ``Shard`` into the bytes of one file and back, and knows nothing else.
+A format (``zarr_shard``, ``webdataset_shard``) turns a ``Shard`` into the bytes of one object and back, and knows
+nothing else.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Container, Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,25 +36,16 @@ class RowId(NamedTuple):
     image_sha256: str
 
 
-@dataclass(frozen=True)
-class Column:
-    """One field of all rows: ``shapes`` int32 [rows, ndim], and each codec part as one array [sum of row sizes]."""
+class Shard(ABC):
+    """The rows of one shard, still encoded. ``row`` decodes one; nothing is decoded before.
 
-    shapes: NDArray[np.int32]
-    parts: Mapping[str, Array]
+    ``shapes`` holds, for each field, the decoded shape of each row: int32 [rows, ndim].
+    """
 
-
-@dataclass(frozen=True)
-class Shard:
-    """The rows of one shard, still encoded. ``row`` decodes one; nothing is decoded before."""
-
-    spec: CacheSpec
-    ids: tuple[RowId, ...]
-    columns: Mapping[str, Column]
-
-    def __post_init__(self) -> None:
-        assert self.columns.keys() == {field.name for field in self.spec.fields}
-        assert all(len(column.shapes) == len(self) for column in self.columns.values())
+    def __init__(self, spec: CacheSpec, ids: Sequence[RowId], shapes: Mapping[str, NDArray[np.int32]]) -> None:
+        assert shapes.keys() == {field.name for field in spec.fields}
+        assert all(len(shape) == len(ids) for shape in shapes.values())
+        self.spec, self.ids, self.shapes = spec, tuple(ids), shapes
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,48 +55,68 @@ class Shard:
         """Key of each row, in order."""
         return tuple(row.key for row in self.ids)
 
+    @abstractmethod
+    def part(self, field: str, part: str, i: int) -> Array:
+        """One stored part of a field in row ``i``, flat; CorruptShard where it is not what the shapes say."""
+
     def shape(self, field: str, i: int) -> tuple[int, ...]:
         """Decoded shape of ``field`` in row ``i``."""
-        return tuple(self.columns[field].shapes[i].tolist())
+        return tuple(self.shapes[field][i].tolist())
 
     def encoded(self, i: int) -> dict[str, dict[str, Array]]:
-        """Stored parts of row ``i``, field -> part -> flat array: views, not copies."""
+        """Stored parts of row ``i``: field -> part -> flat array."""
         return {
-            field: {part: self.columns[field].parts[part][at[i] : at[i + 1]] for part, at in parts.items()}
-            for field, parts in self._offsets.items()
+            field.name: {part: self.part(field.name, part, i) for part in empty_layout(field)} for field in self.spec.fields
         }
 
-    def row(self, i: int) -> Row:
-        """Row ``i``, decoded into fresh arrays."""
-        encoded = self.encoded(i)
+    def row(self, i: int, fields: Container[str] | None = None) -> Row:
+        """Row ``i``, decoded into fresh arrays; of all fields, or of those named."""
         values = {
-            field.name: get_codec(field.codec).decode(encoded[field.name], self.shape(field.name, i))
+            field.name: get_codec(field.codec).decode(
+                {part: self.part(field.name, part, i) for part in empty_layout(field)}, self.shape(field.name, i)
+            )
             for field in self.spec.fields
+            if fields is None or field.name in fields
         }
         return Row(*self.ids[i], values)
 
-    @cached_property
-    def _offsets(self) -> dict[str, dict[str, list[int]]]:
-        return {
-            field.name: {
-                part: np.concatenate([[0], np.cumsum(sizes)]).tolist()
-                for part, sizes in part_sizes(field, self.columns[field.name].shapes).items()
-            }
-            for field in self.spec.fields
-        }
+
+class ColumnShard(Shard):
+    """A shard whose parts are one array each, the rows' values one after the other: ``parts[field][part]``."""
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        ids: Sequence[RowId],
+        shapes: Mapping[str, NDArray[np.int32]],
+        parts: Mapping[str, Mapping[str, Array]],
+    ) -> None:
+        super().__init__(spec, ids, shapes)
+        self.parts = parts
+        self.offsets = {field.name: part_offsets(field, shapes[field.name]) for field in spec.fields}
+
+    def part(self, field: str, part: str, i: int) -> Array:
+        """A view, not a copy."""
+        at = self.offsets[field][part]
+        return self.parts[field][part][at[i] : at[i + 1]]
 
 
 class ShardFormat(Protocol):
     """One way to write a shard as one object."""
 
+    NAME: str
     SUFFIX: str
 
-    def write_shard(self, spec: CacheSpec, rows: Sequence[Row]) -> bytes:
-        """The bytes of a shard; the same rows give the same bytes. ValueError for rows that do not fit the spec."""
+    def write_shard(self, shard: Shard) -> bytes:
+        """The bytes of a shard; the same rows give the same bytes."""
         ...
 
     def read_shard(self, spec: CacheSpec, data: bytes) -> Shard:
         """The shard in ``data``; CorruptShard where it is none, or holds other than ``spec`` says."""
+        ...
+
+    def audit(self, spec: CacheSpec, data: bytes, shard: Shard) -> None:
+        """CorruptShard where ``data`` holds anything that reading ``shard`` from it passed over."""
         ...
 
     def field_bytes(self, spec: CacheSpec, data: bytes) -> dict[str, int]:
@@ -111,39 +124,80 @@ class ShardFormat(Protocol):
         ...
 
 
-def pack(spec: CacheSpec, rows: Sequence[Row]) -> Shard:
-    """Encode rows into a shard; ValueError that names the sample for values that do not fit spec or codec."""
-    assert all(is_key(row.key) for row in rows)
-    assert len({row.key for row in rows}) == len(rows)
-    for row in rows:
-        _require_fields(spec, row)
-    ids = tuple(RowId(row.key, row.sample_id, row.image_sha256) for row in rows)
-    return Shard(spec, ids, {field.name: _pack_field(field, rows) for field in spec.fields})
+class EncodedRow(NamedTuple):
+    """A row after its codecs: shape of each field, and its parts, flat: field -> part -> array."""
+
+    id: RowId
+    shapes: Mapping[str, tuple[int, ...]]
+    parts: Mapping[str, Mapping[str, Array]]
+
+
+def encode_row(spec: CacheSpec, row: Row) -> EncodedRow:
+    """Encode one row; ValueError that names the sample for values that do not fit spec or codec."""
+    assert is_key(row.key)
+    _require_fields(spec, row)
+    parts = {f.name: {part: a.reshape(-1) for part, a in _encode(f, row).items()} for f in spec.fields}
+    return EncodedRow(
+        RowId(row.key, row.sample_id, row.image_sha256), {f.name: row.values[f.name].shape for f in spec.fields}, parts
+    )
+
+
+def pack(spec: CacheSpec, rows: Sequence[EncodedRow]) -> ColumnShard:
+    """Lay encoded rows one after the other."""
+    assert len({row.id.key for row in rows}) == len(rows)
+    shapes = {f.name: np.array([r.shapes[f.name] for r in rows], np.int32).reshape(len(rows), len(f.dims)) for f in spec.fields}
+    parts = {field.name: _concatenate(field, [row.parts[field.name] for row in rows]) for field in spec.fields}
+    return ColumnShard(spec, [row.id for row in rows], shapes, parts)
+
+
+def join(spec: CacheSpec, shard: Shard) -> ColumnShard:
+    """Any shard with its parts laid one after the other."""
+    if isinstance(shard, ColumnShard):
+        return shard
+    encoded = [shard.encoded(i) for i in range(len(shard))]
+    parts = {field.name: _concatenate(field, [row[field.name] for row in encoded]) for field in spec.fields}
+    return ColumnShard(spec, shard.ids, shard.shapes, parts)
 
 
 def part_sizes(field: FieldSpec, shapes: NDArray[np.int32]) -> dict[str, list[int]]:
     """Elements of each part in each row, as Python integers, which hostile shapes cannot overflow."""
     sizes: dict[str, list[int]] = {part: [] for part in empty_layout(field)}
-    codec = get_codec(field.codec)
+    codec, dtype = get_codec(field.codec), field.numpy_dtype
     for shape in shapes.tolist():
-        for part, (part_shape, _) in codec.layout(tuple(shape), field.numpy_dtype).items():
+        for part, (part_shape, _) in codec.layout(tuple(shape), dtype).items():
             sizes[part].append(math.prod(part_shape))
     return sizes
 
 
+def part_offsets(field: FieldSpec, shapes: NDArray[np.int32]) -> dict[str, list[int]]:
+    """Where each row begins in each part, and where the last one ends: rows + 1 numbers a part."""
+    return {part: list(accumulate(sizes, initial=0)) for part, sizes in part_sizes(field, shapes).items()}
+
+
+@lru_cache(maxsize=256)
 def empty_layout(field: FieldSpec) -> Layout:
     """The parts of ``field`` and their dtypes, for no elements."""
     return get_codec(field.codec).layout((0,) * len(field.dims), field.numpy_dtype)
 
 
-def _pack_field(field: FieldSpec, rows: Sequence[Row]) -> Column:
-    encoded = [_encode(field, row) for row in rows]
-    shapes = np.array([row.values[field.name].shape for row in rows], dtype=np.int32)
-    parts = {
-        part: np.concatenate([np.empty(0, dtype), *(parts[part].reshape(-1) for parts in encoded)])
+def check_ids(entries: Any) -> tuple[RowId, ...]:
+    """Row ids out of a shard's own index; CorruptShard where they are something else."""
+    try:
+        ids = tuple(RowId(*entry) for entry in entries)
+    except TypeError as error:
+        raise CorruptShard(f"the index is no list of rows: {error}") from error
+    if not all(is_key(row.key) and isinstance(row.sample_id, str) and isinstance(row.image_sha256, str) for row in ids):
+        raise CorruptShard("the index holds something other than keys, sample ids and image hashes")
+    if len({row.key for row in ids}) < len(ids):
+        raise CorruptShard("the index holds a key twice")
+    return ids
+
+
+def _concatenate(field: FieldSpec, rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    return {
+        part: np.concatenate([np.empty(0, dtype), *(row[part] for row in rows)])
         for part, (_, dtype) in empty_layout(field).items()
     }
-    return Column(shapes.reshape(len(rows), len(field.dims)), parts)
 
 
 def _require_fields(spec: CacheSpec, row: Row) -> None:

@@ -13,8 +13,6 @@ import numpy as np
 
 from alignkd.cache_store.codecs import get_codec
 
-FORMAT_VERSION = 1
-
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _SHOWN = 64
 _ABSENT = object()
@@ -67,32 +65,12 @@ class CacheSpec:
         if len(set(names)) < len(names):
             raise ValueError(f"field names must differ, found {', '.join(names)}")
 
-    def to_json(self) -> str:
-        """Readable JSON, keys sorted, so that equal specs are equal bytes."""
-        content = {
-            "format_version": FORMAT_VERSION,
-            "fields": [asdict(field) for field in self.fields],
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "fields": [{**asdict(field), "dims": list(field.dims)} for field in self.fields],
             "fingerprint": self.fingerprint,
         }
-        return json.dumps(content, indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> CacheSpec:
-        """The spec of ``to_json``; ValueError for another format version, and for anything else that is no spec."""
-        try:
-            content = json.loads(text)
-            version, fields, fingerprint = (content[key] for key in ("format_version", "fields", "fingerprint"))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"not the description of a cache: {error!r}") from error
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"found cache format {version!r}, expected {FORMAT_VERSION}: "
-                "read it with the alignkd that wrote it, or write a new cache"
-            )
-        try:
-            return cls(tuple(FieldSpec(**field) for field in fields), fingerprint)
-        except TypeError as error:
-            raise ValueError(f"not the description of a cache: {error}") from error
 
 
 def check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], *, cache: str) -> None:

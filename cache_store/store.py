@@ -1,4 +1,4 @@
-"""A cache being written: its spec, its plan, and which shards are still to do.
+"""A cache being written: its manifest, its plan, and which shards are still to do.
 
 1. ``CacheStore.create_or_open`` freezes spec and plan, or refuses where they differ from what is there.
 2. ``pending`` says which shards have no record; ``commit_shard`` writes one of them, whole.
@@ -8,17 +8,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import json
+import math
+import time
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from alignkd.cache_store import zarr_shard
+from alignkd.cache_store import manifest
 from alignkd.cache_store.commit import (
     CommitRecord,
     commit,
@@ -26,157 +26,212 @@ from alignkd.cache_store.commit import (
     object_name,
     read_record,
     read_records,
-    record_path,
+    record_name,
     sweep,
-    write_atomically,
 )
+from alignkd.cache_store.formats import get_format
+from alignkd.cache_store.manifest import Manifest, read_manifest
 from alignkd.cache_store.plan import Plan
 from alignkd.cache_store.row import Rejected, Row
-from alignkd.cache_store.spec import CacheSpec, check_fingerprint, check_spec
+from alignkd.cache_store.shard import EncodedRow, Shard, encode_row, pack
+from alignkd.cache_store.spec import CacheSpec, FieldSpec, check_fingerprint, check_spec
+from alignkd.cache_store.storage import Storage, open_storage
 
-CACHE = "cache.json"
+RUNS = "runs"
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a cache is. Bytes are those on disk; ``decoded_bytes_by_field`` is what the values take in memory."""
+    """How far a cache is. Bytes are those stored; ``decoded_bytes_by_field`` is what the values take in memory.
 
-    shards_done: int
+    ``records`` are the commit records by number: who finished which shard, and when.
+    """
+
     shards: int
-    samples_done: int
-    samples_rejected: int
     samples: int
-    total_bytes: int
-    bytes_by_field: Mapping[str, int]
-    decoded_bytes_by_field: Mapping[str, int]
-    rejected: tuple[Rejected, ...]
-    seconds: float
-    tokens: int
+    records: Mapping[int, CommitRecord]
+
+    @property
+    def shards_done(self) -> int:
+        """Committed shards."""
+        return len(self.records)
 
     @property
     def complete(self) -> bool:
         """Whether every planned shard is committed."""
         return self.shards_done == self.shards
 
+    @property
+    def samples_done(self) -> int:
+        """Rows of all committed shards."""
+        return sum(record.rows for record in self.records.values())
+
+    @property
+    def rejected(self) -> tuple[Rejected, ...]:
+        """Rejected samples of all committed shards."""
+        return tuple(sample for record in self.records.values() for sample in record.rejected)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(record.bytes for record in self.records.values())
+
+    @property
+    def bytes_by_field(self) -> dict[str, int]:
+        """Stored bytes of each field."""
+        return _add([record.bytes_by_field for record in self.records.values()])
+
+    @property
+    def decoded_bytes_by_field(self) -> dict[str, int]:
+        """Bytes of each field's decoded values."""
+        return _add([record.decoded_bytes_by_field for record in self.records.values()])
+
+    @property
+    def seconds(self) -> float:
+        """Time that making all rows took, summed over workers."""
+        return sum(record.seconds for record in self.records.values())
+
+    @property
+    def tokens(self) -> int:
+        """Positions that went through the teacher."""
+        return sum(record.tokens for record in self.records.values())
+
 
 @dataclass(frozen=True)
 class CacheStore:
-    """A cache on a local disk."""
+    """A cache that is there, open for writing."""
 
-    path: Path
-    spec: CacheSpec
+    storage: Storage
+    manifest: Manifest
     plan: Plan
 
-    @classmethod
-    def create_or_open(
-        cls,
-        path: str | Path,
-        spec: CacheSpec,
-        keys: NDArray[np.uint8],
-        *,
-        shard_samples: int,
-        plan_meta: Mapping[str, Any],
-    ) -> CacheStore:
-        """Start a cache for the samples with these ``keys`` uint8 [N, 16], or go on with the one that is there.
+    @property
+    def url(self) -> str:
+        """Where it lies."""
+        return self.storage.url
 
-        FingerprintMismatch where spec or plan differ from those at ``path``; ValueError for a plan that is none, and
-        for a folder with commits but without ``cache.json``.
+    @property
+    def spec(self) -> CacheSpec:
+        """Fields and fingerprint."""
+        return self.manifest.spec
+
+    @classmethod
+    def create_or_open(cls, url: str | Path, spec: CacheSpec, plan: Plan, *, shard_format: str) -> CacheStore:
+        """Start a cache with this plan, or go on with the one that is there; any number of workers may do so at once.
+
+        FingerprintMismatch where spec, plan or format differ from those at ``url``; ValueError for a folder with
+        commits but without ``cache.json``.
         """
-        root = Path(path)
-        plan = Plan(keys, shard_samples, plan_meta)
-        if (root / CACHE).exists():
-            store = open_store(root)
-            check_spec(store.spec, spec, cache=str(root))
-            check_fingerprint({"plan": store.plan.summary()}, {"plan": plan.summary()}, cache=str(root))
-            return store
-        if committed_numbers(root):
-            raise ValueError(f"{root} has committed shards but no {CACHE}: restore it, or write to another --cache")
-        plan.write(root)
-        # Last: a cache exists when this file does.
-        write_atomically(root / CACHE, spec.to_json().encode())
-        return cls(root, spec, plan)
+        storage = open_storage(url)
+        wanted = Manifest(spec, get_format(shard_format).NAME, plan.summary())
+        if storage.size(manifest.NAME) is None:
+            if committed_numbers(storage):
+                raise ValueError(f"{url} has committed shards but no {manifest.NAME}: restore it, or write to another --cache")
+            plan.write(storage)
+            # Last, and only if no other worker was first: a cache exists when this object does.
+            if storage.write(manifest.NAME, wanted.to_json().encode()):
+                return cls(storage, wanted, plan)
+        found = read_manifest(storage)
+        _check_same(found, wanted, cache=str(url))
+        return cls(storage, found, plan)
 
     def pending(self) -> list[int]:
         """Planned shards without a record, ascending."""
-        return sorted(set(range(self.plan.shards)) - set(committed_numbers(self.path)))
+        return sorted(set(range(self.plan.shards)) - set(committed_numbers(self.storage)))
+
+    def committed(self, number: int) -> bool:
+        """Whether a shard has its record by now."""
+        return self.storage.size(record_name(number)) is not None
 
     def commit_shard(
-        self, number: int, rows: Sequence[Row], rejected: Sequence[Rejected], *, seconds: float = 0.0, tokens: int = 0
+        self,
+        number: int,
+        rows: Sequence[Row | EncodedRow],
+        rejected: Sequence[Rejected],
+        *,
+        seconds: float = 0.0,
+        tokens: int = 0,
+        worker: str = "",
     ) -> CommitRecord:
         """Write shard ``number`` and return its record; the one that is there already, if another worker was faster.
 
         ``rows`` and ``rejected`` together are the planned samples of the shard, in any order; rows are stored in the
         order of the plan. ValueError that names the sample for values that do not fit the spec.
         """
-        planned = {key: i for i, key in enumerate(self.plan.keys_of(number))}
-        assert sorted(planned) == sorted([row.key for row in rows] + [sample.key for sample in rejected])
-        if record_path(self.path, number).exists():
-            return read_record(self.path, number)
-        rows = sorted(rows, key=lambda row: planned[row.key])
-        data = zarr_shard.write_shard(self.spec, rows)
+        order = {key: i for i, key in enumerate(self.plan.keys_of(number))}
+        encoded = [row if isinstance(row, EncodedRow) else encode_row(self.spec, row) for row in rows]
+        assert sorted(order) == sorted([row.id.key for row in encoded] + [sample.key for sample in rejected])
         record = CommitRecord(
             number=number,
-            object=object_name(number, data, zarr_shard.SUFFIX),
-            bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-            keys=tuple(row.key for row in rows),
-            rejected=tuple(sorted(rejected, key=lambda sample: planned[sample.key])),
-            bytes_by_field=zarr_shard.field_bytes(self.spec, data),
-            decoded_bytes_by_field={f.name: sum(row.values[f.name].nbytes for row in rows) for f in self.spec.fields},
-            seconds=seconds,
+            object="",
+            bytes=0,
+            crc32=0,
+            sha256="",
+            rows=len(rows),
+            rejected=tuple(sorted(rejected, key=lambda sample: order[sample.key])),
+            decoded_bytes_by_field={f.name: _decoded_bytes(f, encoded) for f in self.spec.fields},
+            seconds=round(seconds, 3),
             tokens=tokens,
+            finished=round(time.time(), 3),
+            worker=worker,
         )
-        commit(self.path, record, data)
-        return record
+        return self.commit_packed(record, pack(self.spec, sorted(encoded, key=lambda row: order[row.id.key])))
 
-    def sweep(self, *, min_age_s: float = 0.0) -> list[str]:
+    def commit_packed(self, record: CommitRecord, shard: Shard) -> CommitRecord:
+        """Write a shard that is already encoded; ``record`` says everything about it but what its object is."""
+        if self.committed(record.number):
+            return read_record(self.storage, record.number)
+        shard_format = get_format(self.manifest.shard_format)
+        data = shard_format.write_shard(shard)
+        about = {
+            "object": object_name(record.number, data, shard_format.SUFFIX),
+            "bytes": len(data),
+            "crc32": zlib.crc32(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes_by_field": shard_format.field_bytes(self.spec, data),
+        }
+        complete = CommitRecord(**{**vars(record), **about})
+        return complete if commit(self.storage, complete, data) else read_record(self.storage, record.number)
+
+    def write_run(self, run: Mapping[str, Any]) -> str:
+        """Keep the configuration and versions of a run as ``runs/HASH.json``; its name proves its content."""
+        data = (json.dumps(run, indent=2, sort_keys=True, default=str) + "\n").encode()
+        name = f"{RUNS}/{hashlib.sha256(data).hexdigest()[:16]}.json"
+        self.storage.write(name, data)
+        return name
+
+    def sweep(self, *, min_age_s: float) -> list[str]:
         """Remove what crashes left behind; see ``commit.sweep`` for ``min_age_s`` with many workers."""
-        return sweep(self.path, min_age_s=min_age_s)
+        return sweep(self.storage, min_age_s=min_age_s)
 
     def status(self) -> Status:
-        """Sums over all records; CorruptRecord where one is damaged."""
-        records = read_records(self.path).values()
-        return Status(
-            shards_done=len(records),
-            shards=self.plan.shards,
-            samples_done=sum(record.rows for record in records),
-            samples_rejected=sum(len(record.rejected) for record in records),
-            samples=self.plan.samples,
-            total_bytes=sum(record.bytes for record in records),
-            bytes_by_field=_add(record.bytes_by_field for record in records),
-            decoded_bytes_by_field=_add(record.decoded_bytes_by_field for record in records),
-            rejected=tuple(sample for record in records for sample in record.rejected),
-            seconds=sum(record.seconds for record in records),
-            tokens=sum(record.tokens for record in records),
-        )
+        """What all records say; CorruptRecord where one is damaged."""
+        return Status(self.plan.shards, self.plan.samples, read_records(self.storage))
 
 
-def open_store(path: str | Path) -> CacheStore:
-    """The cache at ``path``; ValueError where there is none, or where its spec or plan cannot be read."""
-    root = Path(path)
-    return CacheStore(root, read_spec(root), Plan.load(root))
+def open_store(url: str | Path) -> CacheStore:
+    """The cache at ``url``; ValueError where there is none, or where its manifest or plan cannot be read."""
+    storage = open_storage(url)
+    found = read_manifest(storage)
+    return CacheStore(storage, found, found.load_plan(storage))
 
 
-def read_spec(root: Path) -> CacheSpec:
-    """What ``cache.json`` says; ValueError where there is none."""
-    if not (root / CACHE).is_file():
-        raise ValueError(f"no cache at {root}: found {_found(root)}, expected {CACHE}; run alignkd cache-teacher")
-    try:
-        return CacheSpec.from_json((root / CACHE).read_text())
-    except ValueError as error:
-        raise ValueError(f"{root / CACHE}: {error}") from error
+def _check_same(found: Manifest, wanted: Manifest, *, cache: str) -> None:
+    check_spec(found.spec, wanted.spec, cache=cache)
+    check_fingerprint(_comparable(found), _comparable(wanted), cache=cache)
 
 
-def _found(root: Path) -> str:
-    if not root.exists():
-        return "nothing"
-    if not root.is_dir():
-        return "a file"
-    names = sorted(os.listdir(root))
-    return f"a folder with {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "an empty folder"
+def _comparable(manifest: Manifest) -> dict[str, Any]:
+    """Which sample is in which shard, and in which format: not where the planner found the samples."""
+    plan = {name: manifest.plan[name] for name in ("samples", "shard_samples")}
+    return {"format": manifest.shard_format, "plan": plan | {"keys": manifest.plan["arrays"]["keys"]}}
 
 
-def _add(counts: Any) -> dict[str, int]:
+def _decoded_bytes(field: FieldSpec, rows: Sequence[EncodedRow]) -> int:
+    return sum(math.prod(row.shapes[field.name]) for row in rows) * field.numpy_dtype.itemsize
+
+
+def _add(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for count in counts:
         total.update(count)

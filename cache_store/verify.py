@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,33 @@ from alignkd.cache_store.commit import (
     foreign_names,
     object_names,
     read_record,
+    record_name,
     shard_number,
+    temporary_names,
 )
-from alignkd.cache_store.reader import open_shard
+from alignkd.cache_store.plan import FOLDER as PLAN
+from alignkd.cache_store.plan import plan_objects
+from alignkd.cache_store.reader import open_shard, row_keys
 from alignkd.cache_store.shard import CorruptShard, Shard
-from alignkd.cache_store.store import CacheStore, open_store
+from alignkd.cache_store.storage import TEMPORARY
+from alignkd.cache_store.store import RUNS, CacheStore, open_store
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong: in words, the objects that ``repair`` removes, in that order, and the keys of the samples touched."""
+
+    message: str
+    objects: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.keys:
+            return self.message
+        some = ", ".join(self.keys[:_SHOWN]) + (", ..." if len(self.keys) > _SHOWN else "")
+        return f"{self.message} [{len(self.keys)} samples: {some}]"
 
 
 @dataclass(frozen=True)
@@ -27,17 +49,17 @@ class VerifyReport:
     """What an audit found.
 
     ``rows`` and ``rejected`` count samples of shards without a problem. Planned shards that are not done yet are no
-    problem, nor are ``strays``: shard objects that no record names, left by a crash or about to be committed.
-    ``content_sha256`` is the same for every cache that holds the same rows, however they are sharded, ordered or
-    compressed; "" after a quick audit.
+    problem, nor are ``strays``: temporaries and objects of shards without a record, left by a crash or about to be
+    committed. ``content_sha256`` is the same for every cache that holds the same rows, however they are sharded,
+    ordered, compressed or formatted; "" after a quick audit.
     """
 
-    problems: list[str]
+    problems: list[Problem]
     rows: int
     rejected: int
     shards_done: int
     shards_planned: int
-    strays: int
+    strays: list[str]
     content_sha256: str
 
     @property
@@ -46,36 +68,37 @@ class VerifyReport:
         return self.shards_planned - self.shards_done
 
 
-def verify(path: str | Path, *, quick: bool = False) -> VerifyReport:
-    """Audit the cache at ``path``; quick compares records and sizes alone. ValueError where there is no cache."""
-    store = open_store(path)
-    numbers = committed_numbers(store.path)
-    problems = [f"{name}: neither a shard nor a record" for name in foreign_names(store.path)]
+def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None] | None = None) -> VerifyReport:
+    """Audit the cache at ``url``; quick compares records and sizes alone.
+
+    ``on_shard`` is called after each committed shard. ValueError where there is no cache, or where its manifest or plan
+    is damaged, without which nothing else can be judged.
+    """
+    store = open_store(url)
+    numbers = committed_numbers(store.storage)
+    problems = [*_foreign(store), *_damaged_runs(store)]
     digests: list[bytes] = []
     sound: list[CommitRecord] = []
-    recorded: set[str] = set()
+    recorded: dict[int, str] = {}
     for number in numbers:
         try:
-            record = read_record(store.path, number)
-            recorded.add(record.object)
-            _check_record(store, record)
-            if quick:
-                _check_size(store, record)
-            else:
-                digests.extend(_audit_rows(open_shard(store.path, store.spec, record)))
-        except (CorruptRecord, CorruptShard) as error:
-            problems.append(str(error))
-        else:
+            record = read_record(store.storage, number)
+            recorded[number] = record.object
+            digests.extend(_audit(store, record, quick))
             sound.append(record)
-    loose = [name for name in object_names(store.path) if name not in recorded and shard_number(name) is not None]
-    foreign = [name for name in loose if not _is_planned(store, shard_number(name))]
+        except (CorruptRecord, CorruptShard, FileNotFoundError) as error:
+            problems.append(_damaged(store, number, recorded.get(number), str(error)))
+        if on_shard is not None:
+            on_shard()
+    loose = [name for name in object_names(store.storage) if name not in recorded.values()]
+    strays = [name for name in loose if (n := shard_number(name)) is not None and n < store.plan.shards and n not in numbers]
     return VerifyReport(
-        problems=problems + [f"{name}: a shard that is not in the plan" for name in foreign],
+        problems=problems + [p for name in loose if name not in strays and (p := _loose(store, name, numbers))],
         rows=sum(record.rows for record in sound),
         rejected=sum(len(record.rejected) for record in sound),
-        shards_done=sum(_is_planned(store, number) for number in numbers),
+        shards_done=sum(number < store.plan.shards for number in numbers),
         shards_planned=store.plan.shards,
-        strays=len(loose) - len(foreign),
+        strays=[*temporary_names(store.storage), *strays],
         content_sha256="" if quick else hashlib.sha256(b"".join(sorted(digests))).hexdigest(),
     )
 
@@ -85,31 +108,23 @@ def row_digest(shard: Shard, i: int) -> bytes:
     key, encoded = shard.ids[i].key, shard.encoded(i)
     fields = sorted(shard.spec.fields, key=lambda field: field.name)
     described = [[f.name, f.dtype, f.codec, shard.shape(f.name, i), sorted(encoded[f.name])] for f in fields]
-    digest = hashlib.sha256(json.dumps([key, described]).encode())
+    digest = hashlib.sha256(json.dumps([*shard.ids[i], described]).encode())
     for field in fields:
         for part in sorted(encoded[field.name]):
             digest.update(encoded[field.name][part].tobytes())
     return bytes.fromhex(key) + digest.digest()
 
 
-def _is_planned(store: CacheStore, number: int | None) -> bool:
-    return number is not None and number < store.plan.shards
-
-
-def _check_record(store: CacheStore, record: CommitRecord) -> None:
-    if not _is_planned(store, record.number):
-        raise CorruptRecord(f"shard {record.number} is committed but not in the plan of {store.plan.shards} shards")
-    samples = sorted((*record.keys, *(sample.key for sample in record.rejected)))
-    if samples != sorted(store.plan.keys_of(record.number)):
-        raise CorruptRecord(f"shard {record.number}: its record does not hold the samples of the plan")
-
-
-def _check_size(store: CacheStore, record: CommitRecord) -> None:
-    path = store.path / record.object
-    found = path.stat().st_size if path.is_file() else None
-    if found != record.bytes:
-        has = "nothing" if found is None else f"{found} bytes"
-        raise CorruptShard(f"shard {record.number}: {record.object}: found {has}, expected {record.bytes} bytes")
+def _audit(store: CacheStore, record: CommitRecord, quick: bool) -> list[bytes]:
+    """Digests of a shard's rows, none after a quick look; CorruptShard where anything is not as record and plan say."""
+    keys = row_keys(store.plan, record)
+    if quick:
+        found = store.storage.size(record.object)
+        if found != record.bytes:
+            has = "nothing" if found is None else f"{found} bytes"
+            raise CorruptShard(f"shard {record.number}: {record.object}: found {has}, expected {record.bytes} bytes")
+        return []
+    return list(_audit_rows(open_shard(store.storage, store.spec, record, keys, audit=True)))
 
 
 def _audit_rows(shard: Shard) -> Iterator[bytes]:
@@ -121,3 +136,35 @@ def _audit_rows(shard: Shard) -> Iterator[bytes]:
             if value.shape != shard.shape(field.name, i) or value.dtype != field.numpy_dtype:
                 raise CorruptShard(f"row {row.key}, field {field.name!r}: decodes to {value.dtype} {value.shape}")
         yield row_digest(shard, i)
+
+
+def _damaged(store: CacheStore, number: int, object_: str | None, message: str) -> Problem:
+    keys = store.plan.keys_of(number) if number < store.plan.shards else []
+    # The record goes first: a shard without one is merely not done.
+    return Problem(message, (record_name(number), *([object_] if object_ else [])), tuple(keys))
+
+
+def _loose(store: CacheStore, name: str, numbers: list[int]) -> Problem | None:
+    number = shard_number(name)
+    if number is None:
+        return None
+    if number >= store.plan.shards:
+        return Problem(f"{name}: a shard that is not in the plan of {store.plan.shards} shards", (name,))
+    assert number in numbers
+    return Problem(f"{name}: a second object of shard {number}, which its record does not name", (name,))
+
+
+def _foreign(store: CacheStore) -> list[Problem]:
+    ours = set(plan_objects(store.manifest.plan))
+    plans = [f"{PLAN}/{name}" for name in store.storage.names(PLAN) if not name.startswith(TEMPORARY)]
+    return [
+        *(Problem(f"{name}: neither a shard nor a record", (name,)) for name in foreign_names(store.storage)),
+        *(Problem(f"{name}: not part of this cache's plan", (name,)) for name in plans if name not in ours),
+    ]
+
+
+def _damaged_runs(store: CacheStore) -> Iterator[Problem]:
+    for name in store.storage.names(RUNS):
+        path = f"{RUNS}/{name}"
+        if not name.startswith(TEMPORARY) and hashlib.sha256(store.storage.read(path)).hexdigest()[:16] != name[:-5]:
+            yield Problem(f"{path}: a run's configuration that is damaged, or foreign; no row depends on it", (path,))

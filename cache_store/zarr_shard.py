@@ -1,74 +1,69 @@
-"""One shard as one file: a Zarr group (format 2) in a zip archive, its members stored without further compression.
+"""One shard as one object: a Zarr group (format 3) in a zip archive whose members are stored as they are.
 
-One file is one rename on a disk and one PUT on an object store, and is read whole, then verified, then decoded.
-In the group, every array is 1-D, all rows one after the other:
+One object is one rename on a disk and one PUT on an object store, and is read whole, then verified, then decoded:
 
-    index                uint8    JSON [[key, sample_id, image_sha256], ...]
-    FIELD.shape          int32    [rows * ndim], from which the offsets follow
-    FIELD.PART           the codec's parts of the field
+    _index                uint8 [bytes]       JSON [[key, sample_id, image_sha256], ...]
+    FIELD/                attributes: dims, dtype (decoded), codec
+    FIELD/shape           int32 [rows, ndim]  decoded shape of each row
+    FIELD/PART            [values]            a part of the codec, the rows' values one after the other
+    FIELD/PART_offsets    int64 [rows + 1]    row i is PART[PART_offsets[i] : PART_offsets[i + 1]], flat
 
-A shard may come from a stranger. Nothing is unpickled and nothing is extracted: metadata has to be what this module
-writes, the members have to be exactly the expected ones, and sizes are compared before anything is decompressed.
+A shard may come from a stranger. Nothing is unpickled and nothing is extracted: metadata have to be byte for byte what this
+module writes, the members have to be exactly the expected ones, and sizes are compared before anything is decompressed.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from alignkd.cache_store.codecs import Array
-from alignkd.cache_store.row import Row, is_key
-from alignkd.cache_store.shard import (
-    MAX_SHARD_BYTES,
-    Column,
-    CorruptShard,
-    RowId,
-    Shard,
-    empty_layout,
-    pack,
-    part_sizes,
-)
+from alignkd.cache_store.codecs import Array, Shape
+from alignkd.cache_store.encoding import check_budget, check_shapes, describe, dump_json
+from alignkd.cache_store.shard import ColumnShard, CorruptShard, Shard, check_ids, empty_layout, join, part_offsets
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
-from alignkd.cache_store.zarr_compat import read_array, write_group
+from alignkd.cache_store.zarr_array import array_json, decode, decoded_bytes, encode, group_json, require_zarr_3, shard_name
 
+NAME = "zarr"
 SUFFIX = ".zarr.zip"
 
-_BYTE = np.dtype(np.uint8)
-_SHAPE = np.dtype("<i4")
-_BLOSC_HEADER = 16
+# The names of fields begin with a letter.
+_INDEX = "_index"
+_BYTE, _SIZE, _OFFSET = np.dtype("u1"), np.dtype("<i4"), np.dtype("<i8")
 
 
-def write_shard(spec: CacheSpec, rows: Sequence[Row]) -> bytes:
-    """The bytes of a shard: the same rows give the same bytes, with the same zarr and numcodecs.
-
-    ValueError that names the sample for values that fit neither spec nor codec.
-    """
-    shard = pack(spec, rows)
-    index = json.dumps(shard.ids, separators=(",", ":")).encode()
-    arrays: dict[str, Array] = {"index": np.frombuffer(index, _BYTE)}
-    for field, column in shard.columns.items():
-        arrays[f"{field}.shape"] = column.shapes.reshape(-1).astype(_SHAPE, copy=False)
-        arrays.update({f"{field}.{part}": values for part, values in column.parts.items()})
-    return _zip(write_group(arrays))
+def write_shard(shard: Shard) -> bytes:
+    """The bytes of a shard: the same rows give the same bytes, with the same zarr and numcodecs."""
+    require_zarr_3()
+    files = {"zarr.json": group_json({})}
+    for field in shard.spec.fields:
+        files[f"{field.name}/zarr.json"] = group_json(describe(field))
+    for name, values in _arrays(join(shard.spec, shard)):
+        files[f"{name}/zarr.json"] = array_json(values.shape, values.dtype)
+        if values.size:
+            files[f"{name}/{shard_name(values.shape)}"] = encode(values)
+    return _zip(files)
 
 
 def read_shard(spec: CacheSpec, data: bytes) -> Shard:
     """The shard in ``data``; CorruptShard where it is none, or holds other than ``spec`` says."""
+    require_zarr_3()
     try:
-        members = _Members(_unzip(data))
-        ids = _parse_index(members.take("index", _BYTE).tobytes())
-        columns = {field.name: _read_column(members, field, len(ids)) for field in spec.fields}
-        members.refuse_rest()
+        return _read(spec, _Members(_unzip(data)))
     except CorruptShard:
         raise
     except Exception as error:  # bytes from a stranger may break zip, JSON, zarr and Blosc in any way
         raise CorruptShard(f"not a readable shard: {error!r}") from error
-    return Shard(spec, ids, columns)
+
+
+def audit(spec: CacheSpec, data: bytes, shard: Shard) -> None:
+    """Nothing: ``read_shard`` has compared all there is."""
 
 
 def field_bytes(spec: CacheSpec, data: bytes) -> dict[str, int]:
@@ -76,86 +71,88 @@ def field_bytes(spec: CacheSpec, data: bytes) -> dict[str, int]:
     sizes = {field.name: 0 for field in spec.fields}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for member in archive.infolist():
-            field, dot, _ = member.filename.partition(".")
-            if dot and field in sizes:
+            field, _, _ = member.filename.partition("/")
+            if field in sizes:
                 sizes[field] += member.file_size
     return sizes
 
 
+def _arrays(shard: ColumnShard) -> Iterator[tuple[str, Array]]:
+    yield _INDEX, np.frombuffer(dump_json(shard.ids), _BYTE)
+    for field, parts in shard.parts.items():
+        yield f"{field}/shape", shard.shapes[field].astype(_SIZE, copy=False)
+        for part, values in parts.items():
+            yield f"{field}/{part}", values
+            yield f"{field}/{part}_offsets", np.array(shard.offsets[field][part], _OFFSET)
+
+
+def _read(spec: CacheSpec, members: _Members) -> ColumnShard:
+    members.require("zarr.json", group_json({}))
+    ids = check_ids(json.loads(members.array(_INDEX, (members.length(_INDEX),), _BYTE).tobytes()))
+    shapes, parts = {}, {}
+    for field in spec.fields:
+        members.require(f"{field.name}/zarr.json", group_json(describe(field)))
+        shapes[field.name] = members.array(f"{field.name}/shape", (len(ids), len(field.dims)), _SIZE)
+        parts[field.name] = _read_parts(members, field, shapes[field.name])
+    members.refuse_rest()
+    return ColumnShard(spec, ids, shapes, parts)
+
+
+def _read_parts(members: _Members, field: FieldSpec, shapes: NDArray[np.int32]) -> dict[str, Array]:
+    check_shapes(field, shapes)
+    parts = {}
+    for part, offsets in part_offsets(field, shapes).items():
+        name = f"{field.name}/{part}"
+        _, dtype = empty_layout(field)[part]
+        parts[part] = members.array(name, (offsets[-1],), dtype)
+        if members.array(f"{name}_offsets", (len(offsets),), _OFFSET).tolist() != offsets:
+            raise CorruptShard(f"array '{name}_offsets' does not follow from array '{field.name}/shape'")
+    return parts
+
+
 class _Members:
-    """The files of a group, taken array by array, each only after its declared size was found right."""
+    """The files of a group, taken one by one, an array only after what it declares was found right."""
 
-    def __init__(self, files: Mapping[str, bytes]) -> None:
+    def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
-        self.taken = {".zgroup"}
-        self.budget = MAX_SHARD_BYTES
+        self.claimed = 0
 
-    def take(self, name: str, dtype: np.dtype[Any], size: int | None = None) -> Array:
-        """The array ``name``; CorruptShard unless it declares ``dtype`` and, where given, ``size`` elements."""
-        meta = self.files.get(f"{name}/.zarray")
-        if meta is None:
-            raise CorruptShard(f"array {name!r} is missing")
-        found, chunk = _declared(name, json.loads(meta), dtype)
-        if size is not None and found != size:
-            raise CorruptShard(f"array {name!r} declares {found} elements, expected {size}")
-        chunks = [f"{name}/{i}" for i in range(self._spend(name, found, chunk, dtype.itemsize))]
-        for member in chunks:
-            _check_chunk(member, self.files.get(member), chunk * dtype.itemsize)
-        used = {member: self.files[member] for member in (f"{name}/.zarray", *chunks)}
-        self.taken |= used.keys()
-        return read_array(used, name)
+    def take(self, name: str) -> bytes:
+        """A file; CorruptShard where there is none."""
+        if name not in self.files:
+            raise CorruptShard(f"member {name!r} is missing")
+        return self.files.pop(name)
+
+    def require(self, name: str, expected: bytes) -> None:
+        """CorruptShard unless a file holds what is ``expected``."""
+        found = self.take(name)
+        if found != expected:
+            raise CorruptShard(f"member {name!r}: found {_shorten(found)}, expected {_shorten(expected)}")
+
+    def length(self, name: str) -> int:
+        """How long a 1-D array says it is."""
+        (length,) = json.loads(self.files[f"{name}/zarr.json"])["shape"]
+        if not isinstance(length, int) or length < 0:
+            raise CorruptShard(f"array {name!r} declares a length of {length!r}")
+        return length
+
+    def array(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> Array:
+        """An array; CorruptShard unless it has this shape and dtype, and fits into what a shard may hold."""
+        self.require(f"{name}/zarr.json", array_json(shape, dtype))
+        if math.prod(shape) == 0:
+            return np.empty(shape, dtype)
+        self.claimed += decoded_bytes(shape, dtype)
+        check_budget(self.claimed)
+        data = self.take(f"{name}/{shard_name(shape)}")
+        try:
+            return decode(data, shape, dtype)
+        except CorruptShard as error:
+            raise CorruptShard(f"array {name!r}: {error}") from error
 
     def refuse_rest(self) -> None:
-        """CorruptShard if there are files that belong to no array taken."""
-        rest = sorted(self.files.keys() - self.taken)
-        if rest:
-            raise CorruptShard(f"{len(rest)} unexpected members, first {rest[0]!r}")
-
-    def _spend(self, name: str, size: int, chunk: int, itemsize: int) -> int:
-        """Number of chunks, once what they decompress to fits into what this shard may still take."""
-        count = -(-size // chunk)
-        self.budget -= count * chunk * itemsize
-        if self.budget < 0 or count > len(self.files):
-            raise CorruptShard(f"array {name!r} declares {size} elements, more than this shard can hold")
-        return count
-
-
-def _declared(name: str, meta: Any, dtype: np.dtype[Any]) -> tuple[int, int]:
-    """Size and chunk size of an array; CorruptShard unless the rest of its metadata is what ``write_shard`` writes."""
-    expected = {"zarr_format": 2, "dtype": dtype.str, "order": "C", "filters": None, "fill_value": 0}
-    differing = [key for key, value in expected.items() if meta.get(key, "missing") != value]
-    if differing or meta["compressor"]["id"] != "blosc":
-        raise CorruptShard(f"array {name!r} has unexpected metadata: {', '.join(differing) or 'compressor'}")
-    (size,), (chunk,) = meta["shape"], meta["chunks"]
-    if not (isinstance(size, int) and isinstance(chunk, int) and size >= 0 and chunk >= 1):
-        raise CorruptShard(f"array {name!r} declares shape [{size}] in chunks of {chunk}")
-    return size, chunk
-
-
-def _check_chunk(member: str, data: bytes | None, nbytes: int) -> None:
-    # Blosc allocates what bytes 4 to 8 of its header say.
-    if data is None or len(data) < _BLOSC_HEADER or int.from_bytes(data[4:8], "little") != nbytes:
-        raise CorruptShard(f"chunk {member!r} is missing or does not hold {nbytes} bytes")
-
-
-def _read_column(members: _Members, field: FieldSpec, rows: int) -> Column:
-    shapes = members.take(f"{field.name}.shape", _SHAPE, rows * len(field.dims)).reshape(rows, len(field.dims))
-    if (shapes < 0).any():
-        raise CorruptShard(f"field {field.name!r} has a negative size")
-    sizes = part_sizes(field, shapes)
-    parts = {
-        part: members.take(f"{field.name}.{part}", dtype, sum(sizes[part])) for part, (_, dtype) in empty_layout(field).items()
-    }
-    return Column(shapes, parts)
-
-
-def _parse_index(text: bytes) -> tuple[RowId, ...]:
-    ids = tuple(RowId(*entry) for entry in json.loads(text))
-    if not all(is_key(row.key) and isinstance(row.sample_id, str) and isinstance(row.image_sha256, str) for row in ids):
-        raise CorruptShard("the index holds something other than keys, sample ids and image hashes")
-    if len({row.key for row in ids}) < len(ids):
-        raise CorruptShard("the index holds a key twice")
-    return ids
+        """CorruptShard if there are files that belong to nothing taken."""
+        if self.files:
+            raise CorruptShard(f"{len(self.files)} unexpected members, first {min(self.files)!r}")
 
 
 def _zip(files: Mapping[str, bytes]) -> bytes:
@@ -179,3 +176,7 @@ def _unzip(data: bytes) -> dict[str, bytes]:
         if len({member.filename for member in members}) < len(members):
             raise CorruptShard("the archive holds a member twice")
         return {member.filename: archive.read(member) for member in members}
+
+
+def _shorten(text: bytes) -> str:
+    return repr(text if len(text) <= 200 else text[:200] + b"...")

@@ -2,29 +2,58 @@
 
 from typing import Any
 
-from alignkd.cache_store.store import CacheStore
+from alignkd.cache_store.store import CacheStore, Status
+
+RECENT_S = 600.0
+"""What counts as of late, before the commit that came last."""
 
 
 def status_figures(store: CacheStore) -> dict[str, Any]:
-    """Progress and size of a cache, as plain figures."""
+    """Progress and size of a cache, as plain figures; it may be running."""
     status = store.status()
     vocabulary = store.spec.fingerprint["teacher"]["vocabulary"]
     return {
-        "cache": str(store.path),
+        "cache": store.url,
+        "format": store.manifest.shard_format,
         "complete": status.complete,
         "shards_done": status.shards_done,
         "shards": status.shards,
         "samples_done": status.samples_done,
-        "samples_rejected": status.samples_rejected,
+        "samples_rejected": len(status.rejected),
         "samples": status.samples,
         "bytes": status.total_bytes,
-        "bytes_by_field": dict(status.bytes_by_field),
-        "dense_bytes_by_field": dense_bytes(dict(status.decoded_bytes_by_field), int(vocabulary)),
+        "bytes_by_field": status.bytes_by_field,
+        "dense_bytes_by_field": dense_bytes(status.decoded_bytes_by_field, int(vocabulary)),
         "seconds": round(status.seconds, 3),
         "samples_per_second": round(status.samples_done / status.seconds, 3) if status.seconds else 0.0,
         "tokens": status.tokens,
-        "rejected": [{"id": r.sample_id, "key": r.key, "reason": r.reason} for r in status.rejected],
+        **recent_figures(status),
+        "rejected": rejected_samples(status),
     }
+
+
+def recent_figures(status: Status) -> dict[str, Any]:
+    """How fast all workers together have been of late, and how long the rest will take them."""
+    finished = sorted(((record.finished, record) for record in status.records.values()), key=lambda pair: pair[0])
+    if len(finished) < 2:
+        return {"recent_workers": len(finished), "recent_samples_per_second": None, "seconds_left": None}
+    last = finished[-1][0]
+    recent = [record for when, record in finished if when >= last - RECENT_S]
+    # The first of them was worked on before the window; what counts is what was finished since.
+    samples = sum(record.rows for record in recent[1:])
+    span = last - recent[0].finished
+    rate = samples / span if span > 0 else None
+    left = status.samples - status.samples_done - len(status.rejected)
+    return {
+        "recent_workers": len({record.worker for record in recent}),
+        "recent_samples_per_second": None if rate is None else round(rate, 3),
+        "seconds_left": None if not rate else round(left / rate, 1),
+    }
+
+
+def rejected_samples(status: Status) -> list[dict[str, str]]:
+    """Every rejected sample with its reason."""
+    return [{"id": r.sample_id, "key": r.key, "reason": r.reason} for r in status.rejected]
 
 
 def dense_bytes(decoded_bytes_by_field: dict[str, int], vocabulary: int) -> dict[str, int]:

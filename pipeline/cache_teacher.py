@@ -1,250 +1,137 @@
 """Stage one: run the teacher once and write its targets.
 
 1. Index the data file and give every sample its key. 2. Load the teacher; everything that determines the targets becomes
-the cache's fingerprint. 3. Freeze the plan, or refuse to go on with a cache that was written otherwise. 4. For each shard
-that is not committed: prepare its samples, run batches under a token budget, commit it whole.
+the cache's fingerprint. 3. Freeze the plan, or refuse to go on with a cache that was written otherwise. 4. For each of
+this worker's shards that is not committed: lay out its samples, run batches under a token budget, commit it whole.
+Images are read ahead of the forward pass; rows are encoded, compressed and written behind it.
 """
 
-import hashlib
+import os
+import platform
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-
-from alignkd.batch import collate
-from alignkd.cache_store.row import Rejected, Row
-from alignkd.cache_store.spec import CacheSpec
+from alignkd.cache_store.repair import MIN_AGE_S
+from alignkd.cache_store.row import Rejected
+from alignkd.cache_store.shard import EncodedRow, encode_row
 from alignkd.cache_store.store import CacheStore
-from alignkd.capture import enable_capture
-from alignkd.models.loading import load_vlm
-from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_figures import status_figures
+from alignkd.pipeline.fit_memory import FittingRunner
+from alignkd.pipeline.host_work import HostWork
 from alignkd.pipeline.interrupt import StopFlag, stop_on_signals
-from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Prepared, Preparer, SampleError
-from alignkd.pipeline.progress import bar
-from alignkd.pipeline.provenance import parse_dtype, peak_memory_bytes, pick_device, write_run
+from alignkd.pipeline.progress import Bar, bar
+from alignkd.pipeline.provenance import peak_memory_bytes, run_record
+from alignkd.pipeline.ranks import Worker, find_worker
 from alignkd.pipeline.rejects import Rejects
-from alignkd.pipeline.samples import Sample, SampleFile
-from alignkd.pipeline.targets_io import TargetSettings, teacher_values
-from alignkd.prompts import TEMPLATES
+from alignkd.pipeline.stage_one import CacheTeacherConfig, ReadyBatch, ShardWork, StageOne, rows
+from alignkd.pipeline.targets_io import TeacherOutput
 
-
-@dataclass(frozen=True)
-class CacheTeacherConfig:
-    """What ``alignkd cache-teacher`` was asked to do. ``batch_tokens`` counts positions after padding."""
-
-    teacher: str
-    data: str
-    images: str | None
-    cache: str
-    template: str | None = None
-    max_length: int = DEFAULT_MAX_LENGTH
-    settings: TargetSettings = field(default_factory=TargetSettings)
-    shard_samples: int = 512
-    batch_tokens: int = 16_384
-    dtype: str = "float32"
-    device: str | None = None
-    vision_tower: str | None = None
-    max_rejected: int = 100
-
-
-@dataclass(frozen=True)
-class Batchable:
-    """A prepared sample with its length in positions."""
-
-    sample: Sample
-    prepared: Prepared
-    length: int
-
-
-def fingerprint(teacher: Vlm, template: str, config: CacheTeacherConfig, keys: np.ndarray) -> dict[str, Any]:
-    """Everything that determines the targets; stage one refuses to go on, and stage two to read, under another."""
-    return {
-        "teacher": {
-            "weights": teacher.weights_fingerprint(),
-            "dtype": config.dtype,
-            "vocabulary": teacher.vocabulary,
-            "heads": teacher.heads,
-            "width": teacher.hidden_size,
-        },
-        "tokenizer": teacher.tokenizer_fingerprint(),
-        "template": template,
-        "image_preprocessing": teacher.images.fingerprint(),
-        "vision_tokens_per_image": teacher.vision_tokens_per_image,
-        "max_length": config.max_length,
-        "targets": config.settings.fingerprint(),
-        "data": hashlib.sha256(keys.tobytes()).hexdigest(),
-    }
-
-
-@dataclass
-class StageOne:
-    """A loaded teacher and an indexed data file, ready to estimate or to write."""
-
-    config: CacheTeacherConfig
-    teacher: Vlm
-    template: str
-    samples: SampleFile
-    order: np.ndarray
-
-    @classmethod
-    def open(cls, config: CacheTeacherConfig) -> "StageOne":
-        """Read the data file, then the teacher.
-
-        Raises:
-            ValueError: either cannot be used.
-        """
-        samples = SampleFile(config.data)
-        device = pick_device(config.device)
-        tower = Path(config.vision_tower) if config.vision_tower else None
-        teacher = load_vlm(config.teacher, dtype=parse_dtype(config.dtype), device=device, vision_tower=tower)
-        enable_capture(teacher.model)
-        teacher.model.requires_grad_(False)
-        template = config.template or teacher.default_template
-        if template not in TEMPLATES:
-            raise ValueError(f"--template {template}: known are {', '.join(TEMPLATES)}")
-        if config.settings.top_k > teacher.vocabulary:
-            settings = replace(config.settings, top_k=teacher.vocabulary)
-            config = replace(config, settings=settings)
-        return cls(config, teacher, template, samples, samples.unique())
-
-    @property
-    def preparer(self) -> Preparer:
-        """How samples become inputs of this teacher."""
-        config = self.config
-        return Preparer.of(self.teacher, template=self.template, max_length=config.max_length, image_root=config.images)
-
-    def spec(self) -> CacheSpec:
-        """The cache's fields and fingerprint."""
-        keys = self.samples.keys[self.order]
-        fields = self.config.settings.fields(self.teacher.vocabulary)
-        return CacheSpec(fields, fingerprint(self.teacher, self.template, self.config, keys))
-
-    def prepare(self, indices: Sequence[int], rejects: Rejects) -> tuple[list[Batchable], list[Rejected]]:
-        """Prepare samples; those that cannot be are named and counted."""
-        ready, rejected, preparer = [], [], self.preparer
-        for index in indices:
-            sample = self.samples[index]
-            try:
-                prepared = preparer(sample)
-            except SampleError as error:
-                rejects.add(sample.id or sample.key, str(error))
-                rejected.append(Rejected(sample.key, sample.id, str(error)))
-                continue
-            length = len(prepared.input.input_ids) + len(sample.images) * (self.teacher.vision_tokens_per_image - 1)
-            ready.append(Batchable(sample, prepared, length))
-        return ready, rejected
-
-    def run(self, batch: Sequence[Batchable]) -> list[Row]:
-        """One forward pass of the teacher; the rows of its samples."""
-        inputs = [item.prepared.input for item in batch]
-        collated = collate(
-            inputs,
-            vision_tokens_per_image=self.teacher.vision_tokens_per_image,
-            pad_token_id=self.teacher.tokenizer.pad_token_id,
-        )
-        values = teacher_values(self.teacher, collated.to(self.teacher.device), inputs, self.config.settings)
-        return [
-            Row(item.sample.key, item.sample.id, item.prepared.image_sha256, value)
-            for item, value in zip(batch, values, strict=True)
-        ]
-
-
-def batches(items: Sequence[Batchable], batch_tokens: int) -> Iterator[list[Batchable]]:
-    """Group by length under a budget of padded positions, longest first; a pure function of the items."""
-    current: list[Batchable] = []
-    for item in sorted(items, key=lambda item: (-item.length, item.sample.key)):
-        if current and (len(current) + 1) * current[0].length > batch_tokens:
-            yield current
-            current = []
-        current.append(item)
-    if current:
-        yield current
+_BATCHES_AHEAD = 3
 
 
 def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
-    """Write (or go on with) a cache; figures of this run and of the whole cache.
+    """Write (or go on with) a cache, as one of any number of workers; figures of this run and of the whole cache.
 
     Raises:
         ValueError: bad input, a cache of other settings, or too many rejected samples.
         Interrupted: a signal came; what is committed stays.
     """
+    worker = find_worker(config.rank, config.world_size)
     with stop_on_signals() as stop:
-        return _cache_teacher(config, stop)
-
-
-def _cache_teacher(config: CacheTeacherConfig, stop: StopFlag) -> dict[str, Any]:
-    stage = StageOne.open(config)
-    keys = stage.samples.keys[stage.order]
-    meta = {"data_file": Path(config.data).name, "records": len(stage.samples)}
-    store = CacheStore.create_or_open(config.cache, stage.spec(), keys, shard_samples=config.shard_samples, plan_meta=meta)
-    store.sweep()
-    write_run(Path(config.cache) / "run.json", "cache-teacher", asdict(stage.config) | {"template": stage.template})
-    before = store.status()
-    rejects = Rejects(config.max_rejected)
-    for sample in before.rejected:
-        rejects.add(sample.sample_id or sample.key, sample.reason)
-    done = before.samples_done + before.samples_rejected
-    started, new_samples = time.perf_counter(), 0
-    stop.check()
-    with bar("cache-teacher", before.samples, "samples", done=done) as progress:
-        for shard in store.pending():
-            shard_started = time.perf_counter()
-            indices = stage.order[shard * config.shard_samples : (shard + 1) * config.shard_samples]
-            ready, rejected = stage.prepare(indices.tolist(), rejects)
-            progress.advance(len(rejected))
-            rows: list[Row] = []
-            for batch in batches(ready, config.batch_tokens):
-                stop.check()
-                rows += stage.run(batch)
-                progress.advance(len(batch))
-            tokens = sum(item.length for item in ready)
-            store.commit_shard(shard, rows, rejected, seconds=time.perf_counter() - shard_started, tokens=tokens)
-            new_samples += len(rows)
-            progress.note(f"{rejects.count} rejected" if rejects.count else "")
+        stage = StageOne.open(config, worker.local_rank)
+        store = stage.open_store()
+        store.sweep(min_age_s=MIN_AGE_S)
+        configuration = asdict(stage.config) | {"template": stage.template, "worker": str(worker)}
+        store.write_run(run_record("cache-teacher", configuration))
+        started = time.perf_counter()
+        job = WorkerJob(stage, store, worker, stop)
+        job.run(worker.order(store.pending(), steal=config.steal))
     seconds = time.perf_counter() - started
     return {
-        "new_samples": new_samples,
-        "seconds": round(seconds, 3),
-        "samples_per_second": round(new_samples / seconds, 3) if new_samples else 0.0,
+        "worker": str(worker),
+        "new_samples": job.samples,
+        "new_samples_per_second": round(job.samples / seconds, 3),
+        "new_positions_per_second": round(job.tokens / seconds, 1),
+        "run_seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
         **status_figures(store),
     }
 
 
-def dry_run(config: CacheTeacherConfig, probe: int = 32) -> dict[str, Any]:
-    """Plan, size and time, estimated from real samples spread over the data; nothing is written."""
-    from alignkd.cache_store.zarr_shard import write_shard
+@dataclass
+class WorkerJob:
+    """One worker's shards; counts what it did."""
 
-    stage = StageOne.open(config)
-    total = len(stage.order)
-    chosen = stage.order[np.linspace(0, total - 1, min(probe, total)).astype(int)]
-    rejects = Rejects(config.max_rejected)
-    ready, rejected = stage.prepare(chosen.tolist(), rejects)
-    if not ready:
-        raise ValueError(
-            f"none of {len(chosen)} samples tried can be used. First: {rejected[0].sample_id}: {rejected[0].reason}"
-        )
-    started = time.perf_counter()
-    rows = [row for batch in batches(ready, config.batch_tokens) for row in stage.run(batch)]
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = (time.perf_counter() - started) / len(rows)
-    size = len(write_shard(stage.spec(), rows)) / len(rows)
-    return {
-        "samples": total,
-        "records": len(stage.samples),
-        "shards": -(-total // config.shard_samples),
-        "template": stage.template,
-        "tried": len(chosen),
-        "rejected_of_tried": len(rejected),
-        "positions_per_sample": round(float(np.mean([item.length for item in ready])), 1),
-        "bytes_per_sample": round(size),
-        "bytes": round(size * total),
-        "seconds_per_sample": round(seconds, 6),
-        "hours": round(seconds * total / 3600, 4),
-    }
+    stage: StageOne
+    store: CacheStore
+    worker: Worker
+    stop: StopFlag
+    samples: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    rejects: Rejects = field(init=False)
+    runner: FittingRunner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rejects = Rejects(self.stage.config.max_rejected)
+        for sample in self.store.status().rejected:
+            self.rejects.add(sample.sample_id or sample.key, sample.reason)
+        self.runner = FittingRunner(self.stage)
+
+    def run(self, shards: Sequence[int], *, show: bool = True) -> None:
+        """Do these shards, but those that others commit meanwhile.
+
+        Raises:
+            Interrupted: a signal came.
+            ValueError: too many samples are rejected.
+        """
+        total = sum(len(self.store.plan.positions_of(shard)) for shard in shards)
+        title = "cache-teacher" if self.worker.world_size == 1 else f"cache-teacher {self.worker}"
+        self.stop.check()
+        with HostWork(self.stage.config.host_threads) as host, bar(title, total, "samples", show=show) as progress:
+            for work in host.ahead(shards, self.stage.lay_out, 1):
+                if self.store.committed(work.number):
+                    progress.advance(len(self.store.plan.positions_of(work.number)))
+                    continue
+                self._run_shard(work, host, progress)
+            host.flush()
+
+    def _run_shard(self, work: ShardWork, host: HostWork, progress: Bar) -> None:
+        started = time.perf_counter()
+        encoded: list[EncodedRow] = []
+        rejected = list(work.rejected)
+        self._reject(work.rejected, progress)
+        tokens = 0
+        for ready in host.ahead(work.batches, self.stage.load, _BATCHES_AHEAD):
+            self.stop.check()
+            outputs, unfit = self.runner.run(ready)
+            self._reject([*ready.rejected, *unfit], progress)
+            rejected += [*ready.rejected, *unfit]
+            host.behind(lambda outputs=outputs: encoded.extend(self._encode(outputs)))  # type: ignore[misc]
+            tokens += sum(item.length for item, _ in ready.items)
+            self.samples += len(ready.items) - len(unfit)
+            self.tokens += sum(item.length for item, _ in ready.items)
+            progress.advance(len(ready.items) - len(unfit))
+            progress.note(self._words(progress))
+        host.behind(lambda: self._commit(work.number, encoded, rejected, time.perf_counter() - started, tokens))
+
+    def _encode(self, outputs: Sequence[tuple[ReadyBatch, TeacherOutput]]) -> list[EncodedRow]:
+        return [encode_row(self.store.spec, row) for ready, output in outputs for row in rows(ready, output)]
+
+    def _commit(
+        self, number: int, encoded: Sequence[EncodedRow], rejected: Sequence[Rejected], seconds: float, tokens: int
+    ) -> None:
+        worker = f"{self.worker} {platform.node()} {os.getpid()}"
+        record = self.store.commit_shard(number, encoded, rejected, seconds=seconds, tokens=tokens, worker=worker)
+        self.bytes += record.bytes
+
+    def _reject(self, rejected: Sequence[Rejected], progress: Bar) -> None:
+        for sample in rejected:
+            self.rejects.add(sample.sample_id or sample.key, sample.reason)
+        progress.advance(len(rejected))
+
+    def _words(self, progress: Bar) -> str:
+        parts = [f"{self.tokens / max(progress.seconds, 1e-9):,.0f} positions/s", f"{self.bytes / 1e6:,.1f} MB written"]
+        return ", ".join(parts + ([f"{self.rejects.count} rejected"] if self.rejects.count else []))

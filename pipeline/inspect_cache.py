@@ -19,7 +19,7 @@ def find_row(reader: CacheReader, sample_id: str) -> Row:
     if not keys:
         rejected = next((r for r in reader.rejected.values() if r.sample_id == sample_id), None)
         why = f"it was rejected: {rejected.reason}" if rejected else f"it holds {len(reader)} other samples"
-        raise ValueError(f"{reader.path} has no row of sample {sample_id!r}; {why}")
+        raise ValueError(f"{reader.url} has no row of sample {sample_id!r}; {why}")
     return reader.row(keys[0])
 
 

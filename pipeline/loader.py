@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ class TrainingSet(Dataset["Item | Failure"]):
         self.vision_tokens_per_image = student.vision_tokens_per_image
         self.pad_token_id = int(student.tokenizer.pad_token_id)
         self.fields = [name for need in sorted(needs) for name in _FIELDS[need]]
+        self._read = {"input_ids", "labels", *self.fields}
         self.rejects = Rejects(max_rejected)
         self.indices = self._usable()
         if not len(self.indices):
@@ -84,27 +86,26 @@ class TrainingSet(Dataset["Item | Failure"]):
         """
         if self.reader is None:
             return np.arange(len(self.samples))
-        kept = []
-        for index in range(len(self.samples)):
-            key = self.samples.key(index)
-            if key in self.reader.rejected:
-                rejected = self.reader.rejected[key]
-                self.rejects.add(rejected.sample_id or key, rejected.reason)
-            elif key in self.reader:
-                kept.append(index)
-            else:
-                name = self.samples[index].id
-                raise ValueError(f"sample {name!r} has no row in the cache. {self._missing(key)}")
-        return np.asarray(kept, dtype=np.int64)
+        shards = self.reader.shards_of(self.samples.keys)
+        for index in np.flatnonzero(shards < 0).tolist():
+            raise ValueError(f"sample {self.samples[index].id!r} has no row in the cache. {self._missing(index)}")
+        kept = np.ones(len(self.samples), dtype=bool)
+        if self.reader.rejected:
+            for index in range(len(self.samples)):
+                rejected = self.reader.rejected.get(self.samples.key(index))
+                if rejected is not None:
+                    kept[index] = False
+                    self.rejects.add(rejected.sample_id or rejected.key, rejected.reason)
+        return np.flatnonzero(kept)
 
     def fingerprint(self) -> str:
         """Digest of the samples and their order in the file."""
         return hashlib.sha256(self.samples.keys[self.indices].tobytes()).hexdigest()
 
-    def _missing(self, key: str) -> str:
+    def _missing(self, index: int) -> str:
         assert self.reader is not None
         try:
-            self.reader.row(key)
+            self.reader.shard_of(self.samples.key(index))
         except MissingRow as error:
             return str(error)
         raise AssertionError("a row that is there was reported missing")
@@ -112,12 +113,12 @@ class TrainingSet(Dataset["Item | Failure"]):
     def _first_reasons(self) -> str:
         return "; ".join(f"{name}: {why}" for name, why in list(self.rejects.reasons.items())[:3])
 
-    @property
+    @cached_property
     def shard_of_sample(self) -> np.ndarray:
         """The shard of each sample's row, ``[samples]``; zeros without a cache."""
         if self.reader is None:
             return np.zeros(len(self.indices), dtype=np.int64)
-        return np.asarray([self.reader.shard_of(self.samples.key(i)) for i in self.indices.tolist()], dtype=np.int64)
+        return self.reader.shards_of(self.samples.keys[self.indices])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -126,13 +127,19 @@ class TrainingSet(Dataset["Item | Failure"]):
         """The sample at a position of this set."""
         return self.samples[int(self.indices[position])]
 
+    def __getitems__(self, positions: list[int]) -> list[Item | Failure]:
+        """A batch; the shards it needs are fetched side by side."""
+        if self.reader is not None and self.fields:
+            self.reader.prefetch(self.shard_of_sample[positions].tolist())
+        return [self[position] for position in positions]
+
     def __getitem__(self, position: int) -> Item | Failure:
         sample = self.sample(position)
         try:
             prepared = self.preparer(sample)
             if self.reader is None or not self.fields:
                 return Item(prepared.input, {})
-            row = self.reader.row(sample.key)
+            row = self.reader.row(sample.key, self._read)
             check_row(sample, prepared, row, self.vision_tokens_per_image)
         except SampleError as error:
             return Failure(sample.key, sample.id or sample.key, str(error), fatal=False)

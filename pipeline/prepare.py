@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from alignkd.batch import ModelInput
@@ -21,6 +22,15 @@ DEFAULT_MAX_LENGTH = 2048
 
 class SampleError(ValueError):
     """This sample cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """Compact ids and labels ``[length]`` of a sample; ``truncated`` where it was longer."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    truncated: bool
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,14 @@ class Preparer:
         Raises:
             SampleError: an image cannot be read, or no answer token is left to learn from.
         """
+        return self.with_images(sample, self.text(sample))
+
+    def text(self, sample: Sample) -> PreparedText:
+        """The first half: token ids and labels.
+
+        Raises:
+            SampleError: no answer token is left to learn from, or an image lies beyond the maximum length.
+        """
         check_text(sample)
         try:
             encoded = encode_conversation(
@@ -71,8 +89,16 @@ class Preparer:
         if not encoded.supervised:
             where = f" within {self.max_length} ids" if encoded.truncated else ""
             raise SampleError(f"no supervised token{where}: the answer is empty, cut off, or masked by the template")
+        return PreparedText(encoded.input_ids, encoded.labels, encoded.truncated)
+
+    def with_images(self, sample: Sample, text: PreparedText) -> Prepared:
+        """The second half: its images.
+
+        Raises:
+            SampleError: an image cannot be read.
+        """
         images, digest = self.load_images(sample.images)
-        return Prepared(ModelInput(encoded.input_ids, encoded.labels, images), digest, encoded.truncated)
+        return Prepared(ModelInput(text.input_ids, text.labels, images), digest, text.truncated)
 
     def load_images(self, references: tuple[str, ...]) -> tuple[torch.Tensor, str]:
         """Pixel values ``[n, 3, h, w]`` (or features ``[n, P, C]``) of a sample's images, and their SHA-256.

@@ -11,7 +11,19 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("alignkd", "torch", "transformers", "accelerate", "numpy", "zarr", "numcodecs", "sentencepiece", "pillow")
+_PACKAGES = (
+    "alignkd",
+    "torch",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "zarr",
+    "numcodecs",
+    "webdataset",
+    "fsspec",
+    "sentencepiece",
+    "pillow",
+)
 
 
 def versions() -> dict[str, str]:
@@ -26,15 +38,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_run(path: Path, command: str, configuration: dict[str, Any]) -> None:
-    """Write a run's record as JSON."""
-    record = {
+def run_record(command: str, configuration: dict[str, Any]) -> dict[str, Any]:
+    """What a run was asked to do, when, and with which versions."""
+    return {
         "command": command,
         "arguments": sys.argv[1:],
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "configuration": configuration,
         "versions": versions(),
     }
+
+
+def write_run(path: Path, command: str, configuration: dict[str, Any]) -> None:
+    """Write a run's record as JSON."""
+    record = run_record(command, configuration)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2, default=str) + "\n")
 
@@ -47,14 +64,17 @@ def peak_memory_bytes() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def pick_device(name: str | None) -> str:
-    """The device asked for, or the GPU where there is one.
+def pick_device(name: str | None, local_rank: int = 0) -> str:
+    """The device asked for; else the GPU where there is one, and where there are several the local rank's own.
 
     Raises:
         ValueError: it is not here.
     """
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        count = torch.cuda.device_count()
+        return "cuda" if count == 1 else f"cuda:{local_rank % count}"
     try:
         torch.empty(0, device=name)
     except (AssertionError, NotImplementedError, RuntimeError) as error:

@@ -6,8 +6,11 @@ JSON list or JSON lines.
 
 import hashlib
 import json
+import os
+import re
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +21,7 @@ from alignkd.prompts import IMAGE_TAG
 
 _CHUNK = 4 * 2**20
 _LARGEST_SAMPLE = 64 * 2**20
+_BETWEEN = re.compile(r"[ \t\r\n]*(?P<comma>,?)[ \t\r\n]*(?P<end>\]?)")
 
 
 class DataError(ValueError):
@@ -71,7 +75,8 @@ def _short(value: Any) -> str:
 class SampleFile:
     """Random access to the samples of a data file; holds offsets and keys, not texts.
 
-    Opening it reads the whole file once and checks every sample.
+    ``SampleFile(path)`` reads the whole file once and checks every sample; ``SampleFile.known`` goes by what such a
+    reading found before.
 
     Raises:
         DataError: not LLaVA's format; names the record and what was found.
@@ -82,8 +87,8 @@ class SampleFile:
         starts, lengths, keys = array("q"), array("q"), bytearray()
         try:
             with self.path.open("rb") as file:
-                for number, (start, text) in enumerate(_records(file, self.path)):
-                    sample = self._parse(text, number)
+                for number, (start, text, record) in enumerate(_records(file, self.path)):
+                    sample = self._parse(text, number, record)
                     starts.append(start)
                     lengths.append(len(text))
                     keys += bytes.fromhex(sample.key)
@@ -91,21 +96,35 @@ class SampleFile:
             raise DataError(f"data file {self.path}: {error.strerror}") from error
         if not starts:
             raise DataError(f"data file {self.path} holds no samples")
-        self._starts, self._lengths = np.asarray(starts), np.asarray(lengths)
+        self.starts, self.lengths = np.asarray(starts), np.asarray(lengths)
         self.keys = np.frombuffer(bytes(keys), dtype=np.uint8).reshape(-1, 16)
         self._file: BinaryIO | None = None
+
+    @classmethod
+    def known(cls, path: str | Path, keys: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> "SampleFile":
+        """Samples of known keys ``[N, 16]`` at known byte ranges; each is compared with its key when it is read."""
+        file = cls.__new__(cls)
+        file.path, file.keys, file.starts, file.lengths, file._file = Path(path), keys, starts, lengths, None
+        return file
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.starts)
 
     def __getitem__(self, index: int) -> Sample:
         if self._file is None:
             self._file = self.path.open("rb")
-        self._file.seek(int(self._starts[index]))
-        return self._parse(self._file.read(int(self._lengths[index])), index)
+        # Without a shared position in the file, several threads may read.
+        text = os.pread(self._file.fileno(), int(self.lengths[index]), int(self.starts[index]))
+        sample = self._parse(text, index)
+        if sample.key != self.key(index):
+            raise DataError(
+                f"data file {self.path}, record {index}: it has changed since it was indexed; restore the file, or write"
+                " another cache"
+            )
+        return sample
 
     def key(self, index: int) -> str:
         """The key of sample ``index``, without reading the file."""
@@ -114,20 +133,24 @@ class SampleFile:
 
     def unique(self) -> np.ndarray:
         """Indices of the first sample of each key, in file order: identical samples share a row."""
-        _, first = np.unique(self.keys.view("V16").ravel(), return_index=True)
-        return np.sort(first)
+        halves = np.ascontiguousarray(self.keys).view(">u8").reshape(-1, 2).astype(np.uint64)
+        order = np.lexsort((halves[:, 1], halves[:, 0]))
+        # lexsort is stable, so the first of equal keys is the first in the file.
+        new = np.r_[True, (halves[order][1:] != halves[order][:-1]).any(axis=1)]
+        return np.sort(order[new])
 
-    def _parse(self, text: bytes, number: int) -> Sample:
-        try:
-            record = json.loads(text)
-        except (ValueError, UnicodeDecodeError) as error:
-            raise DataError(f"data file {self.path}, record {number}: not JSON ({error})") from error
+    def _parse(self, text: bytes, number: int, record: Any = None) -> Sample:
+        if record is None:
+            try:
+                record = json.loads(text)
+            except (ValueError, UnicodeDecodeError) as error:
+                raise DataError(f"data file {self.path}, record {number}: not JSON ({error})") from error
         name = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
         return parse_sample(record, f"data file {self.path}, record {number}{name}")
 
 
-def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
-    """``(offset, bytes)`` of each record of a JSON list or of JSON lines."""
+def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes, Any]]:
+    """``(offset, bytes, value or None where it is still to be decoded)`` of each record of a JSON list or of JSON lines."""
     start = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
     file.seek(start)
     first = file.read(_CHUNK).lstrip()[:1]
@@ -137,37 +160,42 @@ def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
     elif first == b"{":
         for line in file:
             if line.strip():
-                yield start, line
+                yield start, line, None
             start += len(line)
     else:
         raise DataError(f"data file {path}: begins with {first!r}, expected a JSON list or JSON lines of LLaVA samples")
 
 
-def _list_records(file: BinaryIO, path: Path, offset: int) -> Iterator[tuple[int, bytes]]:
+def _list_records(file: BinaryIO, path: Path, offset: int) -> Iterator[tuple[int, bytes, Any]]:
     # Latin-1 maps each byte to one character, so positions in the text are byte offsets; JSON's own syntax is ASCII.
     decoder = json.JSONDecoder()
     text = file.read(_CHUNK).decode("latin-1")
-    position = text.index("[") + 1
+    position, separator = text.index("[") + 1, ""
     while True:
-        position, at_end = _skip(text, position, ", \t\r\n"), False
-        if position < len(text) and text[position] == "]":
+        match = _BETWEEN.match(text, position)
+        assert match is not None
+        if match["end"] and not match["comma"]:
+            _refuse_more(path, offset + match.end(), text[match.end() :] + file.read(_CHUNK).decode("latin-1"))
             return
-        try:
-            _, end = decoder.raw_decode(text, position)
-            at_end = end == len(text)
-        except ValueError:
-            end, at_end = position, True
-        if at_end:
+        value, end = None, len(text)
+        if match.end() < len(text):
+            if match["comma"] != separator:
+                raise DataError(
+                    f"data file {path}: not a JSON list: a comma is missing or too many at byte {offset + position}"
+                )
+            with suppress(ValueError):
+                value, end = decoder.raw_decode(text, match.end())
+        if end == len(text):
             more = file.read(_CHUNK).decode("latin-1")
             if not more or len(text) - position > _LARGEST_SAMPLE:
-                raise DataError(f"data file {path}: not JSON from byte {offset + position} on (cut short, or not a list)")
+                raise DataError(f"data file {path}: not JSON from byte {offset + match.end()} on (cut short, or not a list)")
             text, offset, position = text[position:] + more, offset + position, 0
             continue
-        yield offset + position, text[position:end].encode("latin-1")
-        position = end
+        record = text[match.end() : end]
+        yield offset + match.end(), record.encode("latin-1"), value if record.isascii() else None
+        position, separator = end, ","
 
 
-def _skip(text: str, position: int, characters: str) -> int:
-    while position < len(text) and text[position] in characters:
-        position += 1
-    return position
+def _refuse_more(path: Path, at: int, rest: str) -> None:
+    if rest.strip(" \t\r\n"):
+        raise DataError(f"data file {path}: the list ends at byte {at}, but more follows")

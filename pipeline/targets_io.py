@@ -54,48 +54,81 @@ class TargetSettings:
         return tuple(fields)
 
 
+@dataclass(frozen=True)
+class TeacherOutput:
+    """Targets of a batch on their way to the host; ``values`` waits for them, so that the next batch may start before."""
+
+    tensors: dict[str, torch.Tensor]
+    arrived: torch.cuda.Event | None
+    batch: Batch
+    inputs: Sequence[ModelInput]
+    ids_dtype: type[np.unsignedinteger[Any]]
+
+    def values(self) -> list[dict[str, np.ndarray]]:
+        """The values of each sample's row, unpadded."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
+        rows, columns = self.batch.text_mask_BT.sum(1).tolist(), self.batch.vision_mask_BV.sum(1).tolist()
+        owners = self.batch.answer_samples_A.numpy()
+        return [
+            {"input_ids": sample.input_ids.astype(np.int32), "labels": sample.labels.astype(np.int32)}
+            | self._values(arrays, i, rows[i], columns[i], owners == i)
+            for i, sample in enumerate(self.inputs)
+        ]
+
+    def _values(
+        self, arrays: Mapping[str, np.ndarray], i: int, rows: int, columns: int, mine: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        values = {}
+        if "attention" in arrays:
+            values["attention"] = arrays["attention"][i, :, :rows, :columns]
+        if "vision_tokens" in arrays:
+            values["vision_tokens"] = arrays["vision_tokens"][i, :columns]
+        if "topk_ids" in arrays:
+            values["topk_ids"] = arrays["topk_ids"][mine].astype(self.ids_dtype)
+            values["topk_logprobs"] = arrays["topk_logprobs"][mine]
+            values["tail_logmass"] = arrays["tail_logmass"][mine]
+        return values
+
+
 @torch.inference_mode()
-def teacher_values(
-    teacher: Vlm, batch: Batch, inputs: Sequence[ModelInput], settings: TargetSettings
-) -> list[dict[str, np.ndarray]]:
-    """Run the teacher over a batch; the values of each sample's row, unpadded."""
-    captured = capture(teacher.model, batch, attention="attention" in settings.targets)
-    values: list[dict[str, np.ndarray]] = [
-        {"input_ids": x.input_ids.astype(np.int32), "labels": x.labels.astype(np.int32)} for x in inputs
-    ]
-    rows, columns = batch.text_mask_BT.sum(1).tolist(), batch.vision_mask_BV.sum(1).tolist()
+def run_teacher(teacher: Vlm, batch: Batch, inputs: Sequence[ModelInput], settings: TargetSettings) -> TeacherOutput:
+    """Run the teacher over a batch that lies on the host; nothing here waits for the device."""
+    captured = capture(teacher.model, batch.to(teacher.device), attention="attention" in settings.targets)
+    tensors = {}
     if captured.attention_BHTV is not None:
         attention = captured.attention_BHTV
-        if settings.attention == "mean":
-            attention = attention.mean(dim=1, keepdim=True)
-        on_host = attention.cpu().numpy()
-        for i, value in enumerate(values):
-            value["attention"] = on_host[i, :, : rows[i], : columns[i]]
+        tensors["attention"] = attention.mean(dim=1, keepdim=True) if settings.attention == "mean" else attention
     if "vision" in settings.targets:
-        tokens = captured.vision_BVD.float().cpu().numpy()
-        for i, value in enumerate(values):
-            value["vision_tokens"] = tokens[i, : columns[i]]
+        tensors["vision_tokens"] = captured.vision_BVD.float()
     if "logits" in settings.targets:
-        _add_logits(teacher, captured.hidden_AD, batch, settings, values)
-    return values
+        tensors |= _topk(teacher, captured.hidden_AD, settings)
+    host, arrived = _to_host(tensors)
+    ids_dtype = np.uint16 if teacher.vocabulary <= 2**16 else np.uint32
+    return TeacherOutput(host, arrived, batch, inputs, ids_dtype)
 
 
-def _add_logits(
-    teacher: Vlm, hidden_AD: torch.Tensor, batch: Batch, settings: TargetSettings, values: list[dict[str, np.ndarray]]
-) -> None:
+def _topk(teacher: Vlm, hidden_AD: torch.Tensor, settings: TargetSettings) -> dict[str, torch.Tensor]:
     chunk = max(1, 2**25 // teacher.vocabulary)
     parts = [
         topk_targets(teacher.model.lm_head(hidden_AD[start : start + chunk]), settings.top_k, settings.temperature)
         for start in range(0, hidden_AD.shape[0], chunk)
     ]
-    ids, logprobs, tail = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
-    dtype = np.uint16 if teacher.vocabulary <= 2**16 else np.uint32
-    owners = batch.answer_samples_A.cpu().numpy()
-    for i, value in enumerate(values):
-        mine = owners == i
-        value["topk_ids"] = ids[mine].astype(dtype)
-        value["topk_logprobs"] = logprobs[mine]
-        value["tail_logmass"] = tail[mine]
+    ids, logprobs, tail = (torch.cat(part) for part in zip(*parts, strict=True))
+    return {"topk_ids": ids, "topk_logprobs": logprobs, "tail_logmass": tail}
+
+
+def _to_host(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return tensors, None
+    host = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        for name, tensor in tensors.items()
+    }
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+    return host, arrived
 
 
 def collate_targets(rows: Sequence[Mapping[str, np.ndarray]], batch: Batch) -> Targets:

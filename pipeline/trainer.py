@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignkd.cache_store.commit import write_atomically
+from alignkd.cache_store.storage import LocalStorage
 from alignkd.objective import TERMS, Objective, term_weights
 from alignkd.pipeline.interrupt import StopFlag, leave_signals_to_parent
 from alignkd.pipeline.loader import SHARDS_OPEN, MisalignedRow, TrainingSet
@@ -191,6 +191,7 @@ class MetricsCheckpoint(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Trainer's hook after a checkpoint."""
         assert self.metrics is not None
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = LocalStorage(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         # Whole or not at all: this file is what says that the checkpoint is complete.
-        write_atomically(folder / self.NAME, json.dumps(self.metrics.state_dict()).encode())
+        folder.delete(self.NAME)
+        folder.write(self.NAME, json.dumps(self.metrics.state_dict()).encode())

@@ -9,3 +9,5 @@ settings.load_profile("alignkd")
 
 # Models here are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
+
+pytest_plugins = ["s3_server"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from alignkd.pipeline.cache_teacher import CacheTeacherConfig, cache_teacher
+from alignkd.pipeline.cache_teacher import cache_teacher
 from alignkd.pipeline.demo.checkpoints import LanguageModelSize, new_checkpoint, train_tokenizer
 from alignkd.pipeline.demo.data import (
     EasyVqa,
@@ -34,6 +34,7 @@ from alignkd.pipeline.distill import DistillConfig, distill
 from alignkd.pipeline.evaluate import EvaluateConfig, evaluate
 from alignkd.pipeline.progress import console
 from alignkd.pipeline.provenance import peak_memory_bytes, pick_device, versions, write_run
+from alignkd.pipeline.stage_one import CacheTeacherConfig
 from alignkd.pipeline.targets_io import TargetSettings
 from alignkd.recipes import Recipe, get_recipe
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from alignkd.cache_store.commit import CommitRecord
+from alignkd.cache_store.plan import Plan
 from alignkd.cache_store.row import Rejected, Row
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
+from alignkd.cache_store.storage import Storage
 from alignkd.cache_store.store import CacheStore
 
 SPEC = CacheSpec(
@@ -46,28 +52,70 @@ def make_rows(count: int, first: int = 0) -> list[Row]:
     return [make_row(i) for i in range(first, first + count)]
 
 
-def make_store(path: Path, samples: int = 10, shard_samples: int = 4, spec: CacheSpec = SPEC) -> CacheStore:
-    keys, meta = keys_array(samples), {"seed": 1}
-    return CacheStore.create_or_open(path, spec, keys, shard_samples=shard_samples, plan_meta=meta)
+def plan_of(samples: int = 10, shard_samples: int = 4, order: slice = slice(None), seed: int = 1) -> Plan:
+    return Plan(keys_array(samples)[order], shard_samples, {"seed": seed}, {"place": np.arange(samples)[order]})
+
+
+def make_store(
+    url: str | Path, samples: int = 10, shard_samples: int = 4, spec: CacheSpec = SPEC, shard_format: str = "zarr"
+) -> CacheStore:
+    return CacheStore.create_or_open(url, spec, plan_of(samples, shard_samples), shard_format=shard_format)
 
 
 def fill(store: CacheStore, *, reject: tuple[int, ...] = ()) -> CacheStore:
     """Commit all pending shards; samples in ``reject`` are rejected."""
     for number in store.pending():
-        first = number * store.plan.shard_samples
-        samples = range(first, first + len(store.plan.keys_of(number)))
-        rows = [make_row(i) for i in samples if i not in reject]
-        rejected = [Rejected(key_of(i), f"sample-{i}/é", "too long") for i in samples if i in reject]
-        store.commit_shard(number, rows, rejected, seconds=1.5, tokens=100)
+        commit(store, number, reject=reject)
     return store
 
 
-def flip(path: Path, at: int) -> None:
-    """Change one bit of a file."""
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
+def commit(store: CacheStore, number: int, *, reject: tuple[int, ...] = (), worker: str = "") -> CommitRecord:
+    samples = store.plan.extras["place"][store.plan.positions_of(number)]
+    rows = [make_row(int(i)) for i in samples if i not in reject]
+    rejected = [Rejected(key_of(int(i)), f"sample-{i}/é", "too long") for i in samples if i in reject]
+    return store.commit_shard(number, rows, rejected, seconds=1.5, tokens=100, worker=worker)
 
 
-def shard_files(path: Path) -> list[Path]:
-    return sorted((path / "shards").iterdir())
+def full_cache(url: str | Path, **kwargs: Any) -> Storage:
+    """Three shards of ten samples, the fifth rejected, and the record of one run."""
+    store = fill(make_store(url, **kwargs), reject=(4,))
+    store.write_run({"seed": 1, "versions": {"alignkd": "0"}})
+    return store.storage
+
+
+def all_names(storage: Storage) -> list[str]:
+    """Every object of a cache, temporaries too."""
+    folders = ("", "plan", "runs", "shards", "commits")
+    names = [f"{folder}/{name}".lstrip("/") for folder in folders for name in storage.names(folder)]
+    return [name for name in names if storage.size(name) is not None]
+
+
+def contents(storage: Storage) -> dict[str, bytes]:
+    return {name: storage.read(name) for name in all_names(storage)}
+
+
+def overwrite(storage: Storage, name: str, data: bytes) -> None:
+    storage.delete(name)
+    assert storage.write(name, data)
+
+
+def flip(storage: Storage, name: str, where: float = 0.5, bit: int = 0) -> None:
+    """Change one bit of an object."""
+    data = bytearray(storage.read(name))
+    data[int(where * (len(data) - 1))] ^= 1 << bit
+    overwrite(storage, name, bytes(data))
+
+
+def in_process(method: str, function: Callable[..., Any], *args: Any) -> Any:
+    """What ``function`` gives in a process of its own."""
+    context = multiprocessing.get_context(method)
+    results = context.SimpleQueue()
+    process = context.Process(target=_put, args=(results, function, args))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    return results.get()
+
+
+def _put(results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    results.put(function(*args))

@@ -1,39 +1,17 @@
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import signal
-import subprocess
-
 import numpy as np
 import pytest
-from tiny_runs import (
-    IMAGES,
-    SAMPLES,
-    TEACHER,
-    content,
-    record,
-    stage_one_config,
-    wait_until,
-    with_other_weights,
-    write_cache,
-    write_data,
-)
-from warm_door import DOOR
+from tiny_runs import IMAGES, SAMPLES, record, run_record, stage_one_config, write_cache, write_data
 
-from alignkd.batch import collate
 from alignkd.cache_store.codecs import get_codec
 from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.spec import FingerprintMismatch
-from alignkd.cache_store.store import CacheStore, open_store
-from alignkd.pipeline import cache_teacher as stage_one
-from alignkd.pipeline.cache_teacher import Batchable, batches, cache_teacher, dry_run
-from alignkd.pipeline.interrupt import Interrupted
+from alignkd.pipeline.dry_run import dry_run
 from alignkd.pipeline.prepare import Preparer
 from alignkd.pipeline.rejects import TooManyRejected
 from alignkd.pipeline.samples import SampleFile
 from alignkd.pipeline.show import captured_arrays
+from alignkd.pipeline.stage_one import Item, StageOne, batches
 from alignkd.pipeline.targets_io import TargetSettings
 
 
@@ -103,82 +81,17 @@ def test_top_k_may_be_more_than_the_vocabulary_and_then_keeps_everything(tmp_pat
     write_cache(data, tmp_path / "all", settings=TargetSettings(targets=("logits",), top_k=512))
 
 
-def test_batches_stay_under_the_budget_and_are_a_pure_function_of_the_samples(teacher_vlm, data):
-    prepare, samples = Preparer.of(teacher_vlm, template="v1", max_length=2048, image_root=IMAGES), SampleFile(data)
-    items = [Batchable(samples[i], prepare(samples[i]), length) for i, length in enumerate((10, 40, 30, 30, 5, 100))]
+def test_batches_stay_under_the_budget_and_are_a_pure_function_of_the_samples(tmp_path, data):
+    stage = StageOne.open(stage_one_config(data, tmp_path / "cache"))
+    samples = [stage.samples[i] for i in range(6)]
+    lengths = (10, 40, 30, 30, 5, 100)
+    items = [Item(sample, stage.preparer.text(sample), length) for sample, length in zip(samples, lengths, strict=True)]
     first = list(batches(items, 80))
     assert first == list(batches(items[::-1], 80))
     assert [[item.length for item in batch] for batch in first] == [[100], [40, 30], [30, 10], [5]]
     for batch in first:
         assert len(batch) == 1 or len(batch) * max(item.length for item in batch) <= 80
-    padded = collate([item.prepared.input for item in first[1]], vision_tokens_per_image=144, pad_token_id=0)
-    assert padded.samples == 2
-
-
-def stop_after(shards, monkeypatch):
-    """Have SIGTERM come while shard ``shards`` is being prepared."""
-    calls, real = itertools.count(1), stage_one.StageOne.prepare
-
-    def prepare(self, indices, rejects):
-        if next(calls) > shards:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, indices, rejects)
-
-    monkeypatch.setattr(stage_one.StageOne, "prepare", prepare)
-
-
-@pytest.mark.parametrize("shards", [0, 1, 2])
-def test_a_stopped_run_goes_on_with_what_is_left_and_ends_with_the_same_content(tmp_path, data, cache, monkeypatch, shards):
-    with monkeypatch.context() as patch:
-        stop_after(shards, patch)
-        with pytest.raises(Interrupted, match=r"stopped by SIGTERM; run the same command again"):
-            write_cache(data, tmp_path / "cache")
-    assert open_store(tmp_path / "cache").status().shards_done == shards
-    done = write_cache(data, tmp_path / "cache")
-    assert done["new_samples"] == 6 - 2 * shards
-    assert done["complete"]
-    assert content(tmp_path / "cache") == content(cache)
-    assert write_cache(data, tmp_path / "cache")["new_samples"] == 0
-
-
-def test_a_crash_between_shard_and_record_leaves_nothing_that_counts(tmp_path, data, cache, monkeypatch):
-    from alignkd.cache_store import store
-
-    def crash(root, record, payload):
-        (root / record.object).parent.mkdir(exist_ok=True)
-        (root / record.object).write_bytes(payload[:100])
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "commit", crash)
-        with pytest.raises(KeyboardInterrupt):
-            write_cache(data, tmp_path / "cache")
-    assert open_store(tmp_path / "cache").status().shards_done == 0
-    assert write_cache(data, tmp_path / "cache")["new_samples"] == 6
-    assert content(tmp_path / "cache") == content(cache)
-
-
-def test_sigterm_ends_the_real_process_with_exit_code_75_and_a_rerun_completes_the_same_cache(tmp_path):
-    records = [{**SAMPLES[i % 4], "id": f"s{i}"} for i in range(16)]
-    data = write_data(tmp_path / "many.json", records)
-    arguments = ["cache-teacher", "--teacher", TEACHER, "--data", data, "--images", IMAGES, "--device", "cpu"]
-    arguments += ["--shard-samples", "1", "--cache", tmp_path / "cache", "--targets", "attention"]
-    commits = tmp_path / "cache" / "commits"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([DOOR, *map(str, arguments)], env=environment, stderr=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: process.poll() is not None or list(commits.glob("0*.json")))
-        process.send_signal(signal.SIGTERM)
-        _, words = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert "stopped by SIGTERM; run the same command again to go on" in words
-    assert "Traceback" not in words
-    before = len(list(commits.glob("0*.json")))
-    assert 1 <= before < 16
-    settings = TargetSettings(targets=("attention",))
-    rest = write_cache(data, tmp_path / "cache", shard_samples=1, settings=settings)
-    assert (rest["new_samples"], rest["complete"]) == (16 - before, True)
-    write_cache(data, tmp_path / "undisturbed", shard_samples=1, settings=settings)
-    assert content(tmp_path / "cache") == content(tmp_path / "undisturbed")
+    assert stage.load(first[1]).batch.samples == 2
 
 
 BAD = [
@@ -206,12 +119,9 @@ def test_more_rejected_samples_than_allowed_stop_stage_one(tmp_path):
         write_cache(data, tmp_path / "cache", max_rejected=2)
 
 
-def test_rejected_samples_of_earlier_runs_count_too(tmp_path, monkeypatch):
+def test_rejected_samples_of_earlier_runs_count_too(tmp_path):
     data = write_data(tmp_path / "d.json", [*BAD[:2], SAMPLES[0], BAD[2]])
-    with monkeypatch.context() as patch:
-        stop_after(1, patch)
-        with pytest.raises(Interrupted):
-            write_cache(data, tmp_path / "cache", max_rejected=3)
+    assert not write_cache(data, tmp_path / "cache", max_rejected=2, rank=0, world_size=2)["complete"]
     with pytest.raises(TooManyRejected):
         write_cache(data, tmp_path / "cache", max_rejected=2)
     assert write_cache(data, tmp_path / "cache", max_rejected=3)["samples_rejected"] == 3
@@ -231,60 +141,6 @@ def test_figures_of_a_cache_add_up(data, tmp_path):
     assert done["bytes"] == sum(f.stat().st_size for f in (tmp_path / "cache" / "shards").iterdir())
     assert sum(done["bytes_by_field"].values()) <= done["bytes"]
     assert done["dense_bytes_by_field"]["vision_tokens"] == 6 * 144 * 64 * 2
-    record = json.loads((tmp_path / "cache" / "run.json").read_text())
-    assert record["command"] == "cache-teacher"
-    assert record["configuration"]["template"] == "v1"
-
-
-CHANGES = {
-    "teacher": ({}, ["fingerprint.teacher.weights"]),
-    "data": ({}, ["fingerprint.data"]),
-    "template": ({"template": "plain"}, ['fingerprint.template: cache has "v1", wanted "plain"']),
-    "max length": ({"max_length": 99}, ["fingerprint.max_length: cache has 2048, wanted 99"]),
-    "dtype": ({"dtype": "bfloat16"}, ['fingerprint.teacher.dtype: cache has "float32", wanted "bfloat16"']),
-    "top-k": ({"settings": TargetSettings(top_k=5)}, ["fingerprint.targets.logits.top_k: cache has 64, wanted 5"]),
-    "temperature": ({"settings": TargetSettings(temperature=2.0)}, ["logits.temperature: cache has 1.0, wanted 2.0"]),
-    "attention": ({"settings": TargetSettings(attention="mean")}, ['targets.attention: cache has "per-head", wanted "mean"']),
-    "targets": ({"settings": TargetSettings(targets=("vision",))}, ["targets.attention: cache has", "wanted null"]),
-    "codec": ({"settings": TargetSettings(vision_codec="exact")}, ['codec: cache has "float16", wanted "exact"']),
-    "shard samples": ({"shard_samples": 3}, ["plan.shard_samples: cache has 2, wanted 3"]),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_cache_of_other_settings_is_refused_with_both_values_and_the_way_out(tmp_path, data, cache, name):
-    changes, parts = CHANGES[name]
-    if name == "teacher":
-        changes = {"teacher": str(with_other_weights(TEACHER, tmp_path / "other"))}
-    if name == "data":
-        data = write_data(tmp_path / "other.json", [*SAMPLES[:5], record("new", None, "a", "b")])
-    before = sorted((p, p.stat().st_mtime_ns) for p in cache.rglob("*"))
-    with pytest.raises(FingerprintMismatch) as error:
-        write_cache(data, cache, **changes)
-    for part in [*parts, str(cache), "cache has", "wanted", "Write to another --cache, or use the settings"]:
-        assert part in str(error.value)
-    assert sorted((p, p.stat().st_mtime_ns) for p in cache.rglob("*")) == before
-
-
-def test_what_does_not_change_the_targets_may_change_between_runs(tmp_path, data, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_after(1, patch)
-        with pytest.raises(Interrupted):
-            write_cache(data, tmp_path / "cache")
-    moved = write_data(tmp_path / data.name, SAMPLES)
-    assert cache_teacher(stage_one_config(moved, tmp_path / "cache", batch_tokens=400, max_rejected=3))["complete"]
-
-
-def test_two_workers_on_one_cache_harm_nobody(tmp_path, data, cache, monkeypatch):
-    """A second run starts while the first is in the middle of a shard, and finishes before it."""
-    real, nested = CacheStore.commit_shard, []
-
-    def commit_shard(self, number, *arguments, **keywords):
-        if not nested:
-            nested.append(number)
-            assert write_cache(data, tmp_path / "cache")["new_samples"] == 6
-        return real(self, number, *arguments, **keywords)
-
-    monkeypatch.setattr(CacheStore, "commit_shard", commit_shard)
-    assert write_cache(data, tmp_path / "cache")["complete"]
-    assert content(tmp_path / "cache") == content(cache)
+    made = run_record(tmp_path / "cache")
+    assert made["command"] == "cache-teacher"
+    assert (made["configuration"]["template"], made["configuration"]["worker"]) == ("v1", "0/1")

@@ -16,6 +16,7 @@ from tiny_runs import (
     TEACHER,
     copy_checkpoint,
     metrics,
+    run_record,
     stage_two_config,
     student_sha256,
     train,
@@ -38,7 +39,7 @@ from alignkd.pipeline.order import epoch_order
 from alignkd.pipeline.prepare import Preparer
 from alignkd.pipeline.rejects import TooManyRejected
 from alignkd.pipeline.samples import SampleFile
-from alignkd.pipeline.targets_io import TargetSettings, collate_targets, teacher_values
+from alignkd.pipeline.targets_io import TargetSettings, collate_targets, run_teacher
 from alignkd.pipeline.trainer import MetricsCheckpoint, RunCallback
 from alignkd.recipes import get_recipe
 
@@ -80,7 +81,8 @@ def test_cached_targets_give_the_loss_and_gradients_of_targets_made_online(
     cached = whole.collate(items)
     enable_capture(teacher_vlm.model)
     inputs = [item.input for item in items]
-    online = collate_targets(teacher_values(teacher_vlm, cached["batch"], inputs, settings), cached["batch"])
+    output = run_teacher(teacher_vlm, cached["batch"], inputs, settings)
+    online = collate_targets(output.values(), cached["batch"])
     terms, gradients = loss_and_gradients(recipe, cached["batch"], cached["targets"])
     terms_online, gradients_online = loss_and_gradients(recipe, cached["batch"], online)
     assert set(terms) == {"loss", *TERMS}
@@ -93,8 +95,7 @@ def test_cached_targets_give_the_loss_and_gradients_of_targets_made_online(
 
 
 def test_the_teacher_is_never_loaded(cache, data, tmp_path, monkeypatch):
-    teacher = json.loads((cache / "run.json").read_text())["configuration"]["teacher"]
-    assert not os.path.exists(teacher)
+    assert not os.path.exists(run_record(cache)["configuration"]["teacher"])
     loaded = []
     monkeypatch.setattr(distill_module, "load_vlm", lambda folder, **k: loaded.append(str(folder)) or load_vlm(folder, **k))
     train(data, cache, tmp_path / "out", max_steps=1)
@@ -218,10 +219,10 @@ def test_a_killed_process_resumes_to_bit_identical_weights(run, data, cache, tmp
     arguments = ["distill", "--student", STUDENT, "--cache", cache, "--data", data, "--images", IMAGES, "--out", out]
     arguments += ["--epochs", 4, "--batch-size", 2, "--learning-rate", "1e-3", "--log-steps", 1, "--save-steps", 1]
     arguments += ["--device", "cpu", "--workers", 0]
-    pid = door.start(*arguments)
+    running = door.start(*arguments)
     wait_until(lambda: list(out.glob(f"checkpoints/checkpoint-*/{MetricsCheckpoint.NAME}")))
-    os.kill(pid, signal.SIGKILL)
-    assert door.finish().code == -signal.SIGKILL
+    os.kill(running.pid, signal.SIGKILL)
+    assert running.finish().code == -signal.SIGKILL
     assert 1 <= metrics(out)[-1]["step"] < 12
     resumed = door(*arguments, "--resume")
     assert resumed.code == 0, resumed.stderr
@@ -262,10 +263,10 @@ def test_a_signal_to_every_process_of_a_job_still_writes_a_checkpoint(data, cach
     out = tmp_path / "out"
     arguments = ["distill", "--student", STUDENT, "--cache", cache, "--data", data, "--images", IMAGES, "--out", out]
     arguments += ["--max-steps", 30, "--batch-size", 2, "--log-steps", 1, "--device", "cpu", "--workers", 2, "--json"]
-    pid = door.start(*arguments)
+    running = door.start(*arguments)
     wait_until(lambda: (out / "metrics.jsonl").exists() and metrics(out))
-    os.killpg(pid, signal.SIGTERM)
-    stopped = door.finish()
+    os.killpg(running.pid, signal.SIGTERM)
+    stopped = running.finish()
     assert stopped.code == 75, stopped.stderr
     assert "stopped by SIGTERM at step" in stopped.stderr
     assert "go on with --resume" in stopped.stderr

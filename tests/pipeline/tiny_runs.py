@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from alignkd.cache_store.verify import verify
-from alignkd.pipeline.cache_teacher import CacheTeacherConfig, cache_teacher
+from alignkd.pipeline.cache_teacher import cache_teacher
 from alignkd.pipeline.distill import DistillConfig, distill
+from alignkd.pipeline.stage_one import CacheTeacherConfig
 from alignkd.recipes import get_recipe
 
 GOLDEN = Path(__file__).parents[1] / "data" / "mobilevlm_v2_tiny"
@@ -81,6 +82,12 @@ def content(cache: Path) -> str:
     report = verify(cache)
     assert report.problems == []
     return report.content_sha256
+
+
+def run_record(cache: Path) -> dict[str, Any]:
+    """What the one run that wrote a cache was asked to do."""
+    (path,) = (cache / "runs").glob("*.json")
+    return json.loads(path.read_text())
 
 
 def stage_two_config(

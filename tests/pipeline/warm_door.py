@@ -1,14 +1,16 @@
 """Runs the installed entry point, each time in a new process, forked from one that has done the slow imports.
 
 Importing torch and transformers takes seconds of CPU time, and the tests of the command line start dozens of processes.
-What runs is the real script, with real arguments, output, signals and exit codes.
+What runs is the real script, with real arguments, output, signals and exit codes; any number of them at once.
 
-Line by line on standard input: ``{"arguments", "stdout", "stderr"}``; answers ``{"pid"}`` at once and ``{"code"}`` at the end.
+Line by line on standard input: ``{"arguments", "stdout", "stderr", "environment"}`` starts a command and answers its process
+id; a process id waits for that command and answers its exit code.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import runpy
@@ -17,8 +19,10 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 DOOR = Path(sys.executable).parent / "alignkd"
+_PASSED_ON = ("AWS_", "FSSPEC_", "NO_PROXY", "SLURM_", "JOB_COMPLETION_INDEX", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,26 @@ class Finished:
     stderr: str
 
 
+@dataclass(frozen=True)
+class Running:
+    """A command that was started; its process id is its own until ``finish`` is called."""
+
+    door: WarmDoor
+    pid: int
+    stdout: Path
+    stderr: Path
+
+    def finish(self) -> Finished:
+        """Wait for its end."""
+        return Finished(self.door.ask(self.pid), self.stdout.read_text(), self.stderr.read_text())
+
+
 class WarmDoor:
-    """The client's side: start a command, or run it to its end."""
+    """The client's side: start commands, or run one to its end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.numbers = itertools.count()
         self.server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -43,20 +62,21 @@ class WarmDoor:
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
 
-    def start(self, *arguments: object) -> int:
-        """Start a command; its process id."""
-        request = {"arguments": [str(a) for a in arguments], **{n: str(self.folder / n) for n in ("stdout", "stderr")}}
+    def ask(self, request: Any) -> int:
+        """One line there, one number back."""
         print(json.dumps(request), file=self.server.stdin, flush=True)
-        return json.loads(self.server.stdout.readline())["pid"]
+        return int(self.server.stdout.readline())
 
-    def finish(self) -> Finished:
-        """Wait for the command that was started."""
-        code = json.loads(self.server.stdout.readline())["code"]
-        return Finished(code, (self.folder / "stdout").read_text(), (self.folder / "stderr").read_text())
+    def start(self, *arguments: object) -> Running:
+        """Start a command in the launcher's and the storage's environment of this process."""
+        number = next(self.numbers)
+        stdout, stderr = self.folder / f"{number}.stdout", self.folder / f"{number}.stderr"
+        environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+        request = {"arguments": [str(a) for a in arguments], "stdout": str(stdout), "stderr": str(stderr)}
+        return Running(self, self.ask({**request, "environment": environment}), stdout, stderr)
 
     def __call__(self, *arguments: object) -> Finished:
-        self.start(*arguments)
-        return self.finish()
+        return self.start(*arguments).finish()
 
     def close(self) -> None:
         self.server.stdin.close()
@@ -64,6 +84,8 @@ class WarmDoor:
 
 
 def serve() -> None:
+    import s3fs  # noqa: F401
+
     import alignkd.pipeline.cache_teacher
     import alignkd.pipeline.distill
     import alignkd.pipeline.evaluate
@@ -72,27 +94,37 @@ def serve() -> None:
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            os.setpgid(0, 0)
-            for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
-                flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-                os.dup2(os.open(name, flags, 0o600), number)
-            sys.argv = [str(DOOR), *request["arguments"]]
-            try:
-                runpy.run_path(str(DOOR), run_name="__main__")
-                code: object = 0
-            except SystemExit as end:
-                code = end.code or 0
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code if isinstance(code, int) else 1)  # tearing torch down would take most of the time
-        print(json.dumps({"pid": pid}), flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), flush=True)
+        if isinstance(request, int):
+            _, status = os.waitpid(request, 0)
+            answer = os.waitstatus_to_exitcode(status)
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _run(request)
+        print(answer, flush=True)
+
+
+def _run(request: dict[str, Any]) -> None:
+    from fsspec.config import conf, set_conf_env
+
+    os.setpgid(0, 0)
+    for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
+        flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        os.dup2(os.open(name, flags, 0o600), number)
+    os.environ.update(request["environment"])
+    set_conf_env(conf)
+    sys.argv = [str(DOOR), *request["arguments"]]
+    try:
+        runpy.run_path(str(DOOR), run_name="__main__")
+        code: object = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)  # tearing torch down would take most of the time
 
 
 if __name__ == "__main__":

@@ -1,0 +1,249 @@
+"""What stage one works with: the indexed data, the teacher, the plan, and one batch at a time.
+
+Shapes: see ``alignkd.batch``.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from alignkd.batch import Batch, ModelInput, collate
+from alignkd.cache_store.manifest import NAME as MANIFEST
+from alignkd.cache_store.manifest import read_manifest
+from alignkd.cache_store.plan import Plan
+from alignkd.cache_store.row import Rejected, Row
+from alignkd.cache_store.spec import CacheSpec
+from alignkd.cache_store.storage import open_storage
+from alignkd.cache_store.store import CacheStore
+from alignkd.capture import enable_capture
+from alignkd.models.loading import load_vlm
+from alignkd.models.vlm import Vlm
+from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Prepared, PreparedText, Preparer, SampleError
+from alignkd.pipeline.provenance import parse_dtype, pick_device
+from alignkd.pipeline.samples import DataError, Sample, SampleFile
+from alignkd.pipeline.targets_io import TargetSettings, TeacherOutput, run_teacher
+from alignkd.prompts import TEMPLATES
+
+
+@dataclass(frozen=True)
+class CacheTeacherConfig:
+    """What ``alignkd cache-teacher`` was asked to do. ``batch_tokens`` counts positions after padding."""
+
+    teacher: str
+    data: str
+    images: str | None
+    cache: str
+    template: str | None = None
+    max_length: int = DEFAULT_MAX_LENGTH
+    shard_format: str = "zarr"
+    settings: TargetSettings = field(default_factory=TargetSettings)
+    shard_samples: int = 512
+    batch_tokens: int = 16_384
+    dtype: str = "float32"
+    device: str | None = None
+    vision_tower: str | None = None
+    max_rejected: int = 100
+    rank: int | None = None
+    world_size: int | None = None
+    steal: bool = False
+    host_threads: int = 4
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample whose text is prepared; ``length`` counts its positions, vision tokens among them."""
+
+    sample: Sample
+    text: PreparedText
+    length: int
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """A shard laid out: batches of items under the token budget, and samples whose text cannot be used."""
+
+    number: int
+    batches: list[list[Item]]
+    rejected: list[Rejected]
+
+
+@dataclass(frozen=True)
+class ReadyBatch:
+    """A batch with its images, and the samples whose images cannot be used. ``batch`` is None when none is left."""
+
+    items: list[tuple[Item, Prepared]]
+    batch: Batch | None
+    rejected: list[Rejected]
+
+    @property
+    def inputs(self) -> list[ModelInput]:
+        """The model inputs, in order."""
+        return [prepared.input for _, prepared in self.items]
+
+    @property
+    def positions(self) -> int:
+        """Positions after padding."""
+        return len(self.items) * max((item.length for item, _ in self.items), default=0)
+
+
+@dataclass
+class StageOne:
+    """A loaded teacher and an indexed data file, ready to estimate or to write."""
+
+    config: CacheTeacherConfig
+    teacher: Vlm
+    template: str
+    samples: SampleFile
+    plan: Plan
+
+    @classmethod
+    def open(cls, config: CacheTeacherConfig, local_rank: int = 0) -> "StageOne":
+        """Read the data file (or the plan that a run before left), then the teacher.
+
+        Raises:
+            ValueError: either cannot be used.
+        """
+        samples, plan = find_samples(config)
+        tower = Path(config.vision_tower) if config.vision_tower else None
+        device = pick_device(config.device, local_rank)
+        teacher = load_vlm(config.teacher, dtype=parse_dtype(config.dtype), device=device, vision_tower=tower)
+        enable_capture(teacher.model)
+        teacher.model.requires_grad_(False)
+        template = config.template or teacher.default_template
+        if template not in TEMPLATES:
+            raise ValueError(f"--template {template}: known are {', '.join(TEMPLATES)}")
+        if config.settings.top_k > teacher.vocabulary:
+            config = replace(config, settings=replace(config.settings, top_k=teacher.vocabulary))
+        return cls(config, teacher, template, samples, plan)
+
+    @cached_property
+    def preparer(self) -> Preparer:
+        """How samples become inputs of this teacher."""
+        config = self.config
+        return Preparer.of(self.teacher, template=self.template, max_length=config.max_length, image_root=config.images)
+
+    def spec(self) -> CacheSpec:
+        """The cache's fields and fingerprint."""
+        return CacheSpec(self.config.settings.fields(self.teacher.vocabulary), self.fingerprint())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that determines the targets; stage one refuses to go on, and stage two to read, under another."""
+        teacher, config = self.teacher, self.config
+        return {
+            "teacher": {
+                "weights": self._weights,
+                "dtype": config.dtype,
+                "vocabulary": teacher.vocabulary,
+                "heads": teacher.heads,
+                "width": teacher.hidden_size,
+            },
+            "tokenizer": teacher.tokenizer_fingerprint(),
+            "template": self.template,
+            "image_preprocessing": teacher.images.fingerprint(),
+            "vision_tokens_per_image": teacher.vision_tokens_per_image,
+            "max_length": config.max_length,
+            "targets": config.settings.fingerprint(),
+            "data": hashlib.sha256(self.plan.keys.tobytes()).hexdigest(),
+        }
+
+    @cached_property
+    def _weights(self) -> str:
+        return self.teacher.weights_fingerprint()
+
+    def open_store(self) -> CacheStore:
+        """Start the cache, or go on with it.
+
+        Raises:
+            ValueError: it was written with other settings.
+        """
+        return CacheStore.create_or_open(self.config.cache, self.spec(), self.plan, shard_format=self.config.shard_format)
+
+    def lay_out(self, shard: int) -> ShardWork:
+        """Prepare the texts of a planned shard and group them into batches."""
+        return self.lay_out_samples(shard, self.plan.positions_of(shard))
+
+    def lay_out_samples(self, number: int, positions: Sequence[int]) -> ShardWork:
+        """As :meth:`lay_out`, for any places of the plan."""
+        items, rejected = [], []
+        for position in positions:
+            sample = self.samples[position]
+            try:
+                text = self.preparer.text(sample)
+            except SampleError as error:
+                rejected.append(Rejected(sample.key, sample.id, str(error)))
+                continue
+            length = len(text.input_ids) + len(sample.images) * (self.teacher.vision_tokens_per_image - 1)
+            items.append(Item(sample, text, length))
+        return ShardWork(number, list(batches(items, self.config.batch_tokens)), rejected)
+
+    def load(self, items: Sequence[Item]) -> ReadyBatch:
+        """Read the images of a batch and collate it, page-locked where a GPU will fetch it."""
+        ready, rejected = [], []
+        for item in items:
+            try:
+                ready.append((item, self.preparer.with_images(item.sample, item.text)))
+            except SampleError as error:
+                rejected.append(Rejected(item.sample.key, item.sample.id, str(error)))
+        return ReadyBatch(ready, self.collate(ready) if ready else None, rejected)
+
+    def collate(self, ready: Sequence[tuple[Item, Prepared]]) -> Batch:
+        """Pad inputs into one batch on the host."""
+        batch = collate(
+            [prepared.input for _, prepared in ready],
+            vision_tokens_per_image=self.teacher.vision_tokens_per_image,
+            pad_token_id=self.teacher.tokenizer.pad_token_id,
+        )
+        return batch.pin_memory() if self.teacher.device.type == "cuda" else batch
+
+    def run(self, ready: ReadyBatch) -> TeacherOutput:
+        """One forward pass of the teacher."""
+        assert ready.batch is not None
+        return run_teacher(self.teacher, ready.batch, ready.inputs, self.config.settings)
+
+
+def rows(ready: ReadyBatch, output: TeacherOutput) -> list[Row]:
+    """The cache rows of a batch; waits for its output."""
+    return [
+        Row(item.sample.key, item.sample.id, prepared.image_sha256, values)
+        for (item, prepared), values in zip(ready.items, output.values(), strict=True)
+    ]
+
+
+def batches(items: Sequence[Item], batch_tokens: int) -> Iterator[list[Item]]:
+    """Group by length under a budget of padded positions, longest first; a pure function of the items."""
+    current: list[Item] = []
+    for item in sorted(items, key=lambda item: (-item.length, item.sample.key)):
+        if current and (len(current) + 1) * current[0].length > batch_tokens:
+            yield current
+            current = []
+        current.append(item)
+    if current:
+        yield current
+
+
+def find_samples(config: CacheTeacherConfig) -> tuple[SampleFile, Plan]:
+    """The samples in the order of the plan, and the plan: of the cache, if it was made from a file of this size."""
+    size = _size(config.data)
+    storage = open_storage(config.cache)
+    if storage.size(MANIFEST) is not None:
+        plan = read_manifest(storage).load_plan(storage)
+        known = plan.meta.get("bytes") == size and plan.shard_samples == config.shard_samples
+        if known and {"starts", "lengths"} <= plan.extras.keys():
+            # Each sample is compared with its key when it is read, so a changed file of the same size cannot pass.
+            return SampleFile.known(config.data, plan.keys, plan.extras["starts"], plan.extras["lengths"]), plan
+    file = SampleFile(config.data)
+    order = file.unique()
+    keys, starts, lengths = file.keys[order], file.starts[order], file.lengths[order]
+    meta = {"data_file": Path(config.data).name, "bytes": size, "records": len(file)}
+    plan = Plan(keys, config.shard_samples, meta, {"starts": starts.astype("<i8"), "lengths": lengths.astype("<i8")})
+    return SampleFile.known(config.data, keys, starts, lengths), plan
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError as error:
+        raise DataError(f"data file {path}: {error.strerror}") from error

@@ -1,0 +1,119 @@
+"""Batches too large for the memory are halved; nothing else is swallowed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_runs import SAMPLES, content, record, write_cache, write_data
+
+from alignkd.pipeline.fit_memory import FittingRunner
+from alignkd.pipeline.stage_one import Item, ReadyBatch, StageOne
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+]
+
+
+class SmallMemory:
+    """A stage for whose device more than ``limit`` positions are too many."""
+
+    def __init__(self, limit, error=OUT_OF_MEMORY[0]):
+        self.limit, self.error = limit, error
+        self.tried = []
+
+    def collate(self, items):
+        return [item.sample.id for item, _ in items]
+
+    def run(self, ready):
+        self.tried.append(ready.positions)
+        if ready.positions > self.limit:
+            raise self.error
+        return ready.batch
+
+
+def batch_of(stage, *lengths):
+    items = [
+        (Item(SimpleNamespace(id=f"s{i}", key=f"{i:032x}"), None, length), None) for i, length in enumerate(lengths)
+    ]
+    return ReadyBatch(items, stage.collate(items), [])
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(error):
+    stage = SmallMemory(25, error)
+    done, rejected = FittingRunner(stage).run(batch_of(stage, 10, 10, 10, 10, 10))
+    assert [output for _, output in done] == [["s0", "s1"], ["s2"], ["s3", "s4"]]
+    assert [part.batch for part, _ in done] == [output for _, output in done]
+    assert rejected == []
+
+
+def test_the_size_that_fits_is_remembered():
+    stage = SmallMemory(25)
+    runner = FittingRunner(stage)
+    runner.run(batch_of(stage, 10, 10, 10, 10))
+    stage.tried.clear()
+    done, _ = runner.run(batch_of(stage, 10, 10, 10, 10))
+    assert stage.tried == [20, 20]
+    assert [output for _, output in done] == [["s0", "s1"], ["s2", "s3"]]
+
+
+def test_what_fits_is_run_as_it_is():
+    stage = SmallMemory(100)
+    done, rejected = FittingRunner(stage).run(batch_of(stage, 30, 20, 10))
+    assert (stage.tried, [output for _, output in done], rejected) == ([90], [["s0", "s1", "s2"]], [])
+
+
+def test_a_sample_that_does_not_fit_alone_is_rejected_by_name_and_the_others_are_done():
+    stage = SmallMemory(25)
+    done, rejected = FittingRunner(stage).run(batch_of(stage, 40, 10, 10))
+    assert [output for _, output in done] == [["s1", "s2"]]
+    assert [(sample.sample_id, sample.key) for sample in rejected] == [("s0", f"{0:032x}")]
+    assert rejected[0].reason == "its 40 positions do not fit into memory, even alone"
+
+
+def test_a_large_sample_does_not_make_small_batches_of_all_that_follow():
+    stage = SmallMemory(25)
+    runner = FittingRunner(stage)
+    runner.run(batch_of(stage, 100))
+    stage.tried.clear()
+    runner.run(batch_of(stage, 10, 10))
+    assert stage.tried == [20]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), ValueError("no"), KeyboardInterrupt()])
+def test_any_other_error_is_raised(error):
+    stage = SmallMemory(0, error)
+    with pytest.raises(type(error)):
+        FittingRunner(stage).run(batch_of(stage, 10, 10))
+    assert len(stage.tried) == 1
+
+
+def test_a_batch_of_which_nothing_is_left_is_not_run():
+    assert FittingRunner(SmallMemory(100)).run(ReadyBatch([], None, [])) == ([], [])
+
+
+def test_stage_one_writes_everything_with_little_memory_and_rejects_what_never_fits(tmp_path, monkeypatch):
+    long = record("long", None, "What " + "is it " * 150 + "?", "This.")
+    real, tried = StageOne.run, []
+
+    def run(self, ready):
+        tried.append(ready.positions)
+        if ready.positions > 250:
+            raise OUT_OF_MEMORY[0]
+        return real(self, ready)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageOne, "run", run)
+        data = write_data(tmp_path / "small.json", [*SAMPLES[:2], long, SAMPLES[4]])
+        done = write_cache(data, tmp_path / "small", shard_samples=4)
+    assert tried[0] > 1000
+    assert (done["complete"], done["samples_done"]) == (True, 3)
+    assert [sample["id"] for sample in done["rejected"]] == ["long"]
+    assert "positions do not fit into memory, even alone" in done["rejected"][0]["reason"]
+    one_by_one = write_data(tmp_path / "large.json", [*SAMPLES[:2], SAMPLES[4]])
+    write_cache(one_by_one, tmp_path / "large", batch_tokens=1)
+    assert content(tmp_path / "small") == content(tmp_path / "large")

@@ -1,0 +1,146 @@
+"""Work beside the forward pass: in order, within bounds, its errors not lost."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from alignkd.pipeline import host_work
+from alignkd.pipeline.host_work import HostWork
+from alignkd.pipeline.interrupt import Interrupted
+
+
+def test_what_is_prepared_ahead_comes_in_the_order_of_the_items():
+    second_is_done = threading.Event()
+
+    def prepare(item):
+        if item == 0:
+            assert second_is_done.wait(10)
+        if item == 1:
+            second_is_done.set()
+        return item * 10
+
+    with HostWork(readers=2) as host:
+        assert list(host.ahead(range(7), prepare, 3)) == [0, 10, 20, 30, 40, 50, 60]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_more_is_prepared_ahead_than_asked_for(count):
+    begun = []
+    with HostWork(readers=8) as host:
+        for used, _ in enumerate(host.ahead(range(20), begun.append, count)):
+            assert len(begun) <= used + 1 + count
+    assert sorted(begun) == list(range(20))
+
+
+def test_no_items_are_no_work():
+    with HostWork(readers=1) as host:
+        assert list(host.ahead([], pytest.fail, 3)) == []
+
+
+def test_an_error_while_preparing_comes_at_the_item_it_belongs_to():
+    def prepare(item):
+        if item == 2:
+            raise ValueError("item 2 cannot be read")
+        return item
+
+    with HostWork(readers=2) as host:
+        coming = host.ahead(range(5), prepare, 3)
+        assert [next(coming), next(coming)] == [0, 1]
+        with pytest.raises(ValueError, match="item 2 cannot be read"):
+            next(coming)
+
+
+def test_writes_behind_happen_one_at_a_time_in_order_and_all_before_the_end():
+    written, at_once = [], []
+
+    def write(number):
+        at_once.append(number)
+        assert len(at_once) == 1
+        written.append(number)
+        at_once.remove(number)
+
+    with HostWork(readers=1) as host:
+        for number in range(20):
+            host.behind(lambda number=number: write(number))
+    assert written == list(range(20))
+
+
+def test_who_writes_faster_than_the_storage_waits(monkeypatch):
+    monkeypatch.setattr(host_work, "_BEHIND", 2)
+    first, go_on = threading.Event(), threading.Event()
+    accepted = []
+
+    def caller(host):
+        for number in range(5):
+            host.behind(lambda: first.set() or go_on.wait(10))
+            accepted.append(number)
+
+    with HostWork(readers=1) as host:
+        thread = threading.Thread(target=caller, args=(host,))
+        thread.start()
+        assert first.wait(10)
+        thread.join(0.1)
+        assert len(accepted) <= 2
+        go_on.set()
+        thread.join(10)
+    assert accepted == [0, 1, 2, 3, 4]
+
+
+def test_the_error_of_a_write_is_raised_at_a_later_call_and_ends_the_job():
+    failed = threading.Event()
+
+    def fail():
+        failed.set()
+        raise OSError("disk full")
+
+    def job(host):
+        host.behind(fail)
+        assert failed.wait(10)
+        for _ in range(50):
+            host.behind(lambda: None)
+        pytest.fail("fifty writes after an error")
+
+    with pytest.raises(OSError, match="disk full"), HostWork(readers=1) as host:
+        job(host)
+
+
+def test_the_error_of_the_last_write_is_raised_at_the_end():
+    def fail():
+        raise OSError("disk full")
+
+    with HostWork(readers=1) as host:
+        host.behind(lambda: None)
+        with pytest.raises(OSError, match="disk full"):
+            for write in (fail, lambda: None):
+                host.behind(write)
+            host.flush()
+    with pytest.raises(OSError, match="disk full"), HostWork(readers=1) as host:
+        host._writing.append(host._writer.submit(fail))
+
+
+def test_what_was_begun_is_finished_when_the_job_is_interrupted():
+    written, go_on = [], threading.Event()
+
+    def interrupted(host):
+        host.behind(lambda: written.append(go_on.wait(10)))
+        host.behind(lambda: written.append(2))
+        go_on.set()
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted), HostWork(readers=1) as host:
+        interrupted(host)
+    assert written == [True, 2]
+
+
+def test_the_error_that_ended_the_job_is_not_hidden_by_one_of_a_write():
+    def fail():
+        raise OSError("disk full")
+
+    def job(host):
+        host._writing.append(host._writer.submit(fail))
+        raise ValueError("the reason")
+
+    with pytest.raises(ValueError, match="the reason"), HostWork(readers=1) as host:
+        job(host)
