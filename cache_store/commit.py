@@ -114,6 +114,8 @@ def commit(storage: Storage, record: CommitRecord, data: bytes) -> bool:
     if first and not fresh:
         # What lay there may have been old enough for another worker to sweep it until a moment ago.
         _put(storage, record.object, data)
+    if fresh and not first and read_record(storage, record.number).object != record.object:
+        storage.delete(record.object)
     return first
 
 

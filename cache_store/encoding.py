@@ -65,7 +65,7 @@ def decompress(frame: bytes | memoryview, nbytes: int) -> bytes:
         return b""
     check_frame(frame, nbytes)
     try:
-        return bytes(_BLOSC.decode(frame))
+        return bytes(blosc.decompress(frame))
     except RuntimeError as error:
         raise CorruptShard(f"a Blosc frame cannot be decompressed: {error}") from error
 

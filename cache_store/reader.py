@@ -7,7 +7,7 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +164,7 @@ class CacheReader:
             # The threads that fetch did not come along through the fork.
             self._forget()
         if number not in self._shards:
-            # Room is made first, so that never more than max_shards are in memory.
-            while len(self._shards) >= self.max_shards:
-                gone, future = self._shards.popitem(last=False)
-                self._rows.pop(gone, None)
-                future.cancel()
+            self._make_room()
             self._pool = self._pool or ThreadPoolExecutor(_LOADERS, thread_name_prefix="cache-reader")
             record = self.records[number]
             self._shards[number] = self._pool.submit(
@@ -176,6 +172,14 @@ class CacheReader:
             )
         self._shards.move_to_end(number)
         return self._shards[number]
+
+    def _make_room(self) -> None:
+        """Forget shards before another is fetched, so that never more than ``max_shards`` are in memory."""
+        while len(self._shards) >= self.max_shards:
+            gone, future = self._shards.popitem(last=False)
+            self._rows.pop(gone, None)
+            if not future.cancel():
+                wait([future])  # one that is being opened is in memory soon, too
 
     def find(self, sample_id: str) -> list[str]:
         """Keys of the rows and rejected samples with this id, of which there may be several. Reads every shard."""

@@ -75,6 +75,7 @@ def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None]
     is damaged, without which nothing else can be judged.
     """
     store = open_store(url)
+    objects = object_names(store.storage)
     numbers = committed_numbers(store.storage)
     problems = [*_foreign(store), *_damaged_runs(store)]
     digests: list[bytes] = []
@@ -87,10 +88,13 @@ def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None]
             digests.extend(_audit(store, record, quick))
             sound.append(record)
         except (CorruptRecord, CorruptShard, FileNotFoundError) as error:
-            problems.append(_damaged(store, number, recorded.get(number), str(error)))
+            # Which object a damaged record names nobody knows.
+            known = [recorded[number]] if number in recorded else [n for n in objects if shard_number(n) == number]
+            problems.append(_damaged(store, number, known, str(error)))
         if on_shard is not None:
             on_shard()
-    loose = [name for name in object_names(store.storage) if name not in recorded.values()]
+    named = {*recorded.values(), *(name for problem in problems for name in problem.objects)}
+    loose = [name for name in objects if name not in named]
     strays = [name for name in loose if (n := shard_number(name)) is not None and n < store.plan.shards and n not in numbers]
     return VerifyReport(
         problems=problems + [p for name in loose if name not in strays and (p := _loose(store, name, numbers))],
@@ -138,10 +142,10 @@ def _audit_rows(shard: Shard) -> Iterator[bytes]:
         yield row_digest(shard, i)
 
 
-def _damaged(store: CacheStore, number: int, object_: str | None, message: str) -> Problem:
+def _damaged(store: CacheStore, number: int, objects: list[str], message: str) -> Problem:
     keys = store.plan.keys_of(number) if number < store.plan.shards else []
     # The record goes first: a shard without one is merely not done.
-    return Problem(message, (record_name(number), *([object_] if object_ else [])), tuple(keys))
+    return Problem(message, (record_name(number), *objects), tuple(keys))
 
 
 def _loose(store: CacheStore, name: str, numbers: list[int]) -> Problem | None:
@@ -166,5 +170,12 @@ def _foreign(store: CacheStore) -> list[Problem]:
 def _damaged_runs(store: CacheStore) -> Iterator[Problem]:
     for name in store.storage.names(RUNS):
         path = f"{RUNS}/{name}"
-        if not name.startswith(TEMPORARY) and hashlib.sha256(store.storage.read(path)).hexdigest()[:16] != name[:-5]:
+        if not name.startswith(TEMPORARY) and not _is_run(store, path):
             yield Problem(f"{path}: a run's configuration that is damaged, or foreign; no row depends on it", (path,))
+
+
+def _is_run(store: CacheStore, path: str) -> bool:
+    try:
+        return f"{RUNS}/{hashlib.sha256(store.storage.read(path)).hexdigest()[:16]}.json" == path
+    except FileNotFoundError:  # a folder
+        return False

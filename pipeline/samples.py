@@ -118,13 +118,14 @@ class SampleFile:
             self._file = self.path.open("rb")
         # Without a shared position in the file, several threads may read.
         text = os.pread(self._file.fileno(), int(self.lengths[index]), int(self.starts[index]))
-        sample = self._parse(text, index)
-        if sample.key != self.key(index):
-            raise DataError(
-                f"data file {self.path}, record {index}: it has changed since it was indexed; restore the file, or write"
-                " another cache"
-            )
-        return sample
+        with suppress(DataError):
+            sample = self._parse(text, index)
+            if sample.key == self.key(index):
+                return sample
+        raise DataError(
+            f"data file {self.path}, sample {index}: the file has changed since it was indexed; restore it, or write another"
+            " cache"
+        )
 
     def key(self, index: int) -> str:
         """The key of sample ``index``, without reading the file."""

@@ -97,9 +97,9 @@ def _cut(body: bytes, environ: dict[str, Any]) -> Iterator[bytes]:
     environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3]:
-    """One server for all tests, on a port of its own."""
+@contextlib.contextmanager
+def serving() -> Iterator[S3]:
+    """A server on a port of its own."""
     moto = pytest.importorskip("moto.moto_server.werkzeug_app")
     from botocore import session
     from werkzeug.serving import make_server
@@ -121,17 +121,36 @@ def _quiet(handler: type) -> type:
     return type("Quiet", (handler,), {"log": lambda *_: None})
 
 
-@pytest.fixture
-def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    """The server without faults; this process and those it starts find it and may use it."""
+def let_in(s3: S3, patch: pytest.MonkeyPatch) -> None:
+    """Have this process, and those it starts, find the server and use it."""
     from fsspec.config import conf
 
     for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setenv(name, value)
+    patch.setenv("NO_PROXY", "127.0.0.1")
     # fsspec reads its variables when it is imported: this process did so long ago.
-    monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", s3_server.endpoint)
-    monkeypatch.setitem(conf, "s3", {"endpoint_url": s3_server.endpoint})
+    patch.setenv("FSSPEC_S3_ENDPOINT_URL", s3.endpoint)
+    patch.setitem(conf, "s3", {"endpoint_url": s3.endpoint})
+
+
+def new_bucket(s3: S3) -> str:
+    """URL of an empty bucket."""
+    bucket = f"bucket-{next(_BUCKETS)}"
+    urllib.request.urlopen(urllib.request.Request(f"{s3.endpoint}/{bucket}", method="PUT"))  # noqa: S310
+    return f"s3://{bucket}"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    """One server for all tests."""
+    with serving() as s3:
+        yield s3
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """The server without faults; this process and those it starts find it and may use it."""
+    let_in(s3_server, monkeypatch)
     s3_server.reset()
     yield s3_server
     s3_server.reset()
@@ -140,7 +159,6 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 @pytest.fixture
 def s3_url(s3: S3) -> str:
     """An empty bucket, and a folder in it where nothing is yet."""
-    bucket = f"bucket-{next(_BUCKETS)}"
-    urllib.request.urlopen(urllib.request.Request(f"{s3.endpoint}/{bucket}", method="PUT"))  # noqa: S310
+    bucket = new_bucket(s3)
     s3.requests.clear()
-    return f"s3://{bucket}/caches/one"
+    return f"{bucket}/caches/one"

@@ -125,7 +125,7 @@ def loss_curves(config: "DemoConfig", paths: "Paths") -> Figure:
                 axis.plot(steps, values, color=_COLOURS.get(arm, "#66a182"), label=arm, linewidth=1.3)
         axis.set_title(term.replace("_", " "), fontsize=9)
         axis.set_yscale("log")
-        axis.tick_params(labelsize=7)
+        axis.tick_params(which="both", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(fontsize=8, frameon=False)
     figure.supxlabel("step", fontsize=8)

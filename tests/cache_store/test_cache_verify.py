@@ -1,4 +1,4 @@
-"""The audit finds every kind of damage, and its digest says what a cache holds, not how."""
+"""The audit finds every kind of damage and says whom it touches; its digest says what a cache holds, not how."""
 
 from __future__ import annotations
 
@@ -6,106 +6,141 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cache_samples import fill, flip, keys_array, make_row, make_rows, make_store, shard_files
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from cache_samples import (
+    SPEC,
+    all_names,
+    commit,
+    fill,
+    flip,
+    full_cache,
+    key_of,
+    make_row,
+    make_rows,
+    make_store,
+    plan_of,
+)
+from damages import DAMAGES
 
-from alignkd.cache_store.commit import read_records, record_path
+from alignkd.cache_store.commit import object_names, record_name
+from alignkd.cache_store.storage import LocalStorage, open_storage
 from alignkd.cache_store.store import CacheStore
-from alignkd.cache_store.verify import verify
+from alignkd.cache_store.verify import Problem, verify
 
 # Another value means that caches written before can no longer be compared: raise FORMAT_VERSION.
-CONTENT_SHA256 = "1822e9d23f175c35bb0f6e72006bfe28f40e458a7aee81168757aaff54009fcf"
+CONTENT_SHA256 = "a869aa34925ff7d208acd4be9105a3139a93a821c9fc9f1e171da93e3405983a"
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return fill(make_store(tmp_path), reject=(4,)).path
+def keys_of(shard: int | None) -> tuple[str, ...]:
+    return () if shard is None else tuple(key_of(i) for i in range(4 * shard, min(4 * shard + 4, 10)))
 
 
-def test_a_sound_cache_has_no_problems(cache):
-    report = verify(cache)
-    assert (report.problems, report.rows, report.rejected, report.strays) == ([], 9, 1, 0)
+def test_a_sound_cache_has_no_problems(url, shard_format):
+    full_cache(url, shard_format=shard_format)
+    report = verify(url)
+    assert (report.problems, report.rows, report.rejected, report.strays) == ([], 9, 1, [])
     assert (report.shards_done, report.shards_planned, report.incomplete) == (3, 3, 0)
 
 
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_found_once_with_the_samples_it_touches(tmp_path, shard_format, kind):
+    storage = full_cache(tmp_path, shard_format=shard_format)
+    shard, named, damage = DAMAGES[kind]
+    damage(storage)
+    report = verify(tmp_path)
+    (problem,) = report.problems
+    assert named in str(problem)
+    assert problem.keys == keys_of(shard)
+    assert report.rows + report.rejected == 10 - len(problem.keys)
+    assert report.strays == []
+    assert problem.objects
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_quick_audit_finds_all_but_changed_bytes(tmp_path, kind):
+    storage = full_cache(tmp_path)
+    shard, named, damage = DAMAGES[kind]
+    damage(storage)
+    report = verify(tmp_path, quick=True)
+    assert report.content_sha256 == ""
+    assert [(named in str(problem), problem.keys) for problem in report.problems] == (
+        [] if kind == "a bit in a shard" else [(True, keys_of(shard))]
+    )
+
+
+@pytest.mark.parametrize("kind", ["a bit in a shard", "a lost shard", "a bit in a record", "a second object"])
+def test_damage_is_found_on_object_storage_too(s3_url, kind):
+    shard, named, damage = DAMAGES[kind]
+    damage(full_cache(s3_url))
+    (problem,) = verify(s3_url).problems
+    assert (named in str(problem), problem.keys) == (True, keys_of(shard))
+
+
+def test_a_quick_audit_reads_no_shard(tmp_path, monkeypatch):
+    full_cache(tmp_path)
+    read = []
+    real = LocalStorage.read
+    monkeypatch.setattr(LocalStorage, "read", lambda self, name: (read.append(name), real(self, name))[1])
+    assert verify(tmp_path, quick=True).rows == 9
+    assert not [name for name in read if name.startswith("shards/")]
+    verify(tmp_path)
+    assert len([name for name in read if name.startswith("shards/")]) == 3
+
+
 def test_a_cache_that_is_not_finished_is_incomplete_not_damaged(tmp_path):
-    make_store(tmp_path).commit_shard(1, make_rows(4, first=4), [])
+    store = make_store(tmp_path)
+    commit(store, 1)
     report = verify(tmp_path)
     assert (report.problems, report.rows, report.incomplete) == ([], 4, 2)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(where=st.floats(0, 1, exclude_max=True), name=st.sampled_from(["shards", "commits"]))
-def test_a_flipped_bit_anywhere_is_found(cache, where, name):
-    file = sorted((cache / name).iterdir())[1]
-    before = file.read_bytes()
-    flip(file, int(where * (len(before) - 1)))
-    report = verify(cache)
-    file.write_bytes(before)
-    assert len(report.problems) == 1
-    assert "1" in report.problems[0]
-    assert report.rows == 6
+def test_a_lost_record_makes_a_shard_to_do_and_a_stray_not_a_problem(tmp_path):
+    storage = full_cache(tmp_path)
+    storage.delete(record_name(2))
+    storage.write("commits/.tmp-0", b"half")
+    report = verify(tmp_path)
+    assert (report.problems, report.incomplete, report.rows) == ([], 1, 7)
+    assert report.strays == ["commits/.tmp-0", object_names(storage)[2]]
 
 
-@pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("name", ["shards", "commits"])
-@pytest.mark.parametrize("damage", ["truncated", "empty"])
-def test_truncation_is_found_in_a_quick_audit_too(cache, name, damage, quick):
-    file = sorted((cache / name).iterdir())[0]
-    file.write_bytes(file.read_bytes()[:-2] if damage == "truncated" else b"")
-    report = verify(cache, quick=quick)
-    assert len(report.problems) == 1
-    assert file.name in report.problems[0]
+@pytest.mark.parametrize("name", ["cache.json", "plan/keys", "plan/place"])
+@pytest.mark.parametrize("where", [0.0, 0.5, 0.99])
+def test_a_damaged_manifest_or_plan_is_refused_as_a_whole(tmp_path, name, where):
+    storage = full_cache(tmp_path)
+    (name,) = (found for found in all_names(storage) if found.startswith(name))
+    flip(storage, name, where)
+    with pytest.raises(ValueError, match=r"cache\.json|the plan of the cache"):
+        verify(tmp_path)
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_a_lost_shard_is_found(cache, quick):
-    shard_files(cache)[2].unlink()
-    report = verify(cache, quick=quick)
-    assert len(report.problems) == 1
-    assert "shard 2" in report.problems[0]
+def test_several_problems_are_all_told(tmp_path):
+    storage = full_cache(tmp_path)
+    for kind in ("a bit in a record", "an empty shard", "a stranger among runs"):
+        DAMAGES[kind][2](storage)
+    assert sorted(len(problem.keys) for problem in verify(tmp_path).problems) == [0, 2, 4]
 
 
-def test_strangers_are_found(cache):
-    names = ["shards/notes.txt", "shards/000007-0123456789ab.zarr.zip", "commits/readme"]
-    for name in names:
-        (cache / name).write_bytes(b"x")
-    problems = verify(cache).problems
-    assert len(problems) == 3
-    assert all(any(problem.startswith(name) for problem in problems) for name in names)
+def test_a_problem_shows_a_few_of_the_samples_it_touches():
+    assert str(Problem("lost", (), ("a", "b"))) == "lost [2 samples: a, b]"
+    assert str(Problem("lost", (), tuple("abcd"))) == "lost [4 samples: a, b, c, ...]"
+    assert str(Problem("odd")) == "odd"
 
 
-def test_a_shard_that_is_not_in_the_plan_is_found(cache):
-    record = read_records(cache)[0]
-    outside = replace(record, number=7, object=record.object.replace("000000", "000007"))
-    record_path(cache, 7).write_text(outside.to_json())
-    (problem,) = verify(cache).problems
-    assert "shard 7 is committed but not in the plan of 3 shards" in problem
+def test_progress_is_told_after_each_shard(tmp_path):
+    DAMAGES["a lost shard"][2](full_cache(tmp_path))
+    seen = []
+    verify(tmp_path, on_shard=lambda: seen.append(1))
+    assert len(seen) == 3
 
 
-def test_a_record_of_other_samples_than_planned_is_found(cache):
-    record = read_records(cache)[0]
-    record_path(cache, 0).write_text(replace(record, keys=record.keys[:-1]).to_json())
-    (problem,) = verify(cache).problems
-    assert "samples of the plan" in problem
-
-
-def test_a_quick_audit_reads_no_shard_and_gives_no_digest(cache):
-    file = shard_files(cache)[0]
-    flip(file, 100)
-    report = verify(cache, quick=True)
-    assert (report.problems, report.rows, report.content_sha256) == ([], 9, "")
-
-
-def test_the_digest_does_not_depend_on_shards_or_order(tmp_path):
-    one = verify(fill(make_store(tmp_path / "one", samples=6, shard_samples=2)).path).content_sha256
-    two = CacheStore.create_or_open(
-        tmp_path / "two", make_store(tmp_path / "one", 6, 2).spec, keys_array(6)[::-1], shard_samples=5, plan_meta={}
-    )
-    two.commit_shard(1, [make_row(0)], [])
-    two.commit_shard(0, [make_row(i) for i in (3, 1, 2, 5, 4)], [])
-    assert verify(two.path).content_sha256 == one
+def test_the_digest_does_not_depend_on_format_shards_order_or_the_rejected(tmp_path):
+    one = verify(fill(make_store(tmp_path / "one", samples=6, shard_samples=2)).url).content_sha256
+    for i, (shard_format, shard_samples) in enumerate([("webdataset", 2), ("zarr", 5), ("webdataset", 7)]):
+        plan = plan_of(samples=7, shard_samples=shard_samples, order=slice(None, None, -1))
+        store = CacheStore.create_or_open(tmp_path / str(i), SPEC, plan, shard_format=shard_format)
+        for number in reversed(store.pending()):
+            commit(store, number, reject=(6,))
+        report = verify(store.url)
+        assert (report.content_sha256, report.rejected, report.problems) == (one, 1, [])
 
 
 def test_the_digest_depends_on_every_value(tmp_path):
@@ -116,18 +151,37 @@ def test_the_digest_depends_on_every_value(tmp_path):
         if name != "none":
             rows[1] = replace(rows[1], values={**rows[1].values, name: rows[1].values[name] * 2})
         store.commit_shard(0, rows, [])
-        digests.add(verify(store.path).content_sha256)
+        digests.add(verify(store.url).content_sha256)
     # int8-rows stores doubled values with the same codes: the scales tell them apart.
     assert len(digests) == 5
 
 
-def test_the_digest_stays_what_it_was(tmp_path):
+@pytest.mark.parametrize("change", [{"sample_id": "other"}, {"image_sha256": "c" * 64}])
+def test_the_digest_depends_on_who_a_row_belongs_to(tmp_path, change):
+    for name, row in (("a", make_row(0)), ("b", replace(make_row(0), **change))):
+        make_store(tmp_path / name, samples=1).commit_shard(0, [row], [])
+    assert verify(tmp_path / "a").content_sha256 != verify(tmp_path / "b").content_sha256
+
+
+def test_the_digest_stays_what_it_was(tmp_path, shard_format):
     values = {
         "attention": np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 3, 2),
         "vision": np.linspace(-3, 3, 8, dtype=np.float32).reshape(2, 4),
         "token_ids": np.arange(3, dtype=np.int32),
         "mass": np.array(0.25, dtype=np.float32),
     }
-    store = make_store(tmp_path, samples=1)
+    store = make_store(tmp_path, samples=1, shard_format=shard_format)
     store.commit_shard(0, [replace(make_row(0), values=values)], [])
     assert verify(tmp_path).content_sha256 == CONTENT_SHA256
+
+
+def test_strangers_that_are_folders_are_found(tmp_path):
+    storage = open_storage(full_cache(tmp_path).url)
+    for folder in ("shards", "commits", "plan", "runs"):
+        (tmp_path / folder / "sub").mkdir()
+    assert sorted(str(problem).split(":")[0] for problem in verify(storage.url).problems) == [
+        "commits/sub",
+        "plan/sub",
+        "runs/sub",
+        "shards/sub",
+    ]

@@ -176,8 +176,8 @@ def test_pictures_and_arrays_are_of_one_row(door, cache, tmp_path):
 
 @pytest.mark.parametrize("command", ["status", "verify", "inspect"])
 def test_a_folder_that_is_no_cache_is_refused(door, tmp_path, command):
-    refused(door, ["cache", command, tmp_path], ["no cache at", "an empty folder", "run alignkd cache-teacher"])
-    refused(door, ["cache", command, IMAGES], ["no cache at", "a folder with 0.png"])
+    refused(door, ["cache", command, tmp_path], ["no cache at", "found nothing", "run alignkd cache-teacher"])
+    refused(door, ["cache", command, IMAGES], ["no cache at", "found 0.png, 1.png"])
 
 
 def test_a_damaged_shard_is_found_by_verify_and_ends_distill(door, tmp_path, data, cache):
@@ -185,7 +185,7 @@ def test_a_damaged_shard_is_found_by_verify_and_ends_distill(door, tmp_path, dat
     verified = door("cache", "verify", damaged)
     assert verified.code == 2
     assert "problem: shard 0 of the cache" in verified.stdout
-    assert "sha256" in verified.stdout
+    assert "found crc32" in verified.stdout
     assert "Traceback" not in verified.stderr
     arguments = ["--student", STUDENT, "--data", data, "--images", IMAGES, "--device", "cpu", "--batch-size", 6]
     words = ["shard 0 of the cache", "expected", "Run alignkd cache verify"]

@@ -36,9 +36,7 @@ class SmallMemory:
 
 
 def batch_of(stage, *lengths):
-    items = [
-        (Item(SimpleNamespace(id=f"s{i}", key=f"{i:032x}"), None, length), None) for i, length in enumerate(lengths)
-    ]
+    items = [(Item(SimpleNamespace(id=f"s{i}", key=f"{i:032x}"), None, length), None) for i, length in enumerate(lengths)]
     return ReadyBatch(items, stage.collate(items), [])
 
 
@@ -102,7 +100,7 @@ def test_stage_one_writes_everything_with_little_memory_and_rejects_what_never_f
 
     def run(self, ready):
         tried.append(ready.positions)
-        if ready.positions > 250:
+        if ready.positions > 400:
             raise OUT_OF_MEMORY[0]
         return real(self, ready)
 

@@ -106,18 +106,22 @@ def test_the_error_of_a_write_is_raised_at_a_later_call_and_ends_the_job():
         job(host)
 
 
-def test_the_error_of_the_last_write_is_raised_at_the_end():
+@pytest.mark.parametrize("flush", [True, False])
+def test_the_error_of_the_last_write_is_raised_at_the_end(flush):
+    go_on = threading.Event()
+
     def fail():
+        go_on.wait(10)
         raise OSError("disk full")
 
-    with HostWork(readers=1) as host:
-        host.behind(lambda: None)
-        with pytest.raises(OSError, match="disk full"):
-            for write in (fail, lambda: None):
-                host.behind(write)
+    def job(host):
+        host.behind(fail)
+        go_on.set()
+        if flush:
             host.flush()
+
     with pytest.raises(OSError, match="disk full"), HostWork(readers=1) as host:
-        host._writing.append(host._writer.submit(fail))
+        job(host)
 
 
 def test_what_was_begun_is_finished_when_the_job_is_interrupted():
@@ -135,11 +139,15 @@ def test_what_was_begun_is_finished_when_the_job_is_interrupted():
 
 
 def test_the_error_that_ended_the_job_is_not_hidden_by_one_of_a_write():
+    go_on = threading.Event()
+
     def fail():
+        go_on.wait(10)
         raise OSError("disk full")
 
     def job(host):
-        host._writing.append(host._writer.submit(fail))
+        host.behind(fail)
+        go_on.set()
         raise ValueError("the reason")
 
     with pytest.raises(ValueError, match="the reason"), HostWork(readers=1) as host:

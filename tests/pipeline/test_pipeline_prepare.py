@@ -195,7 +195,7 @@ def test_a_damaged_shard_ends_the_run(student_vlm, tmp_path, data, cache):
     failure = training_set(student_vlm, data, tmp_path / "cache")[0]
     assert isinstance(failure, Failure)
     assert failure.fatal
-    assert "sha256" in failure.reason
+    assert "found crc32" in failure.reason
 
 
 def test_a_training_set_crosses_to_worker_processes(student_vlm, data, cache):

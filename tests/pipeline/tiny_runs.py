@@ -35,8 +35,13 @@ TWO_IMAGES = record("two5", ["0.png", "3.png"], "<image>\n<image>\nWhich is wide
 SAMPLES = [*GOLDEN_SAMPLES, TEXT_ONLY, TWO_IMAGES]
 
 
-def write_data(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.write_text(json.dumps(records))
+def numbered(count: int) -> list[dict[str, Any]]:
+    """As many samples as wanted, every third with an image: those take most of the time."""
+    return [{**(TEXT_ONLY if i % 3 else GOLDEN_SAMPLES[i % 4]), "id": f"s{i}"} for i in range(count)]
+
+
+def write_data(path: Path, records: list[dict[str, Any]], indent: int | None = None) -> Path:
+    path.write_text(json.dumps(records, indent=indent))
     return path
 
 
@@ -57,6 +62,14 @@ def with_vocabulary(source: Path, folder: Path, size: int) -> Path:
         extra = torch.zeros(size - len(state[name]), state[name].shape[1])
         state[name] = torch.cat([state[name], extra])
     torch.save(state, folder / "pytorch_model.bin")
+    return folder
+
+
+def with_file(source: Path, folder: Path, name: str, **changes: Any) -> Path:
+    """A golden checkpoint with fields of one of its JSON files changed."""
+    copy_checkpoint(source, folder)
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return folder
 
 

@@ -9,6 +9,7 @@ id; a process id waits for that command and answers its exit code.
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import json
@@ -84,13 +85,12 @@ class WarmDoor:
 
 
 def serve() -> None:
-    import s3fs  # noqa: F401
-
     import alignkd.pipeline.cache_teacher
     import alignkd.pipeline.distill
     import alignkd.pipeline.evaluate
     import alignkd.pipeline.show  # noqa: F401
 
+    _read_the_description_of_s3()
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
@@ -102,6 +102,15 @@ def serve() -> None:
             if answer == 0:
                 _run(request)
         print(answer, flush=True)
+
+
+def _read_the_description_of_s3() -> None:
+    """Otherwise half of what a short command on an object store takes."""
+    import s3fs  # noqa: F401
+    from botocore import session
+
+    session.create_loader = functools.cache(session.create_loader)
+    session.get_session().create_client("s3", region_name="us-east-1")
 
 
 def _run(request: dict[str, Any]) -> None:

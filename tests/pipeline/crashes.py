@@ -1,0 +1,105 @@
+"""Kills all workers of stage one at random instants, starts others, and compares what they leave with an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiny_runs import IMAGES, TEACHER
+from warm_door import Running, WarmDoor
+
+from alignkd.cache_store.reader import CacheReader
+from alignkd.cache_store.store import open_store
+from alignkd.cache_store.verify import verify
+
+
+@dataclass(frozen=True)
+class Crashes:
+    """Kill after each instant the workers of the first, second ... number; the last number goes on to the end."""
+
+    shard_format: str
+    steal: bool
+    workers: list[int]
+    instants: list[float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cache holds at the end, and how many of its shards were committed at each kill."""
+
+    content_sha256: str
+    missing: int
+    duplicated: int
+    problems: list[str]
+    strays: int
+    committed_at_kills: list[int]
+    seconds: float
+
+    @property
+    def sound(self) -> bool:
+        """Whether every planned sample is there once, and nothing is wrong."""
+        return not (self.missing or self.duplicated or self.problems)
+
+
+def start_workers(door: WarmDoor, data: Path, cache: str, count: int, shard_format: str, *, steal: bool) -> list[Running]:
+    """``count`` real ``alignkd cache-teacher`` processes on one cache."""
+    given = {"--teacher": TEACHER, "--data": data, "--images": IMAGES, "--cache": cache, "--format": shard_format}
+    given |= {"--shard-samples": 2, "--device": "cpu", "--host-threads": 1, "--world-size": count}
+    words = [word for pair in given.items() for word in pair] + ["--steal"] * steal
+    return [door.start("cache-teacher", *words, "--rank", rank) for rank in range(count)]
+
+
+def finish(workers: list[Running]) -> None:
+    """Wait for workers, of which none may fail."""
+    for finished in [worker.finish() for worker in workers]:
+        assert finished.code == 0, finished.stderr
+
+
+def kill_after(workers: list[Running], seconds: float) -> None:
+    """``kill -9`` for all of them at once; whoever is done by then has been spared."""
+    time.sleep(seconds)
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGKILL)
+    for finished in [worker.finish() for worker in workers]:
+        assert finished.code in (0, -signal.SIGKILL), finished.stderr
+
+
+def crash_run(door: WarmDoor, data: Path, cache: str, crashes: Crashes) -> Outcome:
+    """Write a cache in spite of these crashes, and audit it."""
+    started = time.perf_counter()
+    at_kills = []
+    for count, instant in zip(crashes.workers, crashes.instants, strict=False):
+        kill_after(start_workers(door, data, cache, count, crashes.shard_format, steal=crashes.steal), instant)
+        at_kills.append(committed(cache))
+    finish(start_workers(door, data, cache, crashes.workers[-1], crashes.shard_format, steal=crashes.steal))
+    return look_at(cache, at_kills, time.perf_counter() - started)
+
+
+def committed(cache: str) -> int:
+    """Committed shards; 0 also where there is no cache yet."""
+    try:
+        store = open_store(cache)
+    except ValueError:
+        return 0
+    return store.plan.shards - len(store.pending())
+
+
+def look_at(cache: str, at_kills: list[int], seconds: float) -> Outcome:
+    """Audit a cache, and count the rows that its shards really hold."""
+    report = verify(cache)
+    reader = CacheReader(cache)
+    found = Counter(key for number in reader.records for key in reader.shard(number).keys)
+    planned = {key for number in range(reader.plan.shards) for key in reader.plan.keys_of(number)}
+    return Outcome(
+        content_sha256=report.content_sha256,
+        missing=len(planned - found.keys() - reader.rejected.keys()),
+        duplicated=sum(count - 1 for count in found.values()),
+        problems=[str(problem) for problem in report.problems],
+        strays=len(report.strays),
+        committed_at_kills=at_kills,
+        seconds=round(seconds, 3),
+    )
