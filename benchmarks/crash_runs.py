@@ -1,9 +1,9 @@
 """``kill -9`` at random instants, many times: does a cache ever lose, double or damage a sample?
 
-Each run draws a shard format and a place (a local folder, or a real S3 server on loopback), has real workers write a cache of
-tiny samples, kills all of them at a random instant of the time an undisturbed run takes, one to three times, each time with
-another number of workers, and lets a last round go on to the end. Exit code 1 where any run does not end with every planned
-sample once, no problem found by ``verify``, and the content sha256 of the undisturbed run.
+Each run draws a shard format and a place (a local folder, or a real S3 server on loopback) and has real workers write a cache
+of tiny samples. All of them are killed at a random instant of the time that the shards left take undisturbed, one to three
+times, each time with another number of workers; a last round goes on to the end. Exit code 1 where any run does not end with
+every planned sample once, no problem found by ``verify``, and the content sha256 of the undisturbed run.
 
 Example: python benchmarks/crash_runs.py --runs 100 --workers 4 --out crash_runs.json
 """
@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / folder) for folder in (".", "pipeline")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "pipeline"))
 
 from crashes import Crashes, crash_run, finish, look_at, start_workers
 from s3_server import S3, let_in, new_bucket, serving
@@ -45,8 +46,7 @@ def parse() -> argparse.Namespace:
 def draw(chance: random.Random, shard_format: str, workers: int, seconds: float) -> Crashes:
     kills = chance.randint(1, 3)
     others = [chance.randint(1, workers) for _ in range(kills)]
-    instants = [chance.uniform(0, seconds) for _ in range(kills)]
-    return Crashes(shard_format, chance.random() < 0.5, [workers, *others], instants)
+    return Crashes(shard_format, chance.random() < 0.5, [workers, *others], [chance.random() for _ in range(kills)], seconds)
 
 
 def main() -> None:
@@ -100,10 +100,10 @@ class Runs:
         outcome = crash_run(self.door, self.data, self.place(place, f"run-{number}"), crashes)
         sound = outcome.sound and outcome.content_sha256 == self.expected[shard_format]
         self.each.append({"place": place, **asdict(crashes), **asdict(outcome), "sound": sound})
-        instants = ", ".join(f"{seconds:.2f} s" for seconds in crashes.instants)
+        instants = ", ".join(f"{instant:.0%}" for instant in crashes.instants)
         print(
-            f"{number:3d} {shard_format:<10} {place:<5} workers {crashes.workers}, killed after {instants} with"
-            f" {outcome.committed_at_kills} committed, {outcome.strays} strays, {outcome.seconds:.1f} s:"
+            f"{number:3d} {shard_format:<10} {place:<5} workers {crashes.workers}, killed at {instants} of what was left with"
+            f" {outcome.committed_at_kills} shards committed, {outcome.strays} strays, {outcome.seconds:.1f} s:"
             f" {'sound' if sound else outcome}",
             flush=True,
         )

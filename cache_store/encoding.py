@@ -70,6 +70,14 @@ def decompress(frame: bytes | memoryview, nbytes: int) -> bytes:
         raise CorruptShard(f"a Blosc frame cannot be decompressed: {error}") from error
 
 
+def decompress_into(frame: bytes | memoryview, place: Array) -> None:
+    """Decompress a frame that ``check_frame`` found right into ``place``, which is as long; CorruptShard where it breaks."""
+    try:
+        blosc.decompress(frame, place)
+    except RuntimeError as error:
+        raise CorruptShard(f"a Blosc frame cannot be decompressed: {error}") from error
+
+
 def check_frame(frame: bytes | memoryview, nbytes: int) -> None:
     """CorruptShard unless the header of a Blosc frame declares ``nbytes`` bytes, zstd and the frame's own length."""
     head = bytes(frame[:_HEADER_BYTES])

@@ -4,9 +4,12 @@ A shard is one task. When an actor or its node is lost, Ray starts another where
 goes back into the queue; what was committed stays, as with any other worker.
 """
 
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from functools import cached_property
 from typing import Any
 
@@ -57,29 +60,35 @@ def cache_teacher_on_ray(config: CacheTeacherConfig, *, workers: int | None, add
         import ray
     except ImportError as error:
         raise ValueError("--engine ray needs the package ray; install it with: pip install 'alignkd[ray]'") from error
-    with stop_on_signals() as stop:
-        started = time.perf_counter()
-        ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
+    started = time.perf_counter()
+    # Ray tells of lost actors on standard output, where the figures belong. In the main thread it would take SIGTERM for
+    # itself, and what it starts ends with the thread that started it.
+    with redirect_stdout(sys.stderr), stop_on_signals() as stop, ThreadPoolExecutor(1) as thread:
+        options = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
         try:
-            gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
-            remote = ray.remote(ShardActor).options(num_gpus=min(gpus, 1), num_cpus=1, max_restarts=-1)
-            actors = [remote.remote(config) for _ in range(workers or max(gpus, 1))]
-            try:
-                pending = _wait(ray, actors, stop)
-                shards = _Shards(ray, actors, config, stop, pending)
-                shards.run()
-            except ray.exceptions.RayTaskError as error:
-                raise _user_error(error) from error
+            thread.submit(ray.init, address=address, **options).result()
+            shards = _run(ray, config, workers, stop)
+        except ray.exceptions.RayTaskError as error:
+            raise _user_error(error) from error
         finally:
             ray.shutdown()
     return {
         "engine": "ray",
-        "actors": len(actors),
+        "actors": len(shards.actors),
         "actors_lost": shards.losses,
-        "new_shards": len(pending),
+        "new_shards": shards.total,
         "run_seconds": round(time.perf_counter() - started, 3),
         **status_figures(open_store(config.cache)),
     }
+
+
+def _run(ray: Any, config: CacheTeacherConfig, workers: int | None, stop: StopFlag) -> "_Shards":
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    remote = ray.remote(ShardActor).options(num_gpus=min(gpus, 1), num_cpus=1, max_restarts=_MAX_LOSSES)
+    actors = [remote.remote(config) for _ in range(workers or max(gpus, 1))]
+    shards = _Shards(ray, actors, config, stop, _wait(ray, actors, stop))
+    shards.run()
+    return shards
 
 
 def _wait(ray: Any, actors: Sequence[Any], stop: StopFlag) -> list[int]:
@@ -88,9 +97,15 @@ def _wait(ray: Any, actors: Sequence[Any], stop: StopFlag) -> list[int]:
     while True:
         stop.check()
         ready, _ = ray.wait(refs, timeout=_WAIT_S)
-        if ready:
-            pending: list[int] = ray.get(ready[0])
-            return pending
+        for ref in ready:
+            try:
+                pending: list[int] = ray.get(ref)
+            except ray.exceptions.RayActorError as error:
+                refs.remove(ref)
+                if not refs:
+                    raise ValueError(f"every Ray actor was lost while it loaded the teacher; the last one: {error}") from error
+            else:
+                return pending
 
 
 class _Shards:
@@ -102,9 +117,10 @@ class _Shards:
         self.ray, self.actors, self.config, self.stop = ray, actors, config, stop
         self.queue = deque(pending)
         self.left = set(pending)
+        self.total = len(pending)
         self.running: dict[Any, tuple[Any, int | None]] = {}
         self.losses = 0
-        self.rejected = 0
+        self.rejected = len(open_store(config.cache).status().rejected)
 
     def run(self) -> None:
         """Until every shard is done."""
@@ -139,12 +155,11 @@ class _Shards:
 
     def _lost(self, actor: Any, shard: int | None, error: Exception) -> None:
         self.losses += 1
-        if self.losses > _MAX_LOSSES:
+        if self.losses > _MAX_LOSSES or shard is None:
             raise ValueError(f"{self.losses} times a Ray actor was lost; the last time: {error}") from error
-        if shard is not None:
-            self.queue.append(shard)
-        # Asked again, Ray answers when the actor lives again; meanwhile the others have the shard.
-        self.running[actor.pending.remote()] = (actor, None)
+        self.queue.append(shard)
+        # Ray answers when the actor lives again and has its teacher; meanwhile the others have the shard.
+        self.running[actor.pending.options(max_task_retries=-1).remote()] = (actor, None)
         idle = [other for other in self.actors if other not in [busy for busy, _ in self.running.values()]]
         for other in idle:
             self._give(other)

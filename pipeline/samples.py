@@ -9,7 +9,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +176,8 @@ def _list_records(file: BinaryIO, path: Path, offset: int) -> Iterator[tuple[int
         match = _BETWEEN.match(text, position)
         assert match is not None
         if match["end"] and not match["comma"]:
-            _refuse_more(path, offset + match.end(), text[match.end() :] + file.read(_CHUNK).decode("latin-1"))
+            _refuse_more(path, offset + match.end(), [text[match.end() :].encode("latin-1")])
+            _refuse_more(path, offset + match.end(), iter(lambda: file.read(_CHUNK), b""))
             return
         value, end = None, len(text)
         if match.end() < len(text):
@@ -197,6 +198,6 @@ def _list_records(file: BinaryIO, path: Path, offset: int) -> Iterator[tuple[int
         position, separator = end, ","
 
 
-def _refuse_more(path: Path, at: int, rest: str) -> None:
-    if rest.strip(" \t\r\n"):
+def _refuse_more(path: Path, at: int, rest: Iterable[bytes]) -> None:
+    if any(part.strip(b" \t\r\n") for part in rest):
         raise DataError(f"data file {path}: the list ends at byte {at}, but more follows")

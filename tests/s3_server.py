@@ -125,8 +125,9 @@ def let_in(s3: S3, patch: pytest.MonkeyPatch) -> None:
     """Have this process, and those it starts, find the server and use it."""
     from fsspec.config import conf
 
-    for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-        patch.setenv(name, value)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        patch.setenv(name, "test")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     patch.setenv("NO_PROXY", "127.0.0.1")
     # fsspec reads its variables when it is imported: this process did so long ago.
     patch.setenv("FSSPEC_S3_ENDPOINT_URL", s3.endpoint)
@@ -136,7 +137,7 @@ def let_in(s3: S3, patch: pytest.MonkeyPatch) -> None:
 def new_bucket(s3: S3) -> str:
     """URL of an empty bucket."""
     bucket = f"bucket-{next(_BUCKETS)}"
-    urllib.request.urlopen(urllib.request.Request(f"{s3.endpoint}/{bucket}", method="PUT"))  # noqa: S310
+    urllib.request.urlopen(urllib.request.Request(f"{s3.endpoint}/{bucket}", method="PUT"))
     return f"s3://{bucket}"
 
 

@@ -43,11 +43,12 @@ class StorageConformance:
 
     def test_another_hand_sees_every_change_at_once(self, storage):
         other = open_storage(storage.url)
-        assert other.names("shards") == []
         storage.write("shards/a", b"x")
-        assert (other.names("shards"), other.size("shards/a")) == (["a"], 1)
-        other.delete("shards/a")
-        assert (storage.names("shards"), storage.size("shards/a")) == ([], None)
+        assert (other.names("shards"), other.size("shards/b")) == (["a"], None)
+        storage.write("shards/b", b"y")
+        assert (other.names("shards"), other.size("shards/b"), other.read("shards/b")) == (["a", "b"], 1, b"y")
+        storage.delete("shards/a")
+        assert (other.names("shards"), other.size("shards/a")) == (["b"], None)
 
     def test_a_folder_that_is_not_there_has_no_names(self, storage):
         assert storage.names("shards") == []
@@ -83,10 +84,10 @@ class StorageConformance:
         assert [data.decode() for data in read_all(storage, names[::-1])] == names[::-1]
 
     def test_it_is_pickled_without_its_connections(self, storage):
-        before = len(pickle.dumps(open_storage(storage.url)))
         storage.write("shards/a", b"x")
-        assert len(pickle.dumps(storage)) == before
-        copy = pickle.loads(pickle.dumps(storage))
+        data = pickle.dumps(storage)
+        assert b"fsspec" not in data
+        copy = pickle.loads(data)
         assert copy.read("shards/a") == b"x"
         assert copy.write("shards/b", b"y")
 
@@ -101,9 +102,9 @@ class SharedStorageConformance(StorageConformance):
     """Of storages that several processes share, and on which one of many writers wins."""
 
     def test_one_of_many_threads_that_write_a_name_wins(self, storage):
-        others = [open_storage(storage.url) for _ in range(4)]
+        others = [storage, open_storage(storage.url)]
         with ThreadPoolExecutor(8) as pool:
-            won = list(pool.map(lambda i: others[i % 4].write("commits/a", b"%d" % i), range(8)))
+            won = list(pool.map(lambda i: others[i % 2].write("commits/a", b"%d" % i), range(8)))
         assert sum(won) == 1
         assert storage.read("commits/a") == b"%d" % won.index(True)
         assert storage.names("commits") == ["a"]

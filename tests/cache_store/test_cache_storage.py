@@ -35,6 +35,25 @@ class TestS3Storage(SharedStorageConformance):
         return open_storage(s3_url)
 
 
+def test_a_name_is_not_taken_for_free_because_the_store_did_not_answer(memory_url, monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    storage = open_storage(memory_url)
+    storage.write("a", b"first")
+    info, pipe_file, failures = MemoryFileSystem.info, MemoryFileSystem.pipe_file, [OSError("no answer")] * 2
+
+    def failing_info(self, path, **kwargs):
+        if failures:
+            raise failures.pop()
+        return info(self, path, **kwargs)
+
+    # A store that does not heed the condition of a write, as some do not.
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda self, path, value, mode="": pipe_file(self, path, value))
+    monkeypatch.setattr(MemoryFileSystem, "info", failing_info)
+    assert not storage.write("a", b"second")
+    assert (storage.read("a"), failures) == (b"first", [])
+
+
 def files(folder) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -98,7 +117,7 @@ def test_a_file_that_may_not_grow_so_large_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(StorageError, match="cannot write .*big"):
+        with pytest.raises(StorageError, match=r"cannot write .*big"):
             storage.write("big", bytes(100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -16,15 +16,22 @@ from alignkd.cache_store.reader import CacheReader
 from alignkd.cache_store.store import open_store
 from alignkd.cache_store.verify import verify
 
+_START = 0.5
+"""Share of an undisturbed run's time before the first shard."""
+
 
 @dataclass(frozen=True)
 class Crashes:
-    """Kill after each instant the workers of the first, second ... number; the last number goes on to the end."""
+    """Kill the workers of the first, second ... number; the last number goes on to the end.
+
+    ``instants`` are shares of the ``seconds`` that the shards still to do take, about, undisturbed.
+    """
 
     shard_format: str
     steal: bool
     workers: list[int]
     instants: list[float]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -71,21 +78,25 @@ def kill_after(workers: list[Running], seconds: float) -> None:
 def crash_run(door: WarmDoor, data: Path, cache: str, crashes: Crashes) -> Outcome:
     """Write a cache in spite of these crashes, and audit it."""
     started = time.perf_counter()
-    at_kills = []
+    at_kills: list[int] = []
+    left = 1.0
     for count, instant in zip(crashes.workers, crashes.instants, strict=False):
-        kill_after(start_workers(door, data, cache, count, crashes.shard_format, steal=crashes.steal), instant)
-        at_kills.append(committed(cache))
+        workers = start_workers(door, data, cache, count, crashes.shard_format, steal=crashes.steal)
+        kill_after(workers, instant * crashes.seconds * (_START + (1 - _START) * left))
+        done, left = progress(cache)
+        at_kills.append(done)
     finish(start_workers(door, data, cache, crashes.workers[-1], crashes.shard_format, steal=crashes.steal))
     return look_at(cache, at_kills, time.perf_counter() - started)
 
 
-def committed(cache: str) -> int:
-    """Committed shards; 0 also where there is no cache yet."""
+def progress(cache: str) -> tuple[int, float]:
+    """Committed shards, and the share that is left; there may be no cache yet."""
     try:
         store = open_store(cache)
     except ValueError:
-        return 0
-    return store.plan.shards - len(store.pending())
+        return 0, 1.0
+    left = len(store.pending())
+    return store.plan.shards - left, left / store.plan.shards
 
 
 def look_at(cache: str, at_kills: list[int], seconds: float) -> Outcome:

@@ -10,7 +10,7 @@ from tiny_runs import content, numbered, write_cache, write_data
 
 CHANCE = random.Random(7)
 FEW = [
-    (place, Crashes(shard_format, steal, [4, CHANCE.randint(1, 4)], [CHANCE.uniform(0.1, 1.5)]))
+    (place, Crashes(shard_format, steal, [4, CHANCE.randint(1, 4)], [CHANCE.random()], seconds=3.0))
     for shard_format, place, steal in (
         ("zarr", "local", True),
         ("webdataset", "local", False),

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import SAMPLES, record, write_data
+from tiny_runs import SAMPLES, numbered, record, write_data
 
 from alignkd.pipeline import samples as samples_module
 from alignkd.pipeline.samples import DataError, SampleFile, parse_sample
@@ -119,6 +121,12 @@ MALFORMED = {
     "list cut short": (_list(GOOD)[:-9], ["not JSON from byte", "cut short"]),
     "list without its end": (_list(GOOD)[:-1], ["not JSON from byte", "cut short"]),
     "broken object in a list": (_list('{"id": nope}'), ["not JSON from byte", str(len(GOOD) + 3)]),
+    "missing comma": (f"[{GOOD} {GOOD}]", ["a comma is missing or too many at byte", str(len(GOOD) + 1)]),
+    "two commas": (f"[{GOOD},, {GOOD}]", ["not JSON from byte", str(len(GOOD) + 2)]),
+    "comma before the first": (f"[, {GOOD}]", ["a comma is missing or too many at byte 1"]),
+    "comma before the end": (f"[{GOOD}, ]", ["not JSON from byte"]),
+    "text after the list": (f"[{GOOD}]\n{GOOD}", [f"the list ends at byte {len(GOOD) + 2}, but more follows"]),
+    "second list": (f"[{GOOD}] [{GOOD}]", ["the list ends at byte", "but more follows"]),
     "line cut short": (f"{GOOD}\n{GOOD[:-9]}", ["record 1", "not JSON"]),
     "number in a list": (_list("3"), ["record 1", "found a int", "expected an object"]),
     "no conversations": (_list('{"id": "q"}'), ["record 1", "id 'q'", "'conversations' is None", "expected a list of turns"]),
@@ -143,6 +151,39 @@ def test_a_malformed_file_is_refused_with_file_record_and_what_was_expected(tmp_
         SampleFile(path)
     for part in ["broken.json", *parts]:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, len(GOOD), len(GOOD) + 1, len(GOOD) + 2])
+@pytest.mark.parametrize("name", ["missing comma", "two commas", "comma before the end", "text after the list", "second list"])
+def test_what_is_no_json_list_is_refused_over_any_chunk_border(tmp_path, monkeypatch, name, chunk):
+    monkeypatch.setattr(samples_module, "_CHUNK", chunk)
+    (tmp_path / "broken.json").write_text(MALFORMED[name][0])
+    with pytest.raises(DataError, match=r"comma is missing|more follows|not JSON"):
+        SampleFile(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 4096])
+def test_space_around_a_list_is_no_text(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(samples_module, "_CHUNK", chunk)
+    (tmp_path / "d.json").write_text(f"[\n {GOOD}\t,\r\n{GOOD.replace('good', 'two')}\n ]\n \n\t")
+    assert [s.id for s in read(tmp_path / "d.json")] == ["good", "two"]
+
+
+def test_known_samples_are_read_at_their_places_and_compared_with_their_keys(tmp_path):
+    path = write_data(tmp_path / "d.json", SAMPLES)
+    whole = SampleFile(path)
+    some = np.array([4, 1])
+    known = SampleFile.known(path, whole.keys[some], whole.starts[some], whole.lengths[some])
+    assert [known[i].id for i in range(len(known))] == ["text4", "vqa1"]
+    swapped = SampleFile.known(path, whole.keys[some[::-1]], whole.starts[some], whole.lengths[some])
+    with pytest.raises(DataError, match=r"d\.json, sample 0: the file has changed since it was indexed"):
+        swapped[0]
+
+
+def test_samples_may_be_read_by_several_threads_at_once(tmp_path):
+    file = SampleFile(write_data(tmp_path / "d.json", numbered(200)))
+    with ThreadPoolExecutor(8) as pool:
+        assert [sample.id for sample in pool.map(file.__getitem__, range(200))] == [f"s{i}" for i in range(200)]
 
 
 def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):

@@ -120,6 +120,10 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_bytes")} for line in lines]
+
+
 def student_sha256(out: Path) -> str:
     return hashlib.sha256((out / "student" / "model.safetensors").read_bytes()).hexdigest()
 

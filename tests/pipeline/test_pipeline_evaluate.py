@@ -1,0 +1,105 @@
+"""Accuracy by generation: each image is encoded once a batch, and nothing else depends on the batches."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_runs import IMAGES, SAMPLES, STUDENT, record, write_data
+
+from alignkd.pipeline.evaluate import EvaluateConfig, contains, evaluate, exact, wilson_interval
+from alignkd.pipeline.rejects import TooManyRejected
+
+
+def question(name, image, text="<image>\nWhat is it?"):
+    return record(name, image, text, "A thing.")
+
+
+# Many questions about two images, one without an image and one about both.
+QUESTIONS = [
+    question("a0", "0.png"),
+    question("b0", "1.png", "<image>\nWhich colour does it have?"),
+    question("a1", "0.png", "Where is <image> it?"),
+    SAMPLES[4],
+    question("a2", "0.png", "<image>\nWhy?"),
+    question("both", ["0.png", "1.png"], "<image>\n<image>\nWhich?"),
+    question("b1", "1.png"),
+]
+
+
+def run(tmp_path, records, name="out", **changes):
+    data = write_data(tmp_path / f"{name}.json", records)
+    config = EvaluateConfig(str(STUDENT), str(data), str(IMAGES), out=str(tmp_path / name), max_new_tokens=6, device="cpu")
+    result = evaluate(EvaluateConfig(**{**vars(config), **changes}))
+    lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
+    return result, {line["id"]: line["prediction"] for line in map(json.loads, lines)}
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Number of images of each call of the tower."""
+    from alignkd.models.mobilevlm import MobileVlmModel
+
+    calls, real = [], MobileVlmModel.encode_images
+    monkeypatch.setattr(MobileVlmModel, "encode_images", lambda self, pixels: calls.append(len(pixels)) or real(self, pixels))
+    return calls
+
+
+def test_predictions_are_those_of_one_question_at_a_time(tmp_path):
+    alone = run(tmp_path, QUESTIONS, "alone", batch_size=1)
+    for size in (3, 7):
+        together = run(tmp_path, QUESTIONS, f"by{size}", batch_size=size)
+        assert together == alone
+    assert list(alone[1]) == ["a0", "b0", "a1", "text4", "a2", "both", "b1"]
+    assert len(set(alone[1].values())) > 1
+
+
+def test_each_image_goes_through_the_tower_once_a_batch(tmp_path, encoded):
+    run(tmp_path, QUESTIONS, batch_size=7)
+    assert encoded == [2]
+    encoded.clear()
+    run(tmp_path, QUESTIONS, "again", batch_size=3)
+    assert encoded == [2, 2, 1]
+
+
+def test_a_batch_of_text_alone_needs_no_tower(tmp_path, encoded):
+    result, _ = run(tmp_path, [SAMPLES[4]])
+    assert (result["answered"], encoded) == (1, [])
+
+
+def test_images_that_cannot_be_read_are_rejected_by_name_and_the_others_answered_as_before(tmp_path):
+    bad = [question("gone", "none.png"), question("half", ["0.png", "none.png"], "<image><image>\nWhich?")]
+    result, predictions = run(tmp_path, [*QUESTIONS[:2], *bad, *QUESTIONS[2:]], batch_size=4)
+    assert set(result["rejected_samples"]) == {"gone", "half"}
+    assert all("none.png: No such file" in reason for reason in result["rejected_samples"].values())
+    assert (result["answered"], result["rejected"]) == (7, 2)
+    assert predictions == run(tmp_path, QUESTIONS, "without")[1]
+
+
+def test_a_batch_of_which_nothing_can_be_read_is_passed_over(tmp_path):
+    result, predictions = run(tmp_path, [question("gone", "none.png"), QUESTIONS[0]], batch_size=1)
+    assert (list(predictions), result["rejected"]) == (["a0"], 1)
+
+
+def test_more_unreadable_questions_than_allowed_end_the_evaluation(tmp_path):
+    with pytest.raises(TooManyRejected, match=r"2 samples cannot be used, more than --max-rejected 1.*gone0.*none.png"):
+        run(tmp_path, [question(f"gone{i}", "none.png") for i in range(2)], max_rejected=1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "prediction", "answer", "right"),
+    [
+        (exact, " Yes.", "yes", True),
+        (exact, "yes it is", "yes", False),
+        (contains, "I think YES it is", "yes.", True),
+        (contains, "no", "yes", False),
+    ],
+)
+def test_metrics_compare_words(metric, prediction, answer, right):
+    assert metric(prediction, answer) is right
+
+
+def test_the_interval_is_wilsons():
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    low, high = wilson_interval(8, 10)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))

@@ -1,0 +1,113 @@
+"""The bar, on a terminal and in a log file, and the signals that end a job at a safe point."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+
+import pytest
+from rich.console import Console
+
+from alignkd.pipeline import progress as progress_module
+from alignkd.pipeline.interrupt import Interrupted, stop_on_signals
+from alignkd.pipeline.progress import bar
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes when it is told to."""
+
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(progress_module, "time", clock)
+    return clock
+
+
+def console(monkeypatch, terminal):
+    made = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+    monkeypatch.setattr(progress_module, "console", made)
+    return made
+
+
+def lines(made):
+    return [line for line in made.file.getvalue().splitlines() if " left" in line]
+
+
+def test_a_log_file_gets_a_line_now_and_then(clock, monkeypatch):
+    log = console(monkeypatch, terminal=False)
+    with bar("cache-teacher 3/8", 1000, "samples") as progress:
+        for _ in range(100):
+            clock.now += 1.0
+            progress.advance(2)
+            progress.note("5,000 positions/s")
+        assert lines(log) == [
+            "cache-teacher 3/8: 60 of 1,000 samples, 2.0/s, 470 s left; 5,000 positions/s",
+            "cache-teacher 3/8: 120 of 1,000 samples, 2.0/s, 440 s left; 5,000 positions/s",
+            "cache-teacher 3/8: 180 of 1,000 samples, 2.0/s, 410 s left; 5,000 positions/s",
+        ]
+
+
+def test_what_was_done_before_does_not_count_for_the_rate(clock, monkeypatch):
+    log = console(monkeypatch, terminal=False)
+    with bar("distill", 100, "steps", done=40) as progress:
+        clock.now += 30
+        progress.advance(30)
+        assert lines(log) == ["distill: 70 of 100 steps, 1.0/s, 30 s left"]
+
+
+def test_a_terminal_gets_a_bar_and_no_lines(clock, monkeypatch):
+    terminal = console(monkeypatch, terminal=True)
+    with bar("verify", 10, "shards") as progress:
+        clock.now += 100
+        progress.advance(4)
+    assert "verify" in terminal.file.getvalue()
+    assert "4/10" in terminal.file.getvalue()
+    assert lines(terminal) == []
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_that_is_not_shown_says_nothing(clock, monkeypatch, terminal):
+    hidden = console(monkeypatch, terminal)
+    with bar("cache-teacher", 10, "samples", show=False) as progress:
+        clock.now += 100
+        progress.advance(4)
+        assert progress.seconds == 100
+    assert hidden.file.getvalue().strip() == ""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_is_kept_until_the_next_safe_point(name):
+    before = signal.getsignal(signal.Signals[name])
+    with stop_on_signals() as stop:
+        stop.check()
+        os.kill(os.getpid(), signal.Signals[name])
+        assert stop
+        with pytest.raises(Interrupted, match=f"stopped by {name}; run the same command again to go on"):
+            stop.check()
+    assert signal.getsignal(signal.Signals[name]) == before
+
+
+def test_the_second_interrupt_from_the_keyboard_does_not_wait():
+    with stop_on_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_thread_leaves_signals_to_the_process_it_is_part_of():
+    def job():
+        with stop_on_signals() as stop:
+            handlers.append((signal.getsignal(signal.SIGTERM), bool(stop)))
+
+    handlers = [(signal.getsignal(signal.SIGTERM), False)]
+    thread = threading.Thread(target=job)
+    thread.start()
+    thread.join()
+    assert handlers[0] == handlers[1]
