@@ -7,6 +7,7 @@ with what is known otherwise before Blosc sees the frame.
 from __future__ import annotations
 
 import json
+import struct
 from typing import Any, Final
 
 import numpy as np
@@ -25,7 +26,8 @@ CNAME: Final = "zstd"
 CLEVEL: Final = 3
 
 _BLOSC = Blosc(cname=CNAME, clevel=CLEVEL, shuffle=Blosc.SHUFFLE)
-_HEADER_BYTES = 16
+# Version, (version of the compressor), flags, (item size), bytes, (block size), compressed bytes.
+_HEADER = struct.Struct("<BxBxI4xI")
 _FORMAT_VERSION = 2
 _ZSTD = 4
 
@@ -80,10 +82,9 @@ def decompress_into(frame: bytes | memoryview, place: Array) -> None:
 
 def check_frame(frame: bytes | memoryview, nbytes: int) -> None:
     """CorruptShard unless the header of a Blosc frame declares ``nbytes`` bytes, zstd and the frame's own length."""
-    head = bytes(frame[:_HEADER_BYTES])
-    if len(head) < _HEADER_BYTES:
-        raise CorruptShard(f"found {len(head)} bytes for a Blosc frame, expected at least {_HEADER_BYTES}")
-    found = (head[0], head[2] >> 5, int.from_bytes(head[4:8], "little"), int.from_bytes(head[12:16], "little"))
-    expected = (_FORMAT_VERSION, _ZSTD, nbytes, len(frame))
+    if len(frame) < _HEADER.size:
+        raise CorruptShard(f"found {len(frame)} bytes for a Blosc frame, expected at least {_HEADER.size}")
+    version, flags, uncompressed, compressed = _HEADER.unpack_from(frame)
+    found, expected = (version, flags >> 5, uncompressed, compressed), (_FORMAT_VERSION, _ZSTD, nbytes, len(frame))
     if found != expected:
         raise CorruptShard(f"a Blosc frame declares version, compressor, bytes and length {found}, expected {expected}")

@@ -46,6 +46,9 @@ class Shard(ABC):
         assert shapes.keys() == {field.name for field in spec.fields}
         assert all(len(shape) == len(ids) for shape in shapes.values())
         self.spec, self.ids, self.shapes = spec, tuple(ids), shapes
+        # Looked up once a shard, not once a row: rows are small, and thousands a second are wanted.
+        self._codecs = {field.name: (get_codec(field.codec), tuple(empty_layout(field))) for field in spec.fields}
+        self._shape_of = {name: [tuple(shape) for shape in shape_array.tolist()] for name, shape_array in shapes.items()}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -61,22 +64,18 @@ class Shard(ABC):
 
     def shape(self, field: str, i: int) -> tuple[int, ...]:
         """Decoded shape of ``field`` in row ``i``."""
-        return tuple(self.shapes[field][i].tolist())
+        return self._shape_of[field][i]
 
     def encoded(self, i: int) -> dict[str, dict[str, Array]]:
         """Stored parts of row ``i``: field -> part -> flat array."""
-        return {
-            field.name: {part: self.part(field.name, part, i) for part in empty_layout(field)} for field in self.spec.fields
-        }
+        return {field: {part: self.part(field, part, i) for part in parts} for field, (_, parts) in self._codecs.items()}
 
     def row(self, i: int, fields: Container[str] | None = None) -> Row:
         """Row ``i``, decoded into fresh arrays; of all fields, or of those named."""
         values = {
-            field.name: get_codec(field.codec).decode(
-                {part: self.part(field.name, part, i) for part in empty_layout(field)}, self.shape(field.name, i)
-            )
-            for field in self.spec.fields
-            if fields is None or field.name in fields
+            field: codec.decode({part: self.part(field, part, i) for part in parts}, self._shape_of[field][i])
+            for field, (codec, parts) in self._codecs.items()
+            if fields is None or field in fields
         }
         return Row(*self.ids[i], values)
 

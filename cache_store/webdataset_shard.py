@@ -62,7 +62,7 @@ class TarShard(Shard):
         """Decompressed just now."""
         dtype, sizes, places = self.columns[field, part]
         offset, size = places[i]
-        frame = memoryview(self.data)[self.base + offset : self.base + offset + size]
+        frame = self.data[self.base + offset : self.base + offset + size]
         try:
             return np.frombuffer(decompress(frame, sizes[i] * dtype.itemsize), dtype)
         except CorruptShard as error:
