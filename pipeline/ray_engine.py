@@ -64,7 +64,7 @@ def cache_teacher_on_ray(config: CacheTeacherConfig, *, workers: int | None, add
     # Ray tells of lost actors on standard output, where the figures belong. In the main thread it would take SIGTERM for
     # itself, and what it starts ends with the thread that started it.
     with redirect_stdout(sys.stderr), stop_on_signals() as stop, ThreadPoolExecutor(1) as thread:
-        options = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
+        options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
         try:
             thread.submit(ray.init, address=address, **options).result()
             shards = _run(ray, config, workers, stop)

@@ -98,26 +98,27 @@ class SampleFile:
             raise DataError(f"data file {self.path} holds no samples")
         self.starts, self.lengths = np.asarray(starts), np.asarray(lengths)
         self.keys = np.frombuffer(bytes(keys), dtype=np.uint8).reshape(-1, 16)
-        self._file: BinaryIO | None = None
+        self._opened: dict[str, BinaryIO] = {}
 
     @classmethod
     def known(cls, path: str | Path, keys: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> "SampleFile":
         """Samples of known keys ``[N, 16]`` at known byte ranges; each is compared with its key when it is read."""
         file = cls.__new__(cls)
-        file.path, file.keys, file.starts, file.lengths, file._file = Path(path), keys, starts, lengths, None
+        file.path, file.keys, file.starts, file.lengths, file._opened = Path(path), keys, starts, lengths, {}
         return file
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_opened": {}}
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, index: int) -> Sample:
-        if self._file is None:
-            self._file = self.path.open("rb")
+        if not self._opened:
+            # The first of two threads wins: to put one open file in another's place would close that while it is read.
+            self._opened.setdefault("file", self.path.open("rb"))
         # Without a shared position in the file, several threads may read.
-        text = os.pread(self._file.fileno(), int(self.lengths[index]), int(self.starts[index]))
+        text = os.pread(self._opened["file"].fileno(), int(self.lengths[index]), int(self.starts[index]))
         with suppress(DataError):
             sample = self._parse(text, index)
             if sample.key == self.key(index):

@@ -109,11 +109,11 @@ def test_who_steals_completes_the_cache_alone(tmp_path, twelve, expected):
     assert content(tmp_path / "cache") == expected
 
 
-def test_the_content_depends_on_neither_format_nor_shard_size_nor_order(tmp_path, twelve):
+def test_the_content_depends_on_neither_format_nor_shard_size_nor_order_nor_threads(tmp_path, twelve):
     """One sample a forward pass: other batches round differently, in the last bit."""
     one = {"batch_tokens": 1}
     write_cache(twelve, tmp_path / "a", **one)
-    write_cache(twelve, tmp_path / "b", **one, shard_samples=5, shard_format="webdataset")
+    write_cache(twelve, tmp_path / "b", **one, shard_samples=5, shard_format="webdataset", host_threads=1)
     write_cache(write_data(tmp_path / "back.json", numbered(12)[::-1]), tmp_path / "c", **one, shard_samples=4)
     assert content(tmp_path / "a") == content(tmp_path / "b") == content(tmp_path / "c")
 

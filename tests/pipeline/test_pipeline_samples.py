@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import SAMPLES, numbered, record, write_data
+from tiny_runs import SAMPLES, record, write_data
 
 from alignkd.pipeline import samples as samples_module
 from alignkd.pipeline.samples import DataError, SampleFile, parse_sample
@@ -180,10 +183,24 @@ def test_known_samples_are_read_at_their_places_and_compared_with_their_keys(tmp
         swapped[0]
 
 
-def test_samples_may_be_read_by_several_threads_at_once(tmp_path):
-    file = SampleFile(write_data(tmp_path / "d.json", numbered(200)))
-    with ThreadPoolExecutor(8) as pool:
-        assert [sample.id for sample in pool.map(file.__getitem__, range(200))] == [f"s{i}" for i in range(200)]
+def test_two_threads_that_open_the_file_at_once_both_read_their_samples(tmp_path, monkeypatch):
+    file = SampleFile(write_data(tmp_path / "d.json", SAMPLES))
+    opened, about_to_read = threading.Barrier(2, timeout=10), threading.Barrier(2, timeout=10)
+    real_open, real_pread = Path.open, os.pread
+
+    def slow_open(self, *arguments):
+        made = real_open(self, *arguments)
+        opened.wait()
+        return made
+
+    def slow_pread(*arguments):
+        about_to_read.wait()
+        return real_pread(*arguments)
+
+    monkeypatch.setattr(Path, "open", slow_open)
+    monkeypatch.setattr(os, "pread", slow_pread)
+    with ThreadPoolExecutor(2) as pool:
+        assert [sample.id for sample in pool.map(file.__getitem__, [1, 4])] == ["vqa1", "text4"]
 
 
 def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
