@@ -33,6 +33,8 @@ COMMANDS = [
     "cache",
     "cache status",
     "cache verify",
+    "cache repair",
+    "cache convert",
     "cache inspect",
     "distill",
     "show",

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_runs import SAMPLES, content, record, write_cache, write_data
+from tiny_runs import SAMPLES, content, record, stage_one_config, write_cache, write_data
 
+from alignkd.pipeline.dry_run import dry_run
 from alignkd.pipeline.fit_memory import FittingRunner
 from alignkd.pipeline.stage_one import Item, ReadyBatch, StageOne
 
@@ -94,8 +95,12 @@ def test_a_batch_of_which_nothing_is_left_is_not_run():
     assert FittingRunner(SmallMemory(100)).run(ReadyBatch([], None, [])) == ([], [])
 
 
-def test_stage_one_writes_everything_with_little_memory_and_rejects_what_never_fits(tmp_path, monkeypatch):
-    long = record("long", None, "What " + "is it " * 150 + "?", "This.")
+LONG = record("long", None, "What " + "is it " * 150 + "?", "This.")
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """More than 400 positions do not fit; what was tried."""
     real, tried = StageOne.run, []
 
     def run(self, ready):
@@ -106,12 +111,25 @@ def test_stage_one_writes_everything_with_little_memory_and_rejects_what_never_f
 
     with monkeypatch.context() as patch:
         patch.setattr(StageOne, "run", run)
-        data = write_data(tmp_path / "small.json", [*SAMPLES[:2], long, SAMPLES[4]])
-        done = write_cache(data, tmp_path / "small", shard_samples=4)
-    assert tried[0] > 1000
+        yield tried
+
+
+def test_stage_one_writes_everything_with_little_memory_and_rejects_what_never_fits(tmp_path, little_memory):
+    data = write_data(tmp_path / "small.json", [*SAMPLES[:2], LONG, SAMPLES[4]])
+    done = write_cache(data, tmp_path / "small", shard_samples=4)
+    assert little_memory[0] > 1000
     assert (done["complete"], done["samples_done"]) == (True, 3)
     assert [sample["id"] for sample in done["rejected"]] == ["long"]
     assert "positions do not fit into memory, even alone" in done["rejected"][0]["reason"]
     one_by_one = write_data(tmp_path / "large.json", [*SAMPLES[:2], SAMPLES[4]])
     write_cache(one_by_one, tmp_path / "large", batch_tokens=1)
     assert content(tmp_path / "small") == content(tmp_path / "large")
+
+
+def test_a_dry_run_with_little_memory_estimates_as_well(tmp_path, little_memory):
+    data = write_data(tmp_path / "d.json", [*SAMPLES[:2], LONG, SAMPLES[4]])
+    figures = dry_run(stage_one_config(data, tmp_path / "cache"))
+    assert (figures["tried"], figures["rejected_of_tried"]) == (4, 1)
+    assert figures["bytes_per_sample"] > 0
+    with pytest.raises(ValueError, match=r"none of 1 samples tried can be used. First: long: its \d+ positions do not fit"):
+        dry_run(stage_one_config(write_data(tmp_path / "long.json", [LONG]), tmp_path / "cache"))

@@ -10,7 +10,7 @@ from tiny_runs import content, numbered, write_cache, write_data
 
 CHANCE = random.Random(7)
 FEW = [
-    (place, Crashes(shard_format, steal, [4, CHANCE.randint(1, 4)], [CHANCE.random()], seconds=3.0))
+    (place, Crashes(shard_format, steal, [4, CHANCE.randint(1, 2)], [CHANCE.random()], seconds=3.0))
     for shard_format, place, steal in (
         ("zarr", "local", True),
         ("webdataset", "local", False),
@@ -22,7 +22,7 @@ FEW = [
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("many") / "data.json", numbered(10))
+    return write_data(tmp_path_factory.mktemp("many") / "data.json", numbered(8))
 
 
 @pytest.fixture(scope="module")

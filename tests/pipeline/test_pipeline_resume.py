@@ -90,7 +90,7 @@ def test_a_signal_ends_the_real_process_with_exit_code_75_and_a_rerun_completes_
     assert content(tmp_path / "cache") == expected
 
 
-@pytest.mark.parametrize("second", [1, 2, 4, 9])
+@pytest.mark.parametrize("second", [2, 5])
 def test_any_other_number_of_workers_takes_exactly_what_is_left(tmp_path, twelve, expected, second):
     cache = tmp_path / "cache"
     assert write_cache(twelve, cache, rank=1, world_size=3)["new_samples"] == 4

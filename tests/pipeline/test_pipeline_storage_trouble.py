@@ -66,10 +66,8 @@ def fail_from(call, number, monkeypatch):
 
 TROUBLES = {
     "disk full": (errno.ENOSPC, "No space left on device"),
-    "quota": (errno.EDQUOT, "quota exceeded"),
     "read-only": (errno.EROFS, "Read-only file system"),
     "permission": (errno.EACCES, "Permission denied"),
-    "broken disk": (errno.EIO, "Input/output error"),
 }
 
 
@@ -88,7 +86,7 @@ def test_trouble_in_the_middle_is_one_message_and_a_rerun_completes_the_same_cac
     assert content(cache) == expected
 
 
-@pytest.mark.parametrize("call", [1, 3, 5, 7, 9, 13])
+@pytest.mark.parametrize("call", [1, 4, 8, 13])
 def test_trouble_at_any_write_leaves_no_half_cache(tmp_path, eight, monkeypatch, call):
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch:
