@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=24)
+    parser.add_argument("--samples", type=int, default=36)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON of all runs")
     return parser.parse_args()
@@ -87,9 +87,10 @@ class Runs:
             for place in PLACES:
                 cache = self.place(place, f"undisturbed-{shard_format}")
                 started = time.perf_counter()
-                finish(start_workers(self.door, self.data, cache, self.arguments.workers, shard_format, steal=False))
+                workers = start_workers(self.door, self.data, cache, self.arguments.workers, shard_format, steal=False)
+                failures = finish(workers)
                 self.seconds[shard_format, place] = time.perf_counter() - started
-                outcome = look_at(cache, [], 0.0)
+                outcome = look_at(cache, failures, [], self.seconds[shard_format, place])
                 assert outcome.sound, outcome
                 self.expected.setdefault(shard_format, outcome.content_sha256)
                 assert outcome.content_sha256 == self.expected[shard_format], (shard_format, place)

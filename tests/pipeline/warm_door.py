@@ -72,6 +72,8 @@ class WarmDoor:
         """Start a command in the launcher's and the storage's environment of this process."""
         number = next(self.numbers)
         stdout, stderr = self.folder / f"{number}.stdout", self.folder / f"{number}.stderr"
+        for path in (stdout, stderr):  # a command may be killed before it can
+            path.touch()
         environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
         request = {"arguments": [str(a) for a in arguments], "stdout": str(stdout), "stderr": str(stderr)}
         return Running(self, self.ask({**request, "environment": environment}), stdout, stderr)
