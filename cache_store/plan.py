@@ -41,9 +41,16 @@ class Plan:
             raise ValueError(f"samples per shard: found {self.shard_samples}, expected at least 1")
         if any(len(array) != self.samples for array in self.extras.values()):
             raise ValueError("extra arrays of a plan hold one entry a sample")
-        repeated = len(self.keys) - len(np.unique(np.ascontiguousarray(self.keys).view(">u8").reshape(-1, 2), axis=0))
+        repeated = self._repeated()
         if repeated:
             raise ValueError(f"{repeated} of {len(self.keys)} keys are repeated: plan identical samples once")
+
+    def _repeated(self) -> int:
+        # Keys that begin alike are rare, and the only ones that can be the same.
+        prefixes, order = self._by_prefix
+        alike = np.flatnonzero(prefixes[1:] == prefixes[:-1])
+        suspects = self.keys[order[np.union1d(alike, alike + 1)]]
+        return len(suspects) - len(np.unique(suspects, axis=0)) if len(suspects) else 0
 
     @property
     def samples(self) -> int:

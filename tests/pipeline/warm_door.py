@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import traceback
@@ -46,7 +47,9 @@ class Running:
 
     def finish(self) -> Finished:
         """Wait for its end."""
-        return Finished(self.door.ask(self.pid), self.stdout.read_text(), self.stderr.read_text())
+        code = self.door.ask(self.pid)
+        self.door.unfinished.remove(self.pid)
+        return Finished(code, self.stdout.read_text(), self.stderr.read_text())
 
 
 class WarmDoor:
@@ -55,6 +58,7 @@ class WarmDoor:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.numbers = itertools.count()
+        self.unfinished: set[int] = set()
         self.server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -76,12 +80,16 @@ class WarmDoor:
             path.touch()
         environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
         request = {"arguments": [str(a) for a in arguments], "stdout": str(stdout), "stderr": str(stderr)}
-        return Running(self, self.ask({**request, "environment": environment}), stdout, stderr)
+        running = Running(self, self.ask({**request, "environment": environment}), stdout, stderr)
+        self.unfinished.add(running.pid)
+        return running
 
     def __call__(self, *arguments: object) -> Finished:
         return self.start(*arguments).finish()
 
     def close(self) -> None:
+        for pid in self.unfinished:  # of tests that failed
+            os.kill(pid, signal.SIGKILL)
         self.server.stdin.close()
         self.server.wait(timeout=30)
 
