@@ -1,5 +1,7 @@
 """Plan and resume at the size of a real run: a synthetic LLaVA list, streamed; times and peak memory.
 
+Between the two it commits every shard, which takes minutes and is not measured.
+
 Example: python benchmarks/planning.py --samples 1000000 --folder /scratch/planning
 """
 
@@ -7,6 +9,7 @@ import argparse
 import json
 import random
 import resource
+import shutil
 import time
 from pathlib import Path
 
@@ -60,6 +63,7 @@ def main() -> None:
     data, cache = arguments.folder / "data.json", arguments.folder / "cache"
     if not data.exists():
         write_data(data, arguments.samples)
+    shutil.rmtree(cache, ignore_errors=True)
     config = CacheTeacherConfig(teacher="", data=str(data), images=None, cache=str(cache))
     figures = {"data_gb": round(data.stat().st_size / 1e9, 3), "peak_gb_before": peak_gb()}
 

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from alignkd.cache_store.storage import TEMPORARY, Storage, read_all
 SHARDS = "shards"
 COMMITS = "commits"
 
-_OBJECT = re.compile(rf"{SHARDS}/(\d{{6,}})-[0-9a-f]{{12}}(\.[a-z]+)+")
+_OBJECT = re.compile(rf"{SHARDS}/(\d{{6,}})-([0-9a-f]{{12}})(\.[a-z]+)+")
 _RECORD = re.compile(r"(\d{6,})\.json")
 
 
@@ -98,6 +99,12 @@ def shard_number(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def name_hash(name: str) -> str | None:
+    """What an object's name says of its bytes: the first 12 characters of their sha256."""
+    match = _OBJECT.fullmatch(name)
+    return match[2] if match else None
+
+
 def record_name(number: int) -> str:
     """Where the record of a shard is, or would be, relative to the cache."""
     return f"{COMMITS}/{number:06d}.json"
@@ -152,12 +159,15 @@ def read_records(storage: Storage, numbers: Sequence[int] | None = None) -> dict
 def stray_names(storage: Storage) -> list[str]:
     """Temporaries, and shard objects that no record names: left over, or about to be committed by another worker.
 
-    CorruptRecord where a record is damaged: what it names would look like a stray.
+    The only object of a committed shard is the one its record names, so that few records are opened, if any.
+    CorruptRecord where one of these is damaged: what it names would look like a stray.
     """
-    objects = [name for name in object_names(storage) if shard_number(name) is not None]
-    # Records are read after the objects are listed, so that a commit in between is seen.
-    recorded = {record.object for record in read_records(storage).values()}
-    return [*temporary_names(storage), *(name for name in objects if name not in recorded)]
+    numbers = {name: number for name in object_names(storage) if (number := shard_number(name)) is not None}
+    objects = Counter(numbers.values())
+    # Records are listed after the objects, so that a commit in between is seen.
+    committed = set(committed_numbers(storage))
+    doubtful = [name for name, number in numbers.items() if number not in committed or objects[number] > 1]
+    return [*temporary_names(storage), *(name for name in doubtful if not _recorded(storage, name))]
 
 
 def sweep(storage: Storage, *, min_age_s: float) -> list[str]:

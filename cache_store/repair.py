@@ -7,6 +7,7 @@ from pathlib import Path
 
 from alignkd.cache_store.commit import sweep
 from alignkd.cache_store.storage import open_storage
+from alignkd.cache_store.store import open_store
 from alignkd.cache_store.verify import Problem, verify
 
 MIN_AGE_S = 3600.0
@@ -34,4 +35,4 @@ def repair(url: str | Path, *, min_age_s: float = MIN_AGE_S) -> RepairReport:
         storage.delete(name)
         removed.append(name)
     removed += sweep(storage, min_age_s=min_age_s)
-    return RepairReport(problems, removed, verify(url, quick=True).incomplete)
+    return RepairReport(problems, removed, len(open_store(url).pending()))

@@ -209,9 +209,9 @@ class RemoteStorage:
                 return False
             try:
                 fs.pipe_file(path, data, mode="create")
-            except (FileExistsError, NotImplementedError, TypeError) as error:
-                if isinstance(error, FileExistsError):
-                    return False
+            except FileExistsError:
+                return False
+            except (NotImplementedError, TypeError):  # a store that knows no such condition
                 fs.pipe_file(path, data)
             return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from alignkd.cache_store.commit import (
     CorruptRecord,
     committed_numbers,
     foreign_names,
+    name_hash,
     object_names,
     read_record,
     record_name,
@@ -49,7 +50,7 @@ class VerifyReport:
     """What an audit found.
 
     ``rows`` and ``rejected`` count samples of shards without a problem. Planned shards that are not done yet are no
-    problem, nor are ``strays``: temporaries and objects of shards without a record, left by a crash or about to be
+    problem, nor are ``strays``: temporaries and objects that no record names, left by a crash or about to be
     committed. ``content_sha256`` is the same for every cache that holds the same rows, however they are sharded,
     ordered, compressed or formatted; "" after a quick audit.
     """
@@ -95,9 +96,9 @@ def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None]
             on_shard()
     named = {*recorded.values(), *(name for problem in problems for name in problem.objects)}
     loose = [name for name in objects if name not in named]
-    strays = [name for name in loose if (n := shard_number(name)) is not None and n < store.plan.shards and n not in numbers]
+    strays = [name for name in loose if _is_stray(store, name, recorded)]
     return VerifyReport(
-        problems=problems + [p for name in loose if name not in strays and (p := _loose(store, name, numbers))],
+        problems=problems + [p for name in loose if name not in strays and (p := _loose(store, name))],
         rows=sum(record.rows for record in sound),
         rejected=sum(len(record.rejected) for record in sound),
         shards_done=sum(number < store.plan.shards for number in numbers),
@@ -148,14 +149,29 @@ def _damaged(store: CacheStore, number: int, objects: list[str], message: str) -
     return Problem(message, (record_name(number), *objects), tuple(keys))
 
 
-def _loose(store: CacheStore, name: str, numbers: list[int]) -> Problem | None:
+def _is_stray(store: CacheStore, name: str, recorded: Mapping[int, str]) -> bool:
+    """Whether an object without a record is what a worker leaves that is killed between object and record.
+
+    Where another worker has committed the shard since, only an object that its own name proves, and that is no copy of
+    a committed one, can be that.
+    """
+    number = shard_number(name)
+    if number is None or number >= store.plan.shards:
+        return False
+    if number not in recorded:
+        return True
+    data = store.storage.read(name)
+    copied = any(name_hash(other) == name_hash(name) for other in recorded.values())
+    return not copied and name_hash(name) == hashlib.sha256(data).hexdigest()[:12]
+
+
+def _loose(store: CacheStore, name: str) -> Problem | None:
     number = shard_number(name)
     if number is None:
         return None
     if number >= store.plan.shards:
         return Problem(f"{name}: a shard that is not in the plan of {store.plan.shards} shards", (name,))
-    assert number in numbers
-    return Problem(f"{name}: a second object of shard {number}, which its record does not name", (name,))
+    return Problem(f"{name}: a second object of shard {number}: no worker left it, it is a copy or damaged", (name,))
 
 
 def _foreign(store: CacheStore) -> list[Problem]:

@@ -110,10 +110,11 @@ class WorkerJob:
             self._reject([*ready.rejected, *unfit], progress)
             rejected += [*ready.rejected, *unfit]
             host.behind(lambda outputs=outputs: encoded.extend(self._encode(outputs)))  # type: ignore[misc]
-            tokens += sum(item.length for item, _ in ready.items)
-            self.samples += len(ready.items) - len(unfit)
-            self.tokens += sum(item.length for item, _ in ready.items)
-            progress.advance(len(ready.items) - len(unfit))
+            positions, done = sum(item.length for item, _ in ready.items), len(ready.items) - len(unfit)
+            tokens += positions
+            self.tokens += positions
+            self.samples += done
+            progress.advance(done)
             progress.note(self._words(progress))
         host.behind(lambda: self._commit(work.number, encoded, rejected, time.perf_counter() - started, tokens))
 

@@ -41,10 +41,8 @@ class HostWork:
         The error of an earlier one is raised here.
         """
         self._writing.append(self._writer.submit(write))
-        while len(self._writing) > _BEHIND or self._writing[0].done():
+        while self._writing and (len(self._writing) > _BEHIND or self._writing[0].done()):
             self._writing.popleft().result()
-            if not self._writing:
-                return
 
     def flush(self) -> None:
         """Wait until everything is written."""

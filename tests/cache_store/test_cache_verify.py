@@ -21,7 +21,7 @@ from cache_samples import (
 )
 from damages import DAMAGES
 
-from alignkd.cache_store.commit import object_names, record_name
+from alignkd.cache_store.commit import object_name, object_names, record_name
 from alignkd.cache_store.storage import LocalStorage, open_storage
 from alignkd.cache_store.store import CacheStore
 from alignkd.cache_store.verify import Problem, verify
@@ -93,6 +93,19 @@ def test_a_cache_that_is_not_finished_is_incomplete_not_damaged(tmp_path):
     commit(store, 1)
     report = verify(tmp_path)
     assert (report.problems, report.rows, report.incomplete) == ([], 4, 2)
+
+
+@pytest.mark.parametrize("left", ["a worker's own", "a copy"])
+def test_a_second_object_is_a_stray_where_a_worker_left_it_and_a_problem_where_it_was_copied(tmp_path, left):
+    storage = fill(make_store(tmp_path)).storage
+    data = b"other last bits" if left == "a worker's own" else storage.read(object_names(storage)[0])
+    second = object_name(1, data, ".tar")
+    storage.write(second, data)
+    report = verify(tmp_path)
+    if left == "a copy":
+        assert [problem.objects for problem in report.problems] == [(second,)]
+    else:
+        assert (report.problems, report.strays) == ([], [second])
 
 
 def test_a_lost_record_makes_a_shard_to_do_and_a_stray_not_a_problem(tmp_path):
