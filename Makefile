@@ -7,11 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 SEED ?= 0
+DEMO_OPTIONS ?=
 
 .PHONY: demo test format clean
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/alignkd demo --out $(OUT) --seed $(SEED)
+	$(BIN)/alignkd demo --out $(OUT) --seed $(SEED) $(DEMO_OPTIONS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -444,9 +444,10 @@ def evaluate_command(as_json: bool, **options: Any) -> None:
 @main.command("demo")
 @click.option("--out", required=True, help="Folder for everything the demo makes.")
 @click.option("--seed", type=int, default=0, help="Of the teacher, the students and the choice of labelled images.")
+@click.option("--format", "shard_format", type=_FORMATS, default=_DEFAULT_FORMAT, help="Shard format of the cache.")
 @click.option("--device", help="cpu, cuda ... [default: the GPU where there is one]")
 @_json
-def demo_command(out: str, seed: int, device: str | None, as_json: bool) -> None:
+def demo_command(out: str, seed: int, shard_format: str, device: str | None, as_json: bool) -> None:
     """The whole path on easy-VQA, from image-text pairs to a distilled student, with a report.
 
     \b
@@ -455,7 +456,7 @@ def demo_command(out: str, seed: int, device: str | None, as_json: bool) -> None
     """
     from alignkd.pipeline.demo import DemoConfig, demo
 
-    result = demo(DemoConfig(out=out, seed=seed, device=device))
+    result = demo(DemoConfig(out=out, seed=seed, device=device, shard_format=shard_format))
     click.echo(json.dumps(result.figures) if as_json else result.text)
 
 

@@ -65,7 +65,7 @@ def main() -> None:
     else:
         tower = prepare_models(config, paths, data, device)
         train_teacher(config, paths, data, device)
-    cache = run_cache(paths, data, device)
+    cache = run_cache(config, paths, data, device)
     accuracy = {"teacher": test_accuracy(paths.teacher, paths, data, device)["accuracy"]}
     wanted = {name: ARMS[name] for name in arguments.arms.split(",") if name}
     for text in arguments.extra:

@@ -57,6 +57,7 @@ class DemoConfig:
     student_learning_rate: float = 2e-3
     focus_k: int = 4
     arms: tuple[str, ...] = ("sft", "align-kd")
+    shard_format: str = "zarr"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def demo(config: DemoConfig) -> DemoResult:
     with stages.stage("teacher: fine-tuned on all training questions"):
         train_teacher(config, paths, data, device)
     with stages.stage("stage one: cache the teacher's targets"):
-        cache = run_cache(paths, data, device)
+        cache = run_cache(config, paths, data, device)
     for arm in config.arms:
         with stages.stage(f"stage two: student, {arm}"):
             train_student(config, paths, data, device, get_recipe(arm, {"focus_k": str(config.focus_k)}))
@@ -184,7 +185,7 @@ def train_teacher(config: DemoConfig, paths: Paths, data: EasyVqa, device: str) 
     )
 
 
-def run_cache(paths: Paths, data: EasyVqa, device: str) -> dict[str, Any]:
+def run_cache(config: DemoConfig, paths: Paths, data: EasyVqa, device: str) -> dict[str, Any]:
     """Stage one over the questions of the few labelled images."""
     return cache_teacher(
         CacheTeacherConfig(
@@ -193,6 +194,7 @@ def run_cache(paths: Paths, data: EasyVqa, device: str) -> dict[str, Any]:
             images=str(data.root),
             cache=str(paths.cache),
             settings=TargetSettings(),
+            shard_format=config.shard_format,
             shard_samples=256,
             device=device,
         )

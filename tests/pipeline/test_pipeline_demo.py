@@ -118,7 +118,8 @@ def test_a_new_checkpoint_loads_again_with_its_tower_and_shape(few, tokenizer_fo
     assert vlm.vocabulary == len(load_tokenizer(tokenizer_folder))
 
 
-def test_the_whole_demo_ends_with_one_self_contained_report(few, tmp_path, monkeypatch):
+@pytest.mark.parametrize("shard_format", ["zarr", "webdataset"])
+def test_the_whole_demo_ends_with_one_self_contained_report(shard_format, few, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "load_easy_vqa", lambda: few)
     config = DemoConfig(
         out=str(tmp_path / "demo"),
@@ -130,6 +131,7 @@ def test_the_whole_demo_ends_with_one_self_contained_report(few, tmp_path, monke
         teacher_steps=2,
         student_steps=2,
         batch_size=8,
+        shard_format=shard_format,
     )
     result = demo(config)
     page = (tmp_path / "demo" / "report.html").read_text()
