@@ -352,8 +352,15 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
 @click.option("--gradient-accumulation", type=click.IntRange(min=1), default=1, help="Batches a step.")
 @click.option("--learning-rate", type=float, default=4e-5, help="Peak learning rate; cosine to zero.")
 @click.option("--projector-learning-rate", type=float, help="The projector's own. [default: --learning-rate]")
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "muon"]),
+    default="adamw",
+    help="muon: for matrices of layers; adamw for the rest.",
+)
+@click.option("--muon-learning-rate", type=float, default=0.02, help="Muon's peak learning rate.")
 @click.option("--warmup", type=click.FloatRange(min=0, max=0.999), default=0.03, help="Share of the steps.")
-@click.option("--weight-decay", type=float, default=0.0, help="AdamW's.")
+@click.option("--weight-decay", type=float, default=0.0, help="The optimizer's.")
 @click.option("--seed", type=int, default=0, help="Of the order, dropout and the adapters' start.")
 @click.option("--dtype", type=_DTYPES, default="float32", help="Dtype of the computation; weights stay in float32.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")

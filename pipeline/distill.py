@@ -21,6 +21,7 @@ from alignkd.objective import Objective, TeacherShape
 from alignkd.pipeline.features import cache_tower_features
 from alignkd.pipeline.interrupt import Interrupted, StopFlag, stop_on_signals
 from alignkd.pipeline.loader import TrainingSet
+from alignkd.pipeline.optimizers import OptimizerName
 from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer
 from alignkd.pipeline.progress import bar
 from alignkd.pipeline.provenance import peak_memory_bytes, pick_device, write_run
@@ -48,6 +49,8 @@ class DistillConfig:
     gradient_accumulation: int = 1
     learning_rate: float = 4e-5
     projector_learning_rate: float | None = None
+    optimizer: OptimizerName = "adamw"
+    muon_learning_rate: float = 0.02
     warmup: float = 0.03
     weight_decay: float = 0.0
     seed: int = 0
@@ -229,6 +232,8 @@ def _train(config: DistillConfig, objective: Objective, data: TrainingSet, out: 
             arguments,
             data,
             projector_learning_rate=config.projector_learning_rate,
+            optimizer_name=config.optimizer,
+            muon_learning_rate=config.muon_learning_rate,
             metrics_path=out / "metrics.jsonl",
             callbacks=[RunCallback(progress, stop), metrics_checkpoint],
         )

@@ -15,6 +15,7 @@ from alignkd.cache_store.storage import LocalStorage
 from alignkd.objective import TERMS, Objective, term_weights
 from alignkd.pipeline.interrupt import StopFlag, leave_signals_to_parent
 from alignkd.pipeline.loader import SHARDS_OPEN, MisalignedRow, TrainingSet
+from alignkd.pipeline.optimizers import OptimizerName, make_optimizer
 from alignkd.pipeline.order import EpochSampler
 from alignkd.pipeline.progress import Bar
 from alignkd.pipeline.provenance import peak_memory_bytes
@@ -30,11 +31,14 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         data: TrainingSet,
         *,
         projector_learning_rate: float | None,
+        optimizer_name: OptimizerName,
+        muon_learning_rate: float,
         metrics_path: Path,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.data = data
         self.projector_learning_rate = projector_learning_rate
+        self.optimizer_name, self.muon_learning_rate = optimizer_name, muon_learning_rate
         self.metrics = _Metrics(objective, metrics_path)
         super().__init__(model=objective, args=arguments, train_dataset=data, data_collator=data.collate, callbacks=callbacks)
 
@@ -81,18 +85,17 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over what trains: the student without its tower, and the adapters; the projector may have its own rate."""
+        """Over what trains: the student without its tower, and the adapters; the projector may have its own rate."""
         if self.optimizer is None:  # type: ignore[has-type]
             projector = set(map(id, self.metrics.objective.student.model.multi_modal_projector.parameters()))
-            trained = [p for p in self.metrics.objective.parameters() if p.requires_grad]
-            groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in projector]}]
-            groups.append({"params": [p for p in trained if id(p) in projector]})
-            if self.projector_learning_rate is not None:
-                groups[1]["lr"] = self.projector_learning_rate
-            self.optimizer = torch.optim.AdamW(
-                groups,
-                lr=self.args.learning_rate,
+            rate = self.projector_learning_rate
+            self.optimizer = make_optimizer(
+                self.optimizer_name,
+                self.metrics.objective.named_parameters(),
+                learning_rate=self.args.learning_rate,
+                muon_learning_rate=self.muon_learning_rate,
                 weight_decay=self.args.weight_decay,
+                own_rates={} if rate is None else dict.fromkeys(projector, rate),
                 fused=self.args.device.type == "cuda",
             )
         return self.optimizer

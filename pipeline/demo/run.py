@@ -50,7 +50,7 @@ class DemoConfig:
     tower: TowerTraining = field(default_factory=TowerTraining)
     teacher: LanguageModelSize = field(default_factory=lambda: LanguageModelSize(128, 4, 4, 344))
     student: LanguageModelSize = field(default_factory=lambda: LanguageModelSize(48, 2, 4, 128))
-    teacher_steps: int = 1600
+    teacher_steps: int = 700
     student_steps: int = 600
     batch_size: int = 128
     teacher_learning_rate: float = 1e-3
@@ -180,6 +180,7 @@ def train_teacher(config: DemoConfig, paths: Paths, data: EasyVqa, device: str) 
             recipe=get_recipe("sft"),
             max_steps=config.teacher_steps,
             learning_rate=config.teacher_learning_rate,
+            optimizer="muon",
             **_shared(config, device),
         )
     )

@@ -50,6 +50,16 @@ def test_a_run_stopped_at_any_step_resumes_to_bit_identical_weights_and_metrics(
     assert without_time(metrics(out)) == without_time(metrics(run))
 
 
+def test_a_run_with_muon_resumes_to_bit_identical_weights(data, cache, tmp_path, monkeypatch):
+    train(data, cache, tmp_path / "whole", optimizer="muon")
+    with monkeypatch.context() as patch:
+        sigterm_at(5, patch)
+        with pytest.raises(Interrupted):
+            train(data, cache, tmp_path / "out", optimizer="muon")
+    train(data, cache, tmp_path / "out", optimizer="muon", resume=True)
+    assert student_sha256(tmp_path / "out") == student_sha256(tmp_path / "whole")
+
+
 def test_a_run_stopped_twice_resumes_twice(run, data, cache, tmp_path, monkeypatch):
     out = tmp_path / "out"
     for step, resume in ((2, False), (7, True)):
