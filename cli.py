@@ -15,7 +15,8 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 RESUMABLE = 75
 _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 _TEMPLATES = click.Choice(["plain", "v1"])
-_CODECS = click.Choice(["float16", "int8-rows", "exact"])
+_ATTENTION_CODECS = click.Choice(["sqrt8", "sqrt4", "float16", "int8-rows", "exact"])
+_VISION_CODECS = click.Choice(["int8-rows", "int4-blocks", "float16", "exact"])
 _FORMATS = click.Choice(["zarr", "webdataset"])
 # zarr 3, which the zarr format is, begins with Python 3.11.
 _DEFAULT_FORMAT = "zarr" if sys.version_info >= (3, 11) else "webdataset"
@@ -138,8 +139,8 @@ def _size(count: float) -> str:
 )
 @click.option("--top-k", type=click.IntRange(min=1), default=64, help="Logits kept an answer token; the rest is one tail mass.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Temperature of the logits.")
-@click.option("--attention-codec", type=_CODECS, default="float16", help="How attention is stored.")
-@click.option("--vision-codec", type=_CODECS, default="float16", help="How vision tokens are stored.")
+@click.option("--attention-codec", type=_ATTENTION_CODECS, default="sqrt8", help="How attention is stored.")
+@click.option("--vision-codec", type=_VISION_CODECS, default="int8-rows", help="How vision tokens are stored.")
 @click.option("--shard-samples", type=click.IntRange(min=1), default=512, help="Samples a shard: the unit of work and resume.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), default=16_384, help="Positions a forward pass, padding included.")
 @click.option("--dtype", type=_DTYPES, default="float32", help="Dtype of the teacher.")

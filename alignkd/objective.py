@@ -66,7 +66,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
         """``loss`` (weighted sum) and each unweighted term by its name in :data:`TERMS`, all scalars."""
-        recipe = self.recipe
+        recipe, targets = self.recipe, targets.dequantise()
         captured = capture(self.student, batch, attention=recipe.attention > 0)
         terms = self._answer_terms(captured, batch, targets)
         terms.update(self._alignment_terms(captured, batch, targets))

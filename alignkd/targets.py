@@ -3,10 +3,12 @@
 Shapes: B samples, H teacher heads, T text rows, V vision columns, D teacher width, A answers, K kept logits, N vocabulary.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 
 import torch
+
+from alignkd.dequantise import Quantised
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,7 @@ class Targets:
     ``attention_BHTV``: first-layer probabilities (H = 1 for a head mean). ``vision_BVD``: projected vision tokens.
     ``topk_ids_AK``, ``topk_logprobs_AK``, ``tail_logmass_A``: log-probabilities of the K likeliest tokens at the cache's
     temperature, and the log of the mass of all others; they sum to one.
+    ``quantised``: targets that are still a codec's small integers, by the name of their field here.
     """
 
     attention_BHTV: torch.Tensor | None = None
@@ -23,6 +26,7 @@ class Targets:
     topk_ids_AK: torch.Tensor | None = None
     topk_logprobs_AK: torch.Tensor | None = None
     tail_logmass_A: torch.Tensor | None = None
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "Targets":
         """The targets on another device (asynchronously from pinned memory)."""
@@ -32,9 +36,14 @@ class Targets:
         """Page-locked copies, so that :meth:`to` need not wait."""
         return self._map(lambda t: t.pin_memory())
 
+    def dequantise(self) -> "Targets":
+        """The targets as the losses see them: what is quantised becomes float32, on the device it lies on."""
+        return replace(self, quantised={}, **{name: target.dequantise() for name, target in self.quantised.items()})
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Targets":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in values.items() if v is not None})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "quantised"}
+        quantised = {name: target.map(function) for name, target in self.quantised.items()}
+        return replace(self, quantised=quantised, **{k: function(v) for k, v in tensors.items() if v is not None})
 
 
 def topk_targets(logits_AN: torch.Tensor, k: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ from alignkd.cache_store.commit import CommitRecord, read_records
 from alignkd.cache_store.formats import format_of
 from alignkd.cache_store.manifest import read_manifest
 from alignkd.cache_store.plan import Plan
-from alignkd.cache_store.row import Rejected, Row, is_key
+from alignkd.cache_store.row import Rejected, Row, Stored, is_key
 from alignkd.cache_store.shard import CorruptShard, Shard
 from alignkd.cache_store.spec import CacheSpec
 from alignkd.cache_store.storage import Storage, open_storage
@@ -115,6 +115,12 @@ class CacheReader:
         MissingRow where it has none, CorruptShard where its shard is damaged.
         """
         return self._row(key, self.shard_of(key), fields)
+
+    def stored(self, key: str, fields: Iterable[str]) -> dict[str, Stored]:
+        """Fields of one sample as they are stored, not decoded: small integers for a device to decode. Raises as ``row``."""
+        number = self.shard_of(key)
+        shard = self.shard(number)
+        return shard.stored(self._rows[number][key], fields)
 
     def rows(self, keys: Iterable[str], fields: Container[str] | None = None) -> Iterator[Row]:
         """Rows in the order of ``keys``; the shards they need are fetched ahead of their use."""

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from alignkd.cache_store.codecs import Array
+from alignkd.cache_store.codecs import Array, Shape
+from alignkd.cache_store.spec import FieldSpec
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 
@@ -23,6 +24,18 @@ class Row:
     sample_id: str
     image_sha256: str
     values: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One field of one row, not decoded: the ``parts`` of the field's codec, in shape; ``shape`` is the decoded one.
+
+    The parts may be views into a shard: they are not to be written into.
+    """
+
+    field: FieldSpec
+    shape: Shape
+    parts: Mapping[str, Array]
 
 
 @dataclass(frozen=True)

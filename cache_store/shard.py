@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignkd.cache_store.codecs import Array, Layout, get_codec
-from alignkd.cache_store.row import Row, is_key
+from alignkd.cache_store.row import Row, Stored, is_key
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
 
 # What the arrays of one shard may claim to hold before anything is decompressed.
@@ -46,6 +46,7 @@ class Shard(ABC):
         assert shapes.keys() == {field.name for field in spec.fields}
         assert all(len(shape) == len(ids) for shape in shapes.values())
         self.spec, self.ids, self.shapes = spec, tuple(ids), shapes
+        self._fields = {field.name: field for field in spec.fields}
         # Looked up once a shard, not once a row: rows are small, and thousands a second are wanted.
         self._codecs = {field.name: (get_codec(field.codec), tuple(empty_layout(field))) for field in spec.fields}
         self._shape_of = {name: [tuple(shape) for shape in shape_array.tolist()] for name, shape_array in shapes.items()}
@@ -78,6 +79,16 @@ class Shard(ABC):
             if fields is None or field in fields
         }
         return Row(*self.ids[i], values)
+
+    def stored(self, i: int, fields: Iterable[str]) -> dict[str, Stored]:
+        """These fields of row ``i`` as they are stored: for who decodes elsewhere."""
+        return {name: self._stored(self._fields[name], i) for name in fields}
+
+    def _stored(self, field: FieldSpec, i: int) -> Stored:
+        shape = self.shape(field.name, i)
+        layout = get_codec(field.codec).layout(shape, field.numpy_dtype)
+        parts = {part: self.part(field.name, part, i).reshape(part_shape) for part, (part_shape, _) in layout.items()}
+        return Stored(field, shape, parts)
 
 
 class ColumnShard(Shard):

@@ -1,7 +1,7 @@
 """Feed stage two: samples and the rows that belong to them, checked against each other one by one."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,13 +11,14 @@ from torch.utils.data import Dataset
 
 from alignkd.batch import ModelInput, collate
 from alignkd.cache_store.reader import CacheReader, MissingRow
-from alignkd.cache_store.row import Row
+from alignkd.cache_store.row import Row, Stored
 from alignkd.cache_store.shard import CorruptShard
+from alignkd.models.mobilevlm import IMAGE_TOKEN_ID
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.prepare import Prepared, Preparer, SampleError
 from alignkd.pipeline.rejects import Rejects
 from alignkd.pipeline.samples import Sample, SampleFile
-from alignkd.pipeline.targets_io import collate_targets
+from alignkd.pipeline.targets_io import QUANTISED, collate_targets
 from alignkd.targets import Targets
 
 SHARDS_OPEN = 8
@@ -36,10 +37,11 @@ class MisalignedRow(ValueError):  # noqa: N818 - the name says what is the matte
 
 @dataclass(frozen=True)
 class Item:
-    """A prepared sample with the cached values it needs (empty without a cache)."""
+    """A prepared sample with what it needs of the cache: decoded values, and fields as they are stored."""
 
     input: ModelInput
     values: dict[str, np.ndarray]
+    stored: dict[str, Stored]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class TrainingSet(Dataset["Item | Failure"]):
         self.vision_tokens_per_image = student.vision_tokens_per_image
         self.pad_token_id = int(student.tokenizer.pad_token_id)
         self.fields = [name for need in sorted(needs) for name in _FIELDS[need]]
-        self._read = {"input_ids", "labels", *self.fields}
+        self._stored = [name for name in self.fields if name in QUANTISED]
+        self._decoded = [name for name in self.fields if name not in QUANTISED]
         self.rejects = Rejects(max_rejected)
         self.indices = self._usable()
         if not len(self.indices):
@@ -138,14 +141,15 @@ class TrainingSet(Dataset["Item | Failure"]):
         try:
             prepared = self.preparer(sample)
             if self.reader is None or not self.fields:
-                return Item(prepared.input, {})
-            row = self.reader.row(sample.key, self._read)
-            check_row(sample, prepared, row, self.vision_tokens_per_image)
+                return Item(prepared.input, {}, {})
+            row = self.reader.row(sample.key, {"input_ids", "labels", *self._decoded})
+            stored = self.reader.stored(sample.key, self._stored)
+            check_row(sample, prepared, row, stored, self.vision_tokens_per_image)
         except SampleError as error:
             return Failure(sample.key, sample.id or sample.key, str(error), fatal=False)
         except (MisalignedRow, CorruptShard) as error:
             return Failure(sample.key, sample.id or sample.key, str(error), fatal=True)
-        return Item(prepared.input, {name: row.values[name] for name in self.fields})
+        return Item(prepared.input, {name: row.values[name] for name in self._decoded}, stored)
 
     def collate(self, items: Sequence[Item | Failure]) -> dict[str, Any]:
         """Items to ``{"batch", "targets", "failures"}``; ``batch`` is None when every sample failed."""
@@ -158,15 +162,18 @@ class TrainingSet(Dataset["Item | Failure"]):
             vision_tokens_per_image=self.vision_tokens_per_image,
             pad_token_id=self.pad_token_id,
         )
-        targets = collate_targets([item.values for item in good], batch) if self.fields else Targets()
+        targets = Targets()
+        if self.fields:
+            targets = collate_targets([item.values for item in good], [item.stored for item in good], batch)
         return {"batch": batch, "targets": targets, "failures": failures}
 
 
-def check_row(sample: Sample, prepared: Prepared, row: Row, vision_tokens_per_image: int) -> None:
-    """Compare a row with the sample as this run prepared it.
+def check_row(sample: Sample, prepared: Prepared, row: Row, stored: Mapping[str, Stored], vision_tokens_per_image: int) -> None:
+    """Compare a row, and what of it is ``stored`` undecoded, with the sample as this run prepared it.
 
     Raises:
-        MisalignedRow: token ids, labels, images or the number of vision tokens differ; names the sample and the cause.
+        MisalignedRow: token ids, labels, images, or the number of vision tokens or text rows differ; names the sample and
+            the cause.
     """
     found: str | None = None
     if not np.array_equal(row.values["input_ids"], prepared.input.input_ids):
@@ -175,9 +182,23 @@ def check_row(sample: Sample, prepared: Prepared, row: Row, vision_tokens_per_im
         found = "its labels differ: the template is not the cache's"
     elif row.image_sha256 != prepared.image_sha256:
         found = "its image file differs from the one the teacher saw: --images points elsewhere, or the file has changed"
-    elif "vision_tokens" in row.values:
-        expected = len(sample.images) * vision_tokens_per_image
-        if row.values["vision_tokens"].shape[0] != expected:
-            found = f"it holds {row.values['vision_tokens'].shape[0]} vision tokens where the student has {expected}"
+    else:
+        found = _misshapen(prepared.input.input_ids, stored, vision_tokens_per_image)
     if found is not None:
         raise MisalignedRow(f"sample {sample.id!r} does not match its row in the cache: {found}")
+
+
+def _misshapen(input_ids: np.ndarray, stored: Mapping[str, Stored], vision_tokens_per_image: int) -> str | None:
+    """What is wrong with the number of vision tokens or text rows."""
+    images = np.flatnonzero(input_ids == IMAGE_TOKEN_ID)
+    columns = len(images) * vision_tokens_per_image
+    rows = len(input_ids) - int(images[0]) - len(images) if len(images) else 0
+    if "vision_tokens" in stored and (held := stored["vision_tokens"].shape[0]) != columns:
+        return f"it holds {held} vision tokens where the student has {columns}"
+    if "attention" in stored and stored["attention"].shape[1:] != (rows, columns):
+        held_rows, held_columns = stored["attention"].shape[1:]
+        return (
+            f"it holds attention of {held_rows} text rows to {held_columns} vision tokens where the student has"
+            f" {rows} and {columns}"
+        )
+    return None

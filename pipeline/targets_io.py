@@ -11,12 +11,18 @@ import numpy as np
 import torch
 
 from alignkd.batch import Batch, ModelInput
+from alignkd.cache_store.codecs import get_codec
+from alignkd.cache_store.row import Stored
 from alignkd.cache_store.spec import FieldSpec
 from alignkd.capture import capture
+from alignkd.dequantise import Quantised
 from alignkd.models.vlm import Vlm
 from alignkd.targets import Targets, renormalise, topk_targets
 
 TARGETS = ("attention", "vision", "logits")
+
+QUANTISED = {"attention": "attention_BHTV", "vision_tokens": "vision_BVD"}
+"""Fields that stay as they are stored until they are on the device, and what they become there."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,8 @@ class TargetSettings:
     attention: str = "per-head"
     top_k: int = 64
     temperature: float = 1.0
-    attention_codec: str = "float16"
-    vision_codec: str = "float16"
+    attention_codec: str = "sqrt8"
+    vision_codec: str = "int8-rows"
 
     def fingerprint(self) -> dict[str, Any]:
         """The part of a cache's fingerprint that these settings are."""
@@ -131,24 +137,38 @@ def _to_host(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
     return host, arrived
 
 
-def collate_targets(rows: Sequence[Mapping[str, np.ndarray]], batch: Batch) -> Targets:
-    """Pad the rows of a batch's samples, in its order, to the batch's shapes. Fields that the rows lack are None."""
-    text, vision = batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
-    first = rows[0]
-    attention = tokens = ids = logprobs = tail = None
-    if "attention" in first:
-        heads = max(row["attention"].shape[0] for row in rows)
-        attention = torch.zeros(len(rows), heads, text, vision)
-        for i, row in enumerate(rows):
-            _, t, v = row["attention"].shape
-            attention[i, :, :t, :v] = torch.from_numpy(np.ascontiguousarray(row["attention"]))
-    if "vision_tokens" in first:
-        width = max(row["vision_tokens"].shape[1] for row in rows)
-        tokens = torch.zeros(len(rows), vision, width)
-        for i, row in enumerate(rows):
-            tokens[i, : row["vision_tokens"].shape[0]] = torch.from_numpy(np.ascontiguousarray(row["vision_tokens"]))
-    if "topk_ids" in first:
+def collate_targets(rows: Sequence[Mapping[str, np.ndarray]], stored: Sequence[Mapping[str, Stored]], batch: Batch) -> Targets:
+    """Pad what the batch's samples have in the cache, in its order, to the batch's shapes. Fields that they lack are None.
+
+    ``rows`` holds decoded fields, ``stored`` those of :data:`QUANTISED`, which stay small integers.
+    """
+    quantised = {}
+    for name, target in QUANTISED.items():
+        if name in stored[0]:
+            quantised[target] = _pad([row[name] for row in stored], _padded_shape(name, stored, batch))
+    ids = logprobs = tail = None
+    if "topk_ids" in rows[0]:
         ids = torch.from_numpy(np.concatenate([row["topk_ids"] for row in rows]).astype(np.int64))
-        stored = torch.from_numpy(np.concatenate([row["topk_logprobs"] for row in rows]))
-        logprobs, tail = renormalise(stored, torch.from_numpy(np.concatenate([row["tail_logmass"] for row in rows])))
-    return Targets(attention, tokens, ids, logprobs, tail)
+        logprobs_AK = torch.from_numpy(np.concatenate([row["topk_logprobs"] for row in rows]))
+        logprobs, tail = renormalise(logprobs_AK, torch.from_numpy(np.concatenate([row["tail_logmass"] for row in rows])))
+    return Targets(None, None, ids, logprobs, tail, quantised=quantised)
+
+
+def _padded_shape(name: str, stored: Sequence[Mapping[str, Stored]], batch: Batch) -> tuple[int, ...]:
+    """``[H, T, V]`` or ``[V, D]`` of the batch."""
+    text, vision = batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
+    if name == "attention":
+        return max(row[name].shape[0] for row in stored), text, vision
+    return vision, max(row[name].shape[1] for row in stored)
+
+
+def _pad(stored: Sequence[Stored], shape: tuple[int, ...]) -> Quantised:
+    """The parts of each sample in a corner of zeros: a codec decodes those to zeros."""
+    field, parts = stored[0].field, {}
+    for part, (part_shape, dtype) in get_codec(field.codec).layout(shape, field.numpy_dtype).items():
+        padded = np.zeros((len(stored), *part_shape), dtype.newbyteorder("="))
+        for i, row in enumerate(stored):
+            values = row.parts[part]
+            padded[i][tuple(slice(size) for size in values.shape)] = values
+        parts[part] = torch.from_numpy(padded)
+    return Quantised(field.codec, (len(stored), *shape), parts)

@@ -65,9 +65,9 @@ CHANGES = {
     "attention kind": (targets(attention="mean"), ['targets.attention: cache has "per-head", wanted "mean"']),
     "attention codec": (
         targets(attention_codec="int8-rows"),
-        ['field.attention.codec: cache has "float16", wanted "int8-rows"'],
+        ['field.attention.codec: cache has "sqrt8", wanted "int8-rows"'],
     ),
-    "vision codec": (targets(vision_codec="exact"), ['field.vision_tokens.codec: cache has "float16", wanted "exact"']),
+    "vision codec": (targets(vision_codec="exact"), ['field.vision_tokens.codec: cache has "int8-rows", wanted "exact"']),
     "other samples": (data(OTHER_DATA), ['fingerprint.data: cache has "']),
     "other order": (data(SAMPLES[::-1]), ['fingerprint.data: cache has "']),
     "fewer samples": (data(SAMPLES[:5]), ['fingerprint.data: cache has "']),

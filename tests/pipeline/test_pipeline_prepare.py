@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from tiny_runs import GOLDEN_SAMPLES, IMAGES, SAMPLES, record, write_data
 
 from alignkd.cache_store.reader import CacheReader
 from alignkd.pipeline.loader import Failure, Item, MisalignedRow, TrainingSet, check_row
 from alignkd.pipeline.prepare import Prepared, Preparer, SampleError
 from alignkd.pipeline.samples import SampleFile, parse_sample
+from alignkd.targets import Targets
 
 ALL = frozenset({"attention", "vision", "logits"})
 
@@ -93,25 +96,29 @@ def test_an_items_targets_are_those_of_its_own_sample_in_any_order_and_with_any_
         item, same = part[i], by_id[part.sample(i).id]
         assert isinstance(item, Item)
         np.testing.assert_array_equal(item.input.input_ids, same.input.input_ids)
-        assert (
-            set(item.values) == set(same.values) == {"attention", "vision_tokens", "topk_ids", "topk_logprobs", "tail_logmass"}
-        )
+        assert set(item.values) == set(same.values) == {"topk_ids", "topk_logprobs", "tail_logmass"}
         for name, value in item.values.items():
             np.testing.assert_array_equal(value, same.values[name])
+        assert set(item.stored) == set(same.stored) == {"attention", "vision_tokens"}
+        for name, value in item.stored.items():
+            assert value.shape == same.stored[name].shape
+            for piece, codes in value.parts.items():
+                np.testing.assert_array_equal(codes, same.stored[name].parts[piece])
 
 
 def test_targets_of_a_batch_are_padded_without_mixing_samples(student_vlm, data, cache):
     whole = training_set(student_vlm, data, cache)
     items = [whole[i] for i in range(len(whole))]
     together = whole.collate(items)
-    targets, batch = together["targets"], together["batch"]
-    start = 0
+    targets, batch = together["targets"].dequantise(), together["batch"]
+    reader, start = CacheReader(cache), 0
     for i, item in enumerate(items):
-        _, rows, columns = item.values["attention"].shape
+        decoded = reader.row(whole.sample(i).key, {"attention", "vision_tokens"}).values
+        _, rows, columns = decoded["attention"].shape
         assert (rows, columns) == (int(batch.text_mask_BT[i].sum()), int(batch.vision_mask_BV[i].sum()))
-        np.testing.assert_array_equal(targets.attention_BHTV[i, :, :rows, :columns], item.values["attention"])
-        assert float(targets.attention_BHTV[i].sum()) == pytest.approx(float(item.values["attention"].sum()), rel=1e-5)
-        np.testing.assert_array_equal(targets.vision_BVD[i, :columns], item.values["vision_tokens"])
+        np.testing.assert_array_equal(targets.attention_BHTV[i, :, :rows, :columns], decoded["attention"])
+        assert float(targets.attention_BHTV[i].sum()) == pytest.approx(float(decoded["attention"].sum()), rel=1e-5)
+        np.testing.assert_array_equal(targets.vision_BVD[i, :columns], decoded["vision_tokens"])
         assert not targets.vision_BVD[i, columns:].any()
         answers = len(item.values["topk_ids"])
         assert (batch.answer_samples_A[start : start + answers] == i).all()
@@ -123,6 +130,19 @@ def test_targets_of_a_batch_are_padded_without_mixing_samples(student_vlm, data,
 def test_only_the_fields_that_the_recipe_needs_are_read(student_vlm, data, cache):
     part = training_set(student_vlm, data, cache, needs=frozenset({"logits"}))
     assert set(part[0].values) == {"topk_ids", "topk_logprobs", "tail_logmass"}
+    assert part[0].stored == {}
+
+
+def test_attention_and_vision_tokens_reach_the_device_as_the_bytes_that_are_stored(student_vlm, data, cache):
+    whole = training_set(student_vlm, data, cache)
+    targets = whole.collate([whole[i] for i in range(6)])["targets"]
+    assert targets.attention_BHTV is None
+    assert targets.vision_BVD is None
+    found = {name: (q.codec, {p: t.dtype for p, t in q.parts.items()}) for name, q in targets.quantised.items()}
+    assert found == {
+        "attention_BHTV": ("sqrt8", {"codes": torch.uint8, "scales": torch.float16}),
+        "vision_BVD": ("int8-rows", {"codes": torch.int8, "scales": torch.float32}),
+    }
 
 
 def test_a_changed_image_is_a_misaligned_row_that_names_sample_and_cause(student_vlm, tmp_path, data, cache):
@@ -149,9 +169,9 @@ def test_another_template_is_a_misaligned_row_that_names_sample_and_cause(studen
 
 def test_other_token_ids_labels_or_vision_tokens_are_misaligned(student_vlm, cache):
     sample = parse_sample(GOLDEN_SAMPLES[0], "")
-    row = CacheReader(cache).row(sample.key)
+    row, stored = CacheReader(cache).row(sample.key), CacheReader(cache).stored(sample.key, ["attention", "vision_tokens"])
     prepared = preparer(student_vlm)(sample)
-    check_row(sample, prepared, row, 144)
+    check_row(sample, prepared, row, stored, 144)
 
     def changed(field):
         values = {"input_ids": prepared.input.input_ids.copy(), "labels": prepared.input.labels.copy()}
@@ -159,11 +179,15 @@ def test_other_token_ids_labels_or_vision_tokens_are_misaligned(student_vlm, cac
         return Prepared(type(prepared.input)(**values, images=prepared.input.images), prepared.image_sha256, truncated=False)
 
     with pytest.raises(MisalignedRow, match=r"'cap0'.*token ids differ: the tokenizer"):
-        check_row(sample, changed("input_ids"), row, 144)
+        check_row(sample, changed("input_ids"), row, stored, 144)
     with pytest.raises(MisalignedRow, match=r"'cap0'.*labels differ: the template"):
-        check_row(sample, changed("labels"), row, 144)
+        check_row(sample, changed("labels"), row, stored, 144)
     with pytest.raises(MisalignedRow, match=r"'cap0'.*144 vision tokens where the student has 36"):
-        check_row(sample, prepared, row, 36)
+        check_row(sample, prepared, row, stored, 36)
+    heads, rows, columns = stored["attention"].shape
+    fewer = {"attention": replace(stored["attention"], shape=(heads, rows - 1, columns))}
+    with pytest.raises(MisalignedRow, match=f"attention of {rows - 1} text rows to 144 .* student has {rows} and 144"):
+        check_row(sample, prepared, row, fewer, 144)
 
 
 def test_a_sample_without_a_row_is_refused_by_name_with_the_cause(student_vlm, tmp_path, cache):
@@ -182,7 +206,8 @@ def test_a_sample_whose_shard_is_not_written_yet_is_refused_with_the_way_on(stud
 def test_identical_samples_share_one_row(student_vlm, tmp_path, cache):
     double = training_set(student_vlm, write_data(tmp_path / "d.json", [SAMPLES[0], SAMPLES[1], SAMPLES[0]]), cache)
     assert len(double) == 3
-    np.testing.assert_array_equal(double[0].values["attention"], double[2].values["attention"])
+    first, third = (double[i].stored["attention"].parts["codes"] for i in (0, 2))
+    np.testing.assert_array_equal(first, third)
     assert double.shard_of_sample.tolist() == [0, 0, 0]
 
 
@@ -203,11 +228,12 @@ def test_a_training_set_crosses_to_worker_processes(student_vlm, data, cache):
     first = whole[3]
     again = pickle.loads(pickle.dumps(whole))[3]
     np.testing.assert_array_equal(first.input.images, again.input.images)
-    np.testing.assert_array_equal(first.values["vision_tokens"], again.values["vision_tokens"])
+    for part, codes in first.stored["vision_tokens"].parts.items():
+        np.testing.assert_array_equal(codes, again.stored["vision_tokens"].parts[part])
 
 
 def test_without_a_cache_every_sample_is_trained_on(student_vlm, data):
     plain = training_set(student_vlm, data, None, needs=frozenset())
     assert len(plain) == 6
     assert plain[0].values == {}
-    assert plain.collate([plain[0], plain[4]])["targets"].attention_BHTV is None
+    assert plain.collate([plain[0], plain[4]])["targets"] == Targets()
