@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from alignkd.batch import Batch
-from alignkd.models.mobilevlm import MobileVlm
+from alignkd.models.mobilevlm import MobileVlm, MobileVlmModel
 
 _KERNEL = "alignkd_capture"
 _MAX_SCORES = 2**26
@@ -67,17 +67,8 @@ def capture(model: MobileVlm, batch: Batch, *, attention: bool = True) -> Captur
 
     ``batch.images`` are pixel values ``[N, 3, h, w]`` or, where the frozen tower already ran, features ``[N, P, C]``.
     """
-    width = model.config.text_config.hidden_size
-    samples, columns = batch.vision_columns_BV.shape
-    tokens_NVD: torch.Tensor | None = None
-    if batch.images.numel():
-        features_NPC = batch.images if batch.images.dim() == 3 else model.model.encode_images(batch.images)
-        tokens_NVD = model.model.project(features_NPC.to(model.dtype))
-        flat = tokens_NVD.new_zeros(samples * columns, width)
-        vision_BVD = flat.index_copy(0, batch.vision_slots, tokens_NVD.flatten(0, 1)).view(samples, columns, width)
-    else:
-        vision_BVD = torch.zeros(samples, columns, width, dtype=model.dtype, device=batch.input_ids_BS.device)
-    tap = _Tap(batch) if attention and columns and batch.text_rows_BT.shape[1] else None
+    tokens_NVD, vision_BVD = vision_tokens(model.model, batch)
+    tap = _Tap(batch) if attention and has_attention(batch) else None
     if tap is not None and model.config.text_config._attn_implementation != _KERNEL:
         enable_capture(model)
     # Passed down to the attention function with the call itself, so that gradient checkpointing, which runs the layer
@@ -89,10 +80,32 @@ def capture(model: MobileVlm, batch: Batch, *, attention: bool = True) -> Captur
         assert tap.attention_BHTV is not None, "the first layer did not run through the capturing kernel"
         captured = tap.attention_BHTV
     else:
-        heads = model.config.text_config.num_attention_heads
-        captured = vision_BVD.new_zeros(samples, heads, *batch.text_rows_BT.shape[1:], columns, dtype=torch.float32)
+        captured = no_attention(batch, model.config.text_config.num_attention_heads)
     hidden_AD = hidden_BSD.flatten(0, 1).index_select(0, batch.answer_positions_A)
     return Captured(captured if attention else None, vision_BVD, hidden_AD)
+
+
+def vision_tokens(model: MobileVlmModel, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Projected tokens of the N images ``[N, V, D]`` (None without images), and by sample, zero where padded, ``[B, V, D]``."""
+    width = model.config.text_config.hidden_size
+    samples, columns = batch.vision_columns_BV.shape
+    if not batch.images.numel():
+        return None, torch.zeros(samples, columns, width, dtype=model.dtype, device=batch.input_ids_BS.device)
+    features_NPC = batch.images if batch.images.dim() == 3 else model.encode_images(batch.images)
+    tokens_NVD = model.project(features_NPC.to(model.dtype))
+    flat = tokens_NVD.new_zeros(samples * columns, width)
+    return tokens_NVD, flat.index_copy(0, batch.vision_slots, tokens_NVD.flatten(0, 1)).view(samples, columns, width)
+
+
+def has_attention(batch: Batch) -> bool:
+    """Whether any sample has text after an image."""
+    return bool(batch.vision_columns_BV.shape[1] and batch.text_rows_BT.shape[1])
+
+
+def no_attention(batch: Batch, heads: int) -> torch.Tensor:
+    """The empty ``[B, H, T, V]`` of a batch without :func:`has_attention`."""
+    shape = (batch.samples, heads, batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1])
+    return torch.zeros(shape, device=batch.input_ids_BS.device)
 
 
 def _attend(
@@ -107,22 +120,26 @@ def _attend(
     tap = alignkd_tap if module.layer_idx == 0 else None
     if tap is not None:
         groups = query.shape[1] // key.shape[1]
-        probabilities = _text_to_vision(query, repeat_kv(key, groups), tap.batch, kwargs["scaling"])
+        row_BHTd = tap.batch.text_rows_BT[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        probabilities = text_to_vision(query.gather(2, row_BHTd), repeat_kv(key, groups), tap.batch, kwargs["scaling"])
         if tap.attention_BHTV is None:
             tap.attention_BHTV = probabilities
     output: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output
 
 
-def _text_to_vision(query_BHSd: torch.Tensor, key_BHSd: torch.Tensor, batch: Batch, scaling: float) -> torch.Tensor:
-    """Attention probabilities of text rows and vision columns, ``[B, H, T, V]`` in float32."""
-    samples, heads, positions, _ = query_BHSd.shape
-    rows = batch.text_rows_BT.shape[1]
-    chunk = max(1, _MAX_SCORES // (samples * heads * positions))
+def text_to_vision(query_BHTd: torch.Tensor, key_BHSd: torch.Tensor, batch: Batch, scaling: float) -> torch.Tensor:
+    """Attention probabilities of text rows and vision columns, ``[B, H, T, V]`` in float32, zero where padded.
+
+    Queries are those of the text rows alone, keys those of all positions: the softmax denominator is exact.
+    """
+    samples, heads, rows, _ = query_BHTd.shape
+    chunk = max(1, _MAX_SCORES // (samples * heads * key_BHSd.shape[2]))
     parts = []
     for start in range(0, rows, chunk):
-        row_BT = batch.text_rows_BT[:, start : start + chunk]
-        arguments = (query_BHSd, key_BHSd, row_BT, batch.attention_mask_BS, batch.vision_columns_BV, scaling)
+        part = slice(start, start + chunk)
+        row_BT = batch.text_rows_BT[:, part]
+        arguments = (query_BHTd[:, :, part], key_BHSd, row_BT, batch.attention_mask_BS, batch.vision_columns_BV, scaling)
         if rows > chunk and torch.is_grad_enabled():
             parts.append(checkpoint(_attention_rows, *arguments, use_reentrant=False))
         else:
@@ -133,15 +150,14 @@ def _text_to_vision(query_BHSd: torch.Tensor, key_BHSd: torch.Tensor, batch: Bat
 
 
 def _attention_rows(
-    query_BHSd: torch.Tensor,
+    query_BHTd: torch.Tensor,
     key_BHSd: torch.Tensor,
     row_BT: torch.Tensor,
     real_BS: torch.Tensor,
     column_BV: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    heads, positions, width = query_BHSd.shape[1:]
-    query_BHTd = query_BHSd.gather(2, row_BT[:, None, :, None].expand(-1, heads, -1, width))
+    heads, positions = key_BHSd.shape[1:3]
     scores_BHTS = (query_BHTd @ key_BHSd.transpose(2, 3)).float() * scaling
     key_position = torch.arange(positions, device=row_BT.device)
     visible_BTS = (key_position <= row_BT[:, :, None]) & real_BS[:, None, :]

@@ -3,7 +3,7 @@
 Shapes: as in :mod:`alignkd.losses`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from alignkd.losses import attention_loss, focus_mask, reverse_kl, supervised_lo
 from alignkd.models.vlm import Vlm
 from alignkd.recipes import Recipe
 from alignkd.targets import Targets
+from alignkd.teacher_slice import TeacherSlice
 
 TERMS = ("supervised", "reverse_kl", "attention", "vision_all", "vision_focus")
 
@@ -32,12 +33,18 @@ class TeacherShape:
 
 
 class Objective(nn.Module):
-    """The student and the adapters that align it to a teacher's targets; ``forward`` gives the loss and its terms."""
+    """The student and the adapters that align it to a teacher's targets; ``forward`` gives the loss and its terms.
 
-    def __init__(self, student: Vlm, recipe: Recipe, teacher: TeacherShape | None) -> None:
+    With a ``teacher_slice`` attention and vision targets are computed for each batch, instead of being given.
+    """
+
+    def __init__(
+        self, student: Vlm, recipe: Recipe, teacher: TeacherShape | None, teacher_slice: TeacherSlice | None = None
+    ) -> None:
         super().__init__()
         self.student = student.model
         self.recipe = recipe
+        self.teacher_slice = teacher_slice
         self.head_map: nn.Module | None = None
         self.width_map: WidthAdapter | None = None
         if recipe.attention > 0:
@@ -67,6 +74,8 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
         """``loss`` (weighted sum) and each unweighted term by its name in :data:`TERMS`, all scalars."""
         recipe, targets = self.recipe, targets.dequantise()
+        if self.teacher_slice is not None:
+            batch, targets = self._recomputed(self.teacher_slice, batch, targets)
         captured = capture(self.student, batch, attention=recipe.attention > 0)
         terms = self._answer_terms(captured, batch, targets)
         terms.update(self._alignment_terms(captured, batch, targets))
@@ -75,6 +84,14 @@ class Objective(nn.Module):
         weighted = [weights[name] * value for name, value in terms.items() if weights[name] > 0]
         loss = sum(weighted, start=terms["supervised"].new_zeros(()))
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
+
+    @torch.no_grad()
+    def _recomputed(self, teacher_slice: TeacherSlice, batch: Batch, targets: Targets) -> tuple[Batch, Targets]:
+        """Fill in what the slice gives; where the tower is one, it runs once for both and the batch then carries features."""
+        if teacher_slice.shares_tower and batch.images.dim() == 4:
+            batch = replace(batch, images=self.student.model.encode_images(batch.images))
+        attention_BHTV, vision_BVD = teacher_slice.targets(batch, attention="attention" in self.recipe.needs)
+        return batch, replace(targets, attention_BHTV=attention_BHTV, vision_BVD=vision_BVD)
 
     def _answer_terms(self, captured: Captured, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
         hidden_AD, answers = captured.hidden_AD, batch.answer_ids_A.shape[0]

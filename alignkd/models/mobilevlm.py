@@ -74,6 +74,20 @@ class MobileVlmModel(LlavaModel):  # type: ignore[misc]
         vision_tokens_NVD = self.project(features_NPC)
         return BaseModelOutputWithPooling(last_hidden_state=None, pooler_output=list(vision_tokens_NVD))
 
+    def embed(
+        self, input_ids_BS: torch.Tensor, vision_tokens_NVD: torch.Tensor | None, vision_positions: torch.Tensor
+    ) -> torch.Tensor:
+        """What enters the first layer ``[B, S, D]``: vision tokens lie at positions of a flattened ``[B * S]``.
+
+        The positions are known on the host, so nothing waits for the device, as LLaVA's own placeholder check would.
+        """
+        embeddings_BSD: torch.Tensor = self.get_input_embeddings()(input_ids_BS)
+        if vision_tokens_NVD is None:
+            return embeddings_BSD
+        tokens = vision_tokens_NVD.flatten(0, 1).to(embeddings_BSD.dtype)
+        flat = embeddings_BSD.flatten(0, 1).index_copy(0, vision_positions, tokens)
+        return flat.view_as(embeddings_BSD)
+
     def decode(
         self,
         input_ids_BS: torch.Tensor,
@@ -82,16 +96,11 @@ class MobileVlmModel(LlavaModel):  # type: ignore[misc]
         vision_positions: torch.Tensor,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Last hidden states ``[B, S, D]`` of ready vision tokens, placed at positions of a flattened ``[B * S]``.
+        """Last hidden states ``[B, S, D]`` of ids and ready vision tokens (see :meth:`embed`).
 
-        The positions are known on the host, so nothing waits for the device, as LLaVA's own placeholder check would.
         ``kwargs`` go down to the attention function of each layer.
         """
-        embeddings_BSD = self.get_input_embeddings()(input_ids_BS)
-        if vision_tokens_NVD is not None:
-            tokens = vision_tokens_NVD.flatten(0, 1).to(embeddings_BSD.dtype)
-            flat = embeddings_BSD.flatten(0, 1).index_copy(0, vision_positions, tokens)
-            embeddings_BSD = flat.view_as(embeddings_BSD)
+        embeddings_BSD = self.embed(input_ids_BS, vision_tokens_NVD, vision_positions)
         output = self.language_model(inputs_embeds=embeddings_BSD, attention_mask=attention_mask_BS, use_cache=False, **kwargs)
         hidden_BSD: torch.Tensor = output.last_hidden_state
         return hidden_BSD

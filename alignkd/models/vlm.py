@@ -88,10 +88,15 @@ class Vlm:
         return module_fingerprint(self.model)
 
 
-def module_fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a module's state, independent of file layout and device."""
+def module_fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a module's state, independent of file layout and device.
+
+    ``dtype``: what it would be were the module loaded in another dtype.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         flat = tensor.detach().contiguous().reshape(-1).cpu()
         digest.update(memoryview(flat.view(torch.uint8).numpy()))
