@@ -81,7 +81,7 @@ def errors(codec: str, arrays: Sequence[np.ndarray]) -> tuple[float, float, floa
 def noise(name: str, codec: str, arrays: Sequence[np.ndarray]) -> float:
     """Squared error as the losses measure it: relative to uniform attention, or to the variance of the vision tokens.
 
-    About what the codec adds to the loss of any student; its gradient has no such bias.
+    About what the codec adds to the loss of any student.
     """
     found = []
     for array in arrays:
