@@ -1,0 +1,231 @@
+"""What recomputing attention and vision tokens from the teacher's slice costs, beside the student's training step.
+
+1. Floating-point operations of both at the shapes of MobileVLM V2 7B and 1.7B, counted on the meta device. 2. Time of both
+with all widths divided by ``--scale`` and random weights. 3. Bytes of the slice, and of the rows beside it.
+
+A sample has one image (336 x 336, 144 vision tokens), 40 text tokens before it and 200 after, the last 100 of them supervised.
+The step is forward and backward of all Align-KD terms with given targets, without the optimizer.
+
+Example: python benchmarks/slice_cost.py
+On a GPU, at the true size: --scale 1 --batch 8 --device cuda --dtype bfloat16
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, LlamaConfig
+from transformers.utils.generic import maybe_autocast
+
+from alignkd.batch import Batch, ModelInput, collate
+from alignkd.cache_store.formats import get_format
+from alignkd.cache_store.row import Row
+from alignkd.cache_store.shard import encode_row, pack
+from alignkd.cache_store.spec import CacheSpec
+from alignkd.models.mobilevlm import IMAGE_TOKEN_ID, MobileVlm, MobileVlmConfig
+from alignkd.models.vlm import Vlm
+from alignkd.objective import Objective, TeacherShape
+from alignkd.pipeline.provenance import parse_dtype, pick_device, versions
+from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.prompts import IGNORE
+from alignkd.recipes import get_recipe
+from alignkd.targets import Targets
+from alignkd.teacher_slice import TOWER, TeacherSlice, describe_slice, slice_sizes
+
+VOCABULARY, BEFORE, AFTER, ANSWERS, KEPT = 32_000, 40, 200, 100, 64
+SAMPLES = 665_000
+TEACHER = {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32}
+STUDENT = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16}
+TOWER_SHAPE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+
+
+def scaled(shape: dict[str, int], scale: int) -> dict[str, int]:
+    """Widths and heads divided, so that heads keep their width; layers and positions stay."""
+    return {name: size if name == "num_hidden_layers" else size // scale for name, size in shape.items()}
+
+
+def config(shape: dict[str, int], scale: int) -> MobileVlmConfig:
+    vision = CLIPVisionConfig(**scaled(TOWER_SHAPE, scale), image_size=336, patch_size=14)
+    text = LlamaConfig(**scaled(shape, scale), vocab_size=VOCABULARY, pad_token_id=0)
+    return MobileVlmConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), vision_feature_layer=-2)
+
+
+@contextlib.contextmanager
+def built_on(device: str) -> Iterator[None]:
+    with torch.device(device):
+        yield
+
+
+class Case:
+    """Student, slices and one batch of a shape, on a device."""
+
+    def __init__(self, scale: int, samples: int, device: str, dtype: torch.dtype) -> None:
+        with built_on("meta"):
+            teacher = MobileVlm(config(TEACHER, scale))
+        description = describe_slice(teacher)
+        self.sizes = slice_sizes(description)
+        flat = {group: torch.empty(size, dtype=dtype, device=device) for group, size in self.sizes.items()}
+        for tensor in flat.values():
+            tensor.normal_(std=0.02)
+        self.own_tower = TeacherSlice(description, flat, device=device)
+        del flat[TOWER]
+        self.shared = TeacherSlice(description, flat, device=device)
+        torch.manual_seed(0)
+        with built_on(device):
+            student = MobileVlm(config(STUDENT, scale))
+        vlm = Vlm(student.eval(), tokenizer=None, images=None, folder=Path())  # type: ignore[arg-type]
+        heads, width = scaled(TEACHER, scale)["num_attention_heads"], scaled(TEACHER, scale)["hidden_size"]
+        self.objective = Objective(vlm, get_recipe("align-kd"), TeacherShape(heads, width)).train()
+        self.batch = batch_of(samples).to(device)
+        self.targets = targets_of(self.batch, heads, width)
+        with torch.no_grad():
+            features = student.model.encode_images(self.batch.images)
+        self.with_features = replace(self.batch, images=features)
+        kind = torch.device(device).type
+        self.autocast = maybe_autocast(kind, dtype, enabled=dtype != torch.float32)
+
+    def step(self) -> None:
+        self.objective.zero_grad()
+        with self.autocast:
+            loss = self.objective(self.batch, self.targets)["loss"]
+        loss.backward()
+
+    def slice_shared(self) -> None:
+        self.shared.targets(self.with_features)
+
+    def slice_own_tower(self) -> None:
+        self.own_tower.targets(self.batch)
+
+
+def batch_of(samples: int) -> Batch:
+    generator = np.random.default_rng(0)
+    inputs = []
+    for _ in range(samples):
+        ids = np.concatenate([token_ids(generator, BEFORE), [IMAGE_TOKEN_ID], token_ids(generator, AFTER)])
+        labels = np.where(np.arange(len(ids)) < len(ids) - ANSWERS, IGNORE, ids)
+        inputs.append(ModelInput(ids, labels, torch.randn(1, 3, 336, 336)))
+    return collate(inputs, vision_tokens_per_image=144, pad_token_id=0)
+
+
+def token_ids(generator: np.random.Generator, count: int) -> np.ndarray:
+    """Ids as frequent as words are: by Zipf's law."""
+    weights = 1 / np.arange(3, VOCABULARY)
+    return generator.choice(np.arange(3, VOCABULARY), count, p=weights / weights.sum())
+
+
+def targets_of(batch: Batch, heads: int, width: int) -> Targets:
+    device, answers = batch.input_ids_BS.device, batch.answer_ids_A.shape[0]
+    rows, columns = batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
+    return Targets(
+        torch.full((batch.samples, heads, rows, columns), 1 / columns, device=device),
+        torch.randn(batch.samples, columns, width, device=device),
+        torch.arange(KEPT, device=device).expand(answers, -1),
+        torch.full((answers, KEPT), -5.0, device=device),
+        torch.full((answers,), -1.0, device=device),
+    )
+
+
+def flops(function: Callable[[], None]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return int(counter.get_total_flops())
+
+
+def seconds(function: Callable[[], None], device: str) -> float:
+    started = time.perf_counter()
+    function()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def count_flops() -> None:
+    case = Case(1, 1, "meta", torch.bfloat16)
+    # A ready mask: transformers would ask a compact one whether it is full, which nothing on the meta device can answer.
+    length = case.batch.input_ids_BS.shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")
+    decoder = case.objective.student.model.language_model
+    decoder.register_forward_pre_hook(lambda _, a, k: (a, {**k, "attention_mask": mask}), with_kwargs=True)
+    step, shared, own = flops(case.step), flops(case.slice_shared), flops(case.slice_own_tower)
+    print("\n| a sample, 7B teacher, 1.7B student | GFLOP | of the step |\n|---|---|---|")
+    print(f"| training step (forward and backward, tower forward) | {step / 1e9:,.0f} | |")
+    print(f"| slice, tower shared | {shared / 1e9:,.1f} | {shared / step:.1%} |")
+    print(f"| slice with a tower of its own | {own / 1e9:,.0f} | {own / step:.1%} |")
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    device, dtype = pick_device(arguments.device), parse_dtype(arguments.dtype)
+    case = Case(arguments.scale, arguments.batch, device, dtype)
+    functions = {
+        "training step": case.step,
+        "slice, tower shared": case.slice_shared,
+        "slice with a tower of its own": case.slice_own_tower,
+    }
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(arguments.rounds + 1):
+        for name, function in functions.items():
+            spent = seconds(function, device)
+            if number:  # the first round warms up
+                taken[name].append(spent)
+    step = statistics.median(taken["training step"])
+    widths = f"widths / {arguments.scale}, batch {arguments.batch}, {arguments.dtype}, {device}"
+    print(f"\n| {widths}, median of {arguments.rounds} | seconds | of the step | slowest and fastest |\n|---|---|---|---|")
+    for name, times in taken.items():
+        median = statistics.median(times)
+        print(f"| {name} | {median:.4f} | {median / step:.1%} | {min(times):.4f} to {max(times):.4f} |")
+
+
+def count_bytes() -> None:
+    with built_on("meta"):
+        teacher = MobileVlm(config(TEACHER, 1))
+    sizes = slice_sizes(describe_slice(teacher))
+    whole = sum(parameter.numel() for parameter in teacher.parameters())
+    print(f"\n| kept once a cache, 16 bits | MB | share of {whole / 1e9:.2f} G parameters | bytes a sample of {SAMPLES:,} |")
+    print("|---|---|---|---|")
+    for name, groups in (
+        ("projector, embeddings, norm, q and k", set(sizes) - {TOWER}),
+        ("the same with the tower", set(sizes)),
+    ):
+        size = sum(sizes[group] for group in groups)
+        print(f"| {name} | {2 * size / 1e6:,.0f} | {size / whole:.1%} | {2 * size / SAMPLES:,.0f} |")
+    print(f"\nids and labels of a row: {row_bytes():,.0f} bytes (Zipf-distributed ids, 512 rows a zarr shard)")
+
+
+def row_bytes(rows: int = 512) -> float:
+    spec = CacheSpec(TargetSettings(targets=()).fields(VOCABULARY), {})
+    generator = np.random.default_rng(0)
+    encoded = []
+    for number in range(rows):
+        ids = np.concatenate([token_ids(generator, BEFORE), [IMAGE_TOKEN_ID], token_ids(generator, AFTER)]).astype(np.int32)
+        labels = np.where(np.arange(len(ids)) < len(ids) - ANSWERS, np.int32(IGNORE), ids)
+        row = Row(f"{number:032x}", f"sample{number}", f"{number:064x}", {"input_ids": ids, "labels": labels})
+        encoded.append(encode_row(spec, row))
+    return len(get_format("zarr").write_shard(pack(spec, encoded))) / rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", type=int, default=2, help="Divides all widths of the timed models; 1 is the true size.")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device")
+    arguments = parser.parse_args()
+    found = versions()
+    print(
+        f"torch {found['torch']}, transformers {found['transformers']}, {found['platform']}, {torch.get_num_threads()} threads"
+    )
+    count_flops()
+    count_bytes()
+    measure(arguments)
+
+
+if __name__ == "__main__":
+    main()
