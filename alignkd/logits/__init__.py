@@ -1,0 +1,10 @@
+"""Logit targets: what a cache keeps of the teacher's answer distributions, in four forms."""
+
+from alignkd.logits.base import Calibration, LogitCodec, LogitSettings
+from alignkd.logits.dense import Hidden, Sketched
+from alignkd.logits.divergences import DIVERGENCES
+from alignkd.logits.topk import Sampled, TopK
+
+LOGIT_CODECS: dict[str, type[LogitCodec]] = {codec.kind: codec for codec in (TopK, Sampled, Sketched, Hidden)}
+
+__all__ = ["DIVERGENCES", "LOGIT_CODECS", "Calibration", "LogitCodec", "LogitSettings"]

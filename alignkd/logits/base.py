@@ -1,0 +1,133 @@
+"""What every form of logit targets offers: fields of a row, tensors of a cache, and divergences of a student from them.
+
+Shapes: A answers, M calibration answers, D teacher width, N vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from alignkd.logits.divergences import DIVERGENCES
+
+
+@dataclass(frozen=True)
+class LogitSettings:
+    """Which logit targets a cache holds.
+
+    ``kind``: ``topk``, ``sampled``, ``sketch`` or ``hidden``. ``top_k``: tokens kept exactly (all but ``hidden``).
+    ``draws``: tokens drawn from the rest (``sampled``). ``sketch_bytes``: bytes of an answer token's sketch (``sketch``).
+    ``hidden_bits``: 8 or 16 (``hidden``).
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    kind: str = "sketch"
+    top_k: int = 16
+    draws: int = 8
+    sketch_bytes: int = 64
+    hidden_bits: int = 8
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("topk", "sampled", "sketch", "hidden"):
+            raise ValueError(f"logit targets {self.kind!r}: expected topk, sampled, sketch or hidden")
+        for name in ("top_k", "draws", "sketch_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"logit targets: {name} is {getattr(self, name)}, expected 1 or more")
+        if self.hidden_bits not in (8, 16):
+            raise ValueError(f"logit targets: hidden_bits is {self.hidden_bits}, expected 8 or 16")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Just what matters for this kind; a temperature of None means that any will do."""
+        known = {f.name: getattr(self, f.name) for f in fields(self)}
+        matters = {
+            "topk": ("top_k", "temperature"),
+            "sampled": ("top_k", "draws", "temperature"),
+            "sketch": ("top_k", "sketch_bytes", "temperature"),
+            "hidden": ("hidden_bits",),
+        }[self.kind]
+        return {"kind": self.kind, "temperature": None, **{name: known[name] for name in matters}}
+
+
+@dataclass(frozen=True)
+class FieldShape:
+    """A field of a row: axes of one answer token by name, dtype of its values, and how the cache may store it."""
+
+    dims: tuple[str, ...]
+    dtype: str
+    codec: str = "exact"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the teacher does on a few samples: last hidden states, the output head, and the mean answer distribution."""
+
+    hidden_MD: torch.Tensor
+    head_ND: torch.Tensor
+    bias_N: torch.Tensor | None
+    mean_probability_N: torch.Tensor
+
+
+class LogitCodec(nn.Module, ABC):
+    """One form of logit targets. Its tensors are kept once per cache, and move with the module."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, settings: LogitSettings, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.settings = settings
+        for name in self.tensor_names():
+            self.register_buffer(name, tensors[name], persistent=False)
+
+    @classmethod
+    @abstractmethod
+    def tensor_names(cls) -> tuple[str, ...]:
+        """What :meth:`calibrate` gives."""
+
+    @classmethod
+    @abstractmethod
+    def calibrate(cls, settings: LogitSettings, calibration: Calibration) -> dict[str, torch.Tensor]:
+        """The tensors that a cache keeps once."""
+
+    @classmethod
+    @abstractmethod
+    def fields(cls, settings: LogitSettings, vocabulary: int) -> dict[str, FieldShape]:
+        """What is stored for each answer token, by name; the first axis is the answers."""
+
+    @abstractmethod
+    def encode(
+        self, hidden_AD: torch.Tensor, logits_AN: torch.Tensor, label_ids_A: torch.Tensor, uniform_AX: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The fields of answers from the teacher's last hidden states and logits.
+
+        ``uniform_AX`` are random numbers in (0, 1], ``[A, draws]``, for the kinds that draw.
+        """
+
+    @abstractmethod
+    def outcomes(
+        self, logits_AN: torch.Tensor, values: Mapping[str, torch.Tensor], temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of student and teacher, ``[A, X]`` each; see :mod:`alignkd.logits.divergences`."""
+
+    def divergence(
+        self, name: str, logits_AN: torch.Tensor, values: Mapping[str, torch.Tensor], temperature: float
+    ) -> torch.Tensor:
+        """The divergence called ``name`` of the student's logits from the targets, ``[A]``."""
+        return DIVERGENCES[name](*self.outcomes(logits_AN, values, temperature))
+
+
+def at_temperature(logits_AN: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities; half precision is computed in float32."""
+    if logits_AN.dtype in (torch.bfloat16, torch.float16):
+        logits_AN = logits_AN.float()
+    return (logits_AN / temperature).log_softmax(dim=1)
+
+
+def rank_dtype(vocabulary: int) -> str:
+    """The smallest unsigned integer that holds a rank."""
+    return "uint16" if vocabulary <= 2**16 else "uint32"

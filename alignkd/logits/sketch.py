@@ -1,0 +1,128 @@
+"""The shape of the tail in a few bytes: the teacher's last hidden state on the directions that move the logits most.
+
+Logits are ``W h``. Measured in the metric of a weight per token (half the teacher's mean distribution, half uniform), the
+principal directions of the centred logits of a calibration set are found; a hidden state is projected on them, and each
+coordinate gets bits by its variance (reverse water-filling: the same error for all), until the bytes a token may take are
+spent. The reduced head that turns coordinates back into logits is kept once per cache.
+
+Source: METHOD of this project ("top-k + sketch"); rate allocation as in Cover and Thomas, Elements of Information Theory,
+section 10.3.
+
+Shapes: A answers, M calibration answers, D teacher width, N vocabulary, R coordinates, S bytes a token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# Range of a quantiser of so many bits, in standard deviations: wide enough for heavy tails, narrow enough for few levels.
+_RANGE = {2: 1.5, 3: 2.3, 4: 2.9, 5: 3.5, 6: 4.0, 7: 4.5, 8: 5.0}
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a cache keeps once: see the module's text.
+
+    ``mean_D`` and ``projection_RD`` turn a hidden state into coordinates; ``bits_R`` (uint8) and ``step_R`` quantise them;
+    ``base_N + coordinates_AR @ head_NR.T`` are centred logits; ``size`` is S.
+    """
+
+    mean_D: torch.Tensor
+    projection_RD: torch.Tensor
+    bits_R: torch.Tensor
+    step_R: torch.Tensor
+    base_N: torch.Tensor
+    head_NR: torch.Tensor
+    size: int
+
+    def encode(self, hidden_AD: torch.Tensor) -> torch.Tensor:
+        """Packed coordinates, ``[A, S]`` of uint8."""
+        coordinates_AR = (hidden_AD.float() - self.mean_D) @ self.projection_RD.T
+        levels_R = 2 ** self.bits_R.int()
+        codes_AR = ((coordinates_AR / self.step_R).floor() + levels_R / 2).clamp(min=0).minimum(levels_R - 1).int()
+        return pack(codes_AR, self.bits_R, self.size)
+
+    def coordinates(self, packed_AS: torch.Tensor) -> torch.Tensor:
+        """Coordinates ``[A, R]`` in float32, each in the middle of its level."""
+        levels_R = 2 ** self.bits_R.int()
+        return (unpack(packed_AS, self.bits_R) + 0.5 - levels_R / 2) * self.step_R
+
+    def logits(self, packed_AS: torch.Tensor) -> torch.Tensor:
+        """Centred logits ``[A, N]`` in float32."""
+        coordinates_AR = self.coordinates(packed_AS)
+        with torch.autocast(packed_AS.device.type, enabled=False):
+            if self.head_NR.is_cuda:
+                return (coordinates_AR.half() @ self.head_NR.half().T).float() + self.base_N.float()
+            return coordinates_AR @ self.head_NR.float().T + self.base_N.float()
+
+
+def fit_sketch(
+    hidden_MD: torch.Tensor, head_ND: torch.Tensor, bias_N: torch.Tensor | None, mean_probability_N: torch.Tensor, size: int
+) -> Sketch:
+    """The best sketch of ``size`` bytes a token for these hidden states; the D x D problems are solved in float64."""
+    weight_N = 0.5 * mean_probability_N.float() + 0.5 / len(mean_probability_N)
+    centred_ND = head_ND.float() - weight_N @ head_ND.float()
+    metric_DD = (centred_ND.T @ (weight_N[:, None] * centred_ND)).double()
+    mean_D = hidden_MD.float().mean(dim=0)
+    spread_MD = (hidden_MD.float() - mean_D).double()
+    covariance_DD = spread_MD.T @ spread_MD / len(hidden_MD)
+    # Directions that no calibration answer moved still get a little, so that their scale is not zero.
+    covariance_DD.diagonal().add_(1e-4 * covariance_DD.diagonal().mean() + 1e-12)
+    metric_DD.diagonal().add_(1e-9 * metric_DD.diagonal().mean() + 1e-12)
+    root_DD = torch.linalg.cholesky(metric_DD)
+    variance_D, directions_DD = torch.linalg.eigh(root_DD.T @ covariance_DD @ root_DD)
+    variance_D, directions_DD = variance_D.flip(0).clamp(min=0), directions_DD.flip(1)
+    bits_D = allocate(variance_D, 8 * size)
+    used_D = bits_D > 0
+    chosen_DR = directions_DD[:, used_D]
+    bits_R, deviation_R = bits_D[used_D], variance_D[used_D].sqrt().float()
+    range_R = torch.tensor([_RANGE[int(b)] for b in bits_R.tolist()], device=deviation_R.device)
+    back_DR = torch.linalg.solve_triangular(root_DD.T, chosen_DR, upper=True)
+    return Sketch(
+        mean_D=mean_D,
+        projection_RD=(chosen_DR.T @ root_DD.T).float().contiguous(),
+        bits_R=bits_R.to(torch.uint8),
+        step_R=2 * range_R * deviation_R / 2.0 ** bits_R.float(),
+        base_N=(centred_ND @ mean_D + (0.0 if bias_N is None else bias_N.float() - weight_N @ bias_N.float())).half(),
+        head_NR=(centred_ND @ back_DR.float()).half(),
+        size=size,
+    )
+
+
+def allocate(variance_D: torch.Tensor, total: int) -> torch.Tensor:
+    """Bits of each coordinate, 0 or 2 to 8, at most ``total`` in all: half the log of its variance over a common error."""
+    rate_D = 0.5 * variance_D.clamp(min=torch.finfo(variance_D.dtype).tiny).log2()
+
+    def bits_at(water: float) -> torch.Tensor:
+        bits_D = (rate_D - water).round().clamp(0, 8)
+        return torch.where(bits_D < 2, torch.zeros_like(bits_D), bits_D).long()
+
+    low, high = float(rate_D.min()) - 9, float(rate_D.max())  # all bits at the low end, none at the high one
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if int(bits_at(middle).sum()) <= total else (middle, high)
+    return bits_at(high)
+
+
+def pack(codes_AR: torch.Tensor, bits_R: torch.Tensor, size: int) -> torch.Tensor:
+    """Codes side by side without gaps, the first in the highest bits of ``size`` bytes; ``[A, S]`` of uint8."""
+    byte_R, shift_R = _places(bits_R)
+    words_AR = codes_AR.int() << shift_R
+    packed_AS = torch.zeros(len(codes_AR), size + 1, dtype=torch.int32, device=codes_AR.device)
+    packed_AS.index_add_(1, byte_R, words_AR >> 8)
+    packed_AS.index_add_(1, byte_R + 1, words_AR & 255)
+    return packed_AS[:, :size].to(torch.uint8)
+
+
+def unpack(packed_AS: torch.Tensor, bits_R: torch.Tensor) -> torch.Tensor:
+    """The codes of :func:`pack`, ``[A, R]`` of int32."""
+    byte_R, shift_R = _places(bits_R)
+    padded_AS = torch.nn.functional.pad(packed_AS, (0, 1)).int()
+    words_AR = (padded_AS[:, byte_R] << 8) | padded_AS[:, byte_R + 1]
+    return (words_AR >> shift_R) & (2 ** bits_R.int() - 1)
+
+
+def _places(bits_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First byte of each code, and how far its end lies from the end of the two bytes it may touch."""
+    start_R = bits_R.long().cumsum(0) - bits_R.long()
+    return start_R // 8, (16 - start_R % 8 - bits_R.long()).int()
