@@ -116,17 +116,17 @@ def commit(storage: Storage, record: CommitRecord, data: bytes) -> bool:
     A crash at any point leaves either both, or nothing that exists.
     """
     assert (record.bytes, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    fresh = _put(storage, record.object, data)
+    fresh = put(storage, record.object, data)
     first = storage.write(record_name(record.number), record.to_json().encode())
     if first and not fresh:
         # What lay there may have been old enough for another worker to sweep it until a moment ago.
-        _put(storage, record.object, data)
+        put(storage, record.object, data)
     if fresh and not first and read_record(storage, record.number).object != record.object:
         storage.delete(record.object)
     return first
 
 
-def _put(storage: Storage, name: str, data: bytes) -> bool:
+def put(storage: Storage, name: str, data: bytes) -> bool:
     """Have an object of these bytes, whose hash its name holds; False where it was there."""
     if storage.write(name, data):
         return True
@@ -194,7 +194,7 @@ def temporary_names(storage: Storage) -> list[str]:
     """Files that a crash left half-written, relative to the cache."""
 
     def found() -> Iterator[str]:
-        for folder in ("", "plan", "runs", SHARDS, COMMITS):
+        for folder in ("", "plan", "runs", "tensors", SHARDS, COMMITS):
             prefix = f"{folder}/" if folder else ""
             yield from (prefix + name for name in storage.names(folder) if name.startswith(TEMPORARY))
 

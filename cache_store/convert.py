@@ -21,11 +21,17 @@ def convert(
     """Copy what is committed at ``source`` to ``target``; running it again goes on where it stopped.
 
     Rows are not decoded: their stored parts go from one format into the other. ``on_shard`` is called after each shard.
-    ValueError where there is no cache at ``source``, or another one at ``target``; CorruptShard for a damaged shard.
+    ValueError where there is no cache at ``source``, or another one at ``target``; CorruptShard for a damaged shard,
+    DamagedTensor for a damaged tensor.
     """
     reader = CacheReader(source, max_shards=2)
     wanted = shard_format or other_format(reader.shard_format)
-    store = CacheStore.create_or_open(target, reader.spec, reader.plan, shard_format=wanted)
+    store = CacheStore.create_or_open(target, reader.spec, reader.plan, shard_format=wanted, tensors=reader.tensors)
+    if store.manifest.tensors != reader.tensors.entries:
+        raise ValueError(
+            f"the cache at {target} keeps other tensors than the one at {source}: rows are encoded for their own cache's."
+            " Convert to another place"
+        )
     left = [number for number in store.pending() if number in reader.records]
     for i, number in enumerate(left):
         reader.prefetch(left[i : i + 2])

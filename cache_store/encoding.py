@@ -39,7 +39,7 @@ def dump_json(content: Any) -> bytes:
 
 def describe(field: FieldSpec) -> dict[str, Any]:
     """What a reader without the cache's spec needs to know of a field."""
-    return {"dims": list(field.dims), "dtype": field.dtype, "codec": field.codec}
+    return {"dims": list(field.dims), "dtype": field.dtype, "codec": field.codec, "per_image": field.per_image}
 
 
 def check_shapes(field: FieldSpec, shapes: NDArray[np.int32]) -> None:

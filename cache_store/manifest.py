@@ -1,29 +1,34 @@
-"""``cache.json``: what a cache holds, in which shard format, after which plan. A cache exists when this file does."""
+"""``cache.json``: what a cache holds, in which shard format, after which plan, with which tensors kept once.
+
+A cache exists when this file does.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from alignkd.cache_store.formats import get_format
 from alignkd.cache_store.plan import Plan
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
 from alignkd.cache_store.storage import Storage
+from alignkd.cache_store.tensors import TensorEntry
 
 NAME = "cache.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The spec of every row, the shard format by name, and the summary of the plan (``Plan.summary``)."""
+    """The spec of every row, the shard format by name, the summary of the plan (``Plan.summary``), and tensors by name."""
 
     spec: CacheSpec
     shard_format: str
     plan: Mapping[str, Any]
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Readable JSON, keys sorted, with its own checksum: equal manifests are equal bytes."""
@@ -32,6 +37,7 @@ class Manifest:
             "shard_format": self.shard_format,
             **self.spec.to_dict(),
             "plan": self.plan,
+            "tensors": {name: entry.to_dict() for name, entry in self.tensors.items()},
         }
         return json.dumps({**content, "sha256": _checksum(content)}, indent=2, sort_keys=True) + "\n"
 
@@ -52,9 +58,10 @@ class Manifest:
             checksum = content.pop("sha256")
             if checksum != _checksum(content):
                 raise ValueError("its checksum does not match: the file is damaged")
-            fields = tuple(FieldSpec(**field) for field in content["fields"])
+            fields = tuple(FieldSpec(**entry) for entry in content["fields"])
             get_format(content["shard_format"])
-            manifest = cls(CacheSpec(fields, content["fingerprint"]), content["shard_format"], content["plan"])
+            tensors = {name: TensorEntry(name, **entry) for name, entry in content["tensors"].items()}
+            manifest = cls(CacheSpec(fields, content["fingerprint"]), content["shard_format"], content["plan"], tensors)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not the description of a cache: {error!r}") from error
         if manifest.to_json() != text:

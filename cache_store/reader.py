@@ -22,6 +22,7 @@ from alignkd.cache_store.row import Rejected, Row, Stored, is_key
 from alignkd.cache_store.shard import CorruptShard, Shard
 from alignkd.cache_store.spec import CacheSpec
 from alignkd.cache_store.storage import Storage, open_storage
+from alignkd.cache_store.tensors import Tensors
 
 _LOADERS = 2
 
@@ -37,10 +38,10 @@ class MissingRow(KeyError):  # noqa: N818 - a name says what is the matter
 class CacheReader:
     """Rows of the shards that were committed when the reader was made.
 
-    Opening it reads the manifest, the plan's keys and the commit records, no shard. The ``max_shards`` shards used last
-    stay in memory, those being fetched ahead counted among them. It holds no open file or connection: it may be pickled
-    (without its shards) and forked. ``verify=False`` leaves out the checksum of each shard, not the comparison with
-    spec and record.
+    Opening it reads the manifest, the plan's keys and the commit records, no shard and no tensor. The ``max_shards``
+    shards used last stay in memory, those being fetched ahead counted among them. ``tensors`` has what is kept once for
+    all rows, by name. It holds no open file or connection: it may be pickled (without its shards) and forked.
+    ``verify=False`` leaves out the checksum of each shard, not the comparison with spec and record.
 
     ValueError where there is no cache, CorruptRecord where a commit record is damaged.
     """
@@ -53,6 +54,7 @@ class CacheReader:
         self.spec: CacheSpec = manifest.spec
         self.shard_format = manifest.shard_format
         self.plan: Plan = manifest.load_plan(self.storage)
+        self.tensors = Tensors(self.storage, manifest.tensors)
         self.max_shards = max_shards
         self.verify = verify
         self.records = read_records(self.storage)
@@ -239,7 +241,7 @@ def open_shard(
         if shard.keys != keys:
             raise CorruptShard("its keys are not those of plan and record")
         if audit:
-            shard_format.audit(spec, data, shard)
+            shard_format.audit(data, shard)
     except (FileNotFoundError, ValueError) as error:
         some = ", ".join(keys[:3]) + (", ..." if record.rows > 3 else "")
         raise CorruptShard(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignkd.cache_store.commit import sweep
 from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.store import open_store
 from alignkd.cache_store.verify import Problem, verify
@@ -26,13 +25,18 @@ class RepairReport:
 def repair(url: str | Path, *, min_age_s: float = MIN_AGE_S) -> RepairReport:
     """Audit a cache and remove every object that is part of a problem, then strays older than ``min_age_s``.
 
-    ValueError where there is no cache, or where its manifest or plan is damaged: those cannot be rebuilt from the rest.
+    ValueError, and nothing removed, where there is no cache, or where its manifest, plan or tensors are damaged: those
+    cannot be rebuilt from the rest.
     """
     storage = open_storage(url)
     problems = verify(url).problems
+    lost = [problem for problem in problems if problem.beyond_repair]
+    if lost:
+        raise ValueError("\n".join(map(str, lost)))
     removed = []
     for name in dict.fromkeys(name for problem in problems for name in problem.objects):
         storage.delete(name)
         removed.append(name)
-    removed += sweep(storage, min_age_s=min_age_s)
-    return RepairReport(problems, removed, len(open_store(url).pending()))
+    store = open_store(url)
+    removed += store.sweep(min_age_s=min_age_s)
+    return RepairReport(problems, removed, len(store.pending()))

@@ -39,13 +39,16 @@ class RowId(NamedTuple):
 class Shard(ABC):
     """The rows of one shard, still encoded. ``row`` decodes one; nothing is decoded before.
 
-    ``shapes`` holds, for each field, the decoded shape of each row: int32 [rows, ndim].
+    ``value_of_row`` says, for each field, which of its stored values a row has (see ``values_of_rows``); ``shapes``
+    holds the decoded shape of each value: int32 [values, ndim].
     """
 
     def __init__(self, spec: CacheSpec, ids: Sequence[RowId], shapes: Mapping[str, NDArray[np.int32]]) -> None:
         assert shapes.keys() == {field.name for field in spec.fields}
-        assert all(len(shape) == len(ids) for shape in shapes.values())
         self.spec, self.ids, self.shapes = spec, tuple(ids), shapes
+        self.value_of_row = {field.name: values_of_rows(field, ids) for field in spec.fields}
+        self._first_rows = {name: first_rows(values) for name, values in self.value_of_row.items()}
+        assert all(len(shapes[name]) == len(firsts) for name, firsts in self._first_rows.items())
         self._fields = {field.name: field for field in spec.fields}
         # Looked up once a shard, not once a row: rows are small, and thousands a second are wanted.
         self._codecs = {field.name: (get_codec(field.codec), tuple(empty_layout(field))) for field in spec.fields}
@@ -65,7 +68,15 @@ class Shard(ABC):
 
     def shape(self, field: str, i: int) -> tuple[int, ...]:
         """Decoded shape of ``field`` in row ``i``."""
-        return self._shape_of[field][i]
+        return self._shape_of[field][self.value_of_row[field][i]]
+
+    def first_row(self, field: str, i: int) -> int:
+        """The first row that has the same value of ``field`` as row ``i``; a format stores it with that row."""
+        return self._first_rows[field][self.value_of_row[field][i]]
+
+    def decoded_bytes(self) -> dict[str, int]:
+        """Bytes that the decoded values of each field take, each value counted once."""
+        return {f.name: sum(map(math.prod, self._shape_of[f.name])) * f.numpy_dtype.itemsize for f in self.spec.fields}
 
     def encoded(self, i: int) -> dict[str, dict[str, Array]]:
         """Stored parts of row ``i``: field -> part -> flat array."""
@@ -74,7 +85,7 @@ class Shard(ABC):
     def row(self, i: int, fields: Container[str] | None = None) -> Row:
         """Row ``i``, decoded into fresh arrays; of all fields, or of those named."""
         values = {
-            field: codec.decode({part: self.part(field, part, i) for part in parts}, self._shape_of[field][i])
+            field: codec.decode({part: self.part(field, part, i) for part in parts}, self.shape(field, i))
             for field, (codec, parts) in self._codecs.items()
             if fields is None or field in fields
         }
@@ -92,7 +103,7 @@ class Shard(ABC):
 
 
 class ColumnShard(Shard):
-    """A shard whose parts are one array each, the rows' values one after the other: ``parts[field][part]``."""
+    """A shard whose parts are one array each, the values one after the other: ``parts[field][part]``."""
 
     def __init__(
         self,
@@ -107,8 +118,8 @@ class ColumnShard(Shard):
 
     def part(self, field: str, part: str, i: int) -> Array:
         """A view, not a copy."""
-        at = self.offsets[field][part]
-        return self.parts[field][part][at[i] : at[i + 1]]
+        at, value = self.offsets[field][part], self.value_of_row[field][i]
+        return self.parts[field][part][at[value] : at[value + 1]]
 
 
 class ShardFormat(Protocol):
@@ -125,7 +136,7 @@ class ShardFormat(Protocol):
         """The shard in ``data``; CorruptShard where it is none, or holds other than ``spec`` says."""
         ...
 
-    def audit(self, spec: CacheSpec, data: bytes, shard: Shard) -> None:
+    def audit(self, data: bytes, shard: Shard) -> None:
         """CorruptShard where ``data`` holds anything that reading ``shard`` from it passed over."""
         ...
 
@@ -153,24 +164,61 @@ def encode_row(spec: CacheSpec, row: Row) -> EncodedRow:
 
 
 def pack(spec: CacheSpec, rows: Sequence[EncodedRow]) -> ColumnShard:
-    """Lay encoded rows one after the other."""
+    """Lay encoded rows one after the other, a per-image value where it first occurs.
+
+    Later rows of the same images get the first one's value: it may differ from their own in its last bits, as a forward
+    pass over another batch does. ValueError that names both samples where their shapes differ.
+    """
     assert len({row.id.key for row in rows}) == len(rows)
-    shapes = {f.name: np.array([r.shapes[f.name] for r in rows], np.int32).reshape(len(rows), len(f.dims)) for f in spec.fields}
-    parts = {field.name: _concatenate(field, [row.parts[field.name] for row in rows]) for field in spec.fields}
-    return ColumnShard(spec, [row.id for row in rows], shapes, parts)
+    ids = [row.id for row in rows]
+    shapes, parts = {}, {}
+    for field in spec.fields:
+        values = values_of_rows(field, ids)
+        kept = [rows[i] for i in first_rows(values)]
+        for row, value in zip(rows, values, strict=True):
+            _require_shape(field, row, kept[value])
+        shapes[field.name] = np.array([row.shapes[field.name] for row in kept], np.int32).reshape(len(kept), len(field.dims))
+        parts[field.name] = _concatenate(field, [row.parts[field.name] for row in kept])
+    return ColumnShard(spec, ids, shapes, parts)
 
 
 def join(spec: CacheSpec, shard: Shard) -> ColumnShard:
     """Any shard with its parts laid one after the other."""
     if isinstance(shard, ColumnShard):
         return shard
-    encoded = [shard.encoded(i) for i in range(len(shard))]
-    parts = {field.name: _concatenate(field, [row[field.name] for row in encoded]) for field in spec.fields}
+    parts = {}
+    for field in spec.fields:
+        firsts = first_rows(shard.value_of_row[field.name])
+        stored = [{part: shard.part(field.name, part, i) for part in empty_layout(field)} for i in firsts]
+        parts[field.name] = _concatenate(field, stored)
     return ColumnShard(spec, shard.ids, shard.shapes, parts)
 
 
+def values_of_rows(field: FieldSpec, ids: Sequence[RowId]) -> Sequence[int]:
+    """Number of the value of ``field`` that each row has.
+
+    Each row has its own, numbered as the rows are; of a per-image field rows with the same (non-empty) hash of their
+    images share one, and values are numbered as they first occur.
+    """
+    if not field.per_image:
+        return range(len(ids))
+    numbers: dict[tuple[str, str], int] = {}
+    owners = [(row.image_sha256, "" if row.image_sha256 else row.key) for row in ids]
+    return [numbers.setdefault(owner, len(numbers)) for owner in owners]
+
+
+def first_rows(value_of_row: Sequence[int]) -> Sequence[int]:
+    """The first row that has each value, by the number of the value."""
+    if isinstance(value_of_row, range):
+        return value_of_row
+    firsts: dict[int, int] = {}
+    for i, value in enumerate(value_of_row):
+        firsts.setdefault(value, i)
+    return list(firsts.values())
+
+
 def part_sizes(field: FieldSpec, shapes: NDArray[np.int32]) -> dict[str, list[int]]:
-    """Elements of each part in each row, as Python integers, which hostile shapes cannot overflow."""
+    """Elements of each part in each value, as Python integers, which hostile shapes cannot overflow."""
     sizes: dict[str, list[int]] = {part: [] for part in empty_layout(field)}
     codec, dtype = get_codec(field.codec), field.numpy_dtype
     for shape in shapes.tolist():
@@ -180,7 +228,7 @@ def part_sizes(field: FieldSpec, shapes: NDArray[np.int32]) -> dict[str, list[in
 
 
 def part_offsets(field: FieldSpec, shapes: NDArray[np.int32]) -> dict[str, list[int]]:
-    """Where each row begins in each part, and where the last one ends: rows + 1 numbers a part."""
+    """Where each value begins in each part, and where the last one ends: values + 1 numbers a part."""
     return {part: list(accumulate(sizes, initial=0)) for part, sizes in part_sizes(field, shapes).items()}
 
 
@@ -203,11 +251,21 @@ def check_ids(entries: Any) -> tuple[RowId, ...]:
     return ids
 
 
-def _concatenate(field: FieldSpec, rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+def _concatenate(field: FieldSpec, values: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     return {
-        part: np.concatenate([np.empty(0, dtype), *(row[part] for row in rows)])
+        part: np.concatenate([np.empty(0, dtype), *(value[part] for value in values)])
         for part, (_, dtype) in empty_layout(field).items()
     }
+
+
+def _require_shape(field: FieldSpec, row: EncodedRow, first: EncodedRow) -> None:
+    found, expected = row.shapes[field.name], first.shapes[field.name]
+    if found != expected:
+        raise ValueError(
+            f"field {field.name!r} is stored once per image, but samples {first.id.sample_id!r} ({first.id.key}) and"
+            f" {row.id.sample_id!r} ({row.id.key}) have the same image with shapes {list(expected)} and {list(found)}:"
+            " it depends on more than the image, and cannot be a per-image field"
+        )
 
 
 def _require_fields(spec: CacheSpec, row: Row) -> None:

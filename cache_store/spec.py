@@ -28,13 +28,15 @@ class FieldSpec:
     """One ragged array that every row holds.
 
     ``dims`` names its axes ("H", "T", "V"), one size each in every row; ``dtype`` is the numpy name of the decoded
-    values; ``codec`` is a name in ``codecs.CODECS``. ValueError where the three do not fit together.
+    values; ``codec`` is a name in ``codecs.CODECS``. ValueError where the three do not fit together. The values of a
+    ``per_image`` field depend on the row's images alone, and a shard stores them once for all rows of the same images.
     """
 
     name: str
     dims: tuple[str, ...]
     dtype: str
     codec: str
+    per_image: bool = False
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -96,7 +98,7 @@ def check_spec(found: CacheSpec, wanted: CacheSpec, *, cache: str) -> None:
 
 
 def _comparable(spec: CacheSpec) -> dict[str, Any]:
-    fields = {f.name: {"dims": list(f.dims), "dtype": f.dtype, "codec": f.codec} for f in spec.fields}
+    fields = {field["name"]: field for field in spec.to_dict()["fields"]}
     return {"field": fields, "fingerprint": spec.fingerprint}
 
 

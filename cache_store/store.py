@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,9 @@ from alignkd.cache_store.manifest import Manifest, read_manifest
 from alignkd.cache_store.plan import Plan
 from alignkd.cache_store.row import Rejected, Row
 from alignkd.cache_store.shard import EncodedRow, Shard, encode_row, pack
-from alignkd.cache_store.spec import CacheSpec, FieldSpec, check_fingerprint, check_spec
+from alignkd.cache_store.spec import CacheSpec, check_fingerprint, check_spec
 from alignkd.cache_store.storage import Storage, open_storage
+from alignkd.cache_store.tensors import Tensors, TensorSource, sweep_orphans, write_tensors
 
 RUNS = "runs"
 
@@ -44,12 +44,14 @@ RUNS = "runs"
 class Status:
     """How far a cache is. Bytes are those stored; ``decoded_bytes_by_field`` is what the values take in memory.
 
+    What several rows share is counted once. ``tensor_bytes`` are those of the tensors kept once per cache, and
     ``records`` are the commit records by number: who finished which shard, and when.
     """
 
     shards: int
     samples: int
     records: Mapping[int, CommitRecord]
+    tensor_bytes: int = 0
 
     @property
     def shards_done(self) -> int:
@@ -73,8 +75,8 @@ class Status:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(record.bytes for record in self.records.values())
+        """Bytes of all shards, and of the tensors kept once."""
+        return sum(record.bytes for record in self.records.values()) + self.tensor_bytes
 
     @property
     def bytes_by_field(self) -> dict[str, int]:
@@ -115,9 +117,20 @@ class CacheStore:
         """Fields and fingerprint."""
         return self.manifest.spec
 
+    @property
+    def tensors(self) -> Tensors:
+        """What is kept once for all rows, by name; each is read when it is asked for."""
+        return Tensors(self.storage, self.manifest.tensors)
+
     @classmethod
-    def create_or_open(cls, url: str | Path, spec: CacheSpec, plan: Plan, *, shard_format: str) -> CacheStore:
+    def create_or_open(
+        cls, url: str | Path, spec: CacheSpec, plan: Plan, *, shard_format: str, tensors: TensorSource = dict
+    ) -> CacheStore:
         """Start a cache with this plan, or go on with the one that is there; any number of workers may do so at once.
+
+        ``tensors`` are kept once for all rows, in dtypes of ``tensors.DTYPES``; where they are dear to make, it is a
+        function that gives them, called only if there is no cache yet. A cache that is there keeps its own, which are
+        not compared with these (two calibrations differ in their last bits): encode rows with ``CacheStore.tensors``.
 
         FingerprintMismatch where spec, plan or format differ from those at ``url``; ValueError for a folder with
         commits but without ``cache.json``.
@@ -127,10 +140,9 @@ class CacheStore:
         if storage.size(manifest.NAME) is None:
             if committed_numbers(storage):
                 raise ValueError(f"{url} has committed shards but no {manifest.NAME}: restore it, or write to another --cache")
-            plan.write(storage)
-            # Last, and only if no other worker was first: a cache exists when this object does.
-            if storage.write(manifest.NAME, wanted.to_json().encode()):
-                return cls(storage, wanted, plan)
+            started = _start(storage, wanted, plan, tensors)
+            if started is not None:
+                return cls(storage, started, plan)
         found = read_manifest(storage)
         _check_same(found, wanted, cache=str(url))
         return cls(storage, found, plan)
@@ -156,11 +168,13 @@ class CacheStore:
         """Write shard ``number`` and return its record; the one that is there already, if another worker was faster.
 
         ``rows`` and ``rejected`` together are the planned samples of the shard, in any order; rows are stored in the
-        order of the plan. ValueError that names the sample for values that do not fit the spec.
+        order of the plan. ValueError that names the sample for values that do not fit the spec, or both samples where
+        a per-image field has two shapes for one image.
         """
         order = {key: i for i, key in enumerate(self.plan.keys_of(number))}
         encoded = [row if isinstance(row, EncodedRow) else encode_row(self.spec, row) for row in rows]
         assert sorted(order) == sorted([row.id.key for row in encoded] + [sample.key for sample in rejected])
+        packed = pack(self.spec, sorted(encoded, key=lambda row: order[row.id.key]))
         record = CommitRecord(
             number=number,
             object="",
@@ -169,13 +183,13 @@ class CacheStore:
             sha256="",
             rows=len(rows),
             rejected=tuple(sorted(rejected, key=lambda sample: order[sample.key])),
-            decoded_bytes_by_field={f.name: _decoded_bytes(f, encoded) for f in self.spec.fields},
+            decoded_bytes_by_field=packed.decoded_bytes(),
             seconds=round(seconds, 3),
             tokens=tokens,
             finished=round(time.time(), 3),
             worker=worker,
         )
-        return self.commit_packed(record, pack(self.spec, sorted(encoded, key=lambda row: order[row.id.key])))
+        return self.commit_packed(record, packed)
 
     def commit_packed(self, record: CommitRecord, shard: Shard) -> CommitRecord:
         """Write a shard that is already encoded; ``record`` says everything about it but what its object is."""
@@ -202,11 +216,13 @@ class CacheStore:
 
     def sweep(self, *, min_age_s: float) -> list[str]:
         """Remove what crashes left behind; see ``commit.sweep`` for ``min_age_s`` with many workers."""
-        return sweep(self.storage, min_age_s=min_age_s)
+        swept = sweep(self.storage, min_age_s=min_age_s)
+        return swept + sweep_orphans(self.storage, self.manifest.tensors, min_age_s=min_age_s)
 
     def status(self) -> Status:
         """What all records say; CorruptRecord where one is damaged."""
-        return Status(self.plan.shards, self.plan.samples, read_records(self.storage))
+        tensor_bytes = sum(entry.bytes for entry in self.manifest.tensors.values())
+        return Status(self.plan.shards, self.plan.samples, read_records(self.storage), tensor_bytes)
 
 
 def open_store(url: str | Path) -> CacheStore:
@@ -214,6 +230,18 @@ def open_store(url: str | Path) -> CacheStore:
     storage = open_storage(url)
     found = read_manifest(storage)
     return CacheStore(storage, found, found.load_plan(storage))
+
+
+def _start(storage: Storage, wanted: Manifest, plan: Plan, tensors: TensorSource) -> Manifest | None:
+    """The manifest, written; None where another worker was first."""
+    values = tensors if isinstance(tensors, Mapping) else tensors()
+    # Making them may have taken minutes.
+    if storage.size(manifest.NAME) is not None:
+        return None
+    complete = replace(wanted, tensors=write_tensors(storage, values))
+    plan.write(storage)
+    # Last, and only if no other worker was first: a cache exists when this object does.
+    return complete if storage.write(manifest.NAME, complete.to_json().encode()) else None
 
 
 def _check_same(found: Manifest, wanted: Manifest, *, cache: str) -> None:
@@ -225,10 +253,6 @@ def _comparable(manifest: Manifest) -> dict[str, Any]:
     """Which sample is in which shard, and in which format: not where the planner found the samples."""
     plan = {name: manifest.plan[name] for name in ("samples", "shard_samples")}
     return {"format": manifest.shard_format, "plan": plan | {"keys": manifest.plan["arrays"]["keys"]}}
-
-
-def _decoded_bytes(field: FieldSpec, rows: Sequence[EncodedRow]) -> int:
-    return sum(math.prod(row.shapes[field.name]) for row in rows) * field.numpy_dtype.itemsize
 
 
 def _add(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:

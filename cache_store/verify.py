@@ -26,17 +26,22 @@ from alignkd.cache_store.reader import open_shard, row_keys
 from alignkd.cache_store.shard import CorruptShard, Shard
 from alignkd.cache_store.storage import TEMPORARY
 from alignkd.cache_store.store import RUNS, CacheStore, open_store
+from alignkd.cache_store.tensors import DamagedTensor, check_size, is_orphan, read_tensor, unlisted
 
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong: in words, the objects that ``repair`` removes, in that order, and the keys of the samples touched."""
+    """Something wrong: in words, the objects that ``repair`` removes, in that order, and the keys of the samples touched.
+
+    ``beyond_repair``: every sample needs the objects and nothing in the cache can rebuild them, so they are not removed.
+    """
 
     message: str
     objects: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    beyond_repair: bool = False
 
     def __str__(self) -> str:
         if not self.keys:
@@ -51,8 +56,8 @@ class VerifyReport:
 
     ``rows`` and ``rejected`` count samples of shards without a problem. Planned shards that are not done yet are no
     problem, nor are ``strays``: temporaries and objects that no record names, left by a crash or about to be
-    committed. ``content_sha256`` is the same for every cache that holds the same rows, however they are sharded,
-    ordered, compressed or formatted; "" after a quick audit.
+    committed. ``content_sha256`` is the same for every cache that holds the same rows and tensors, however they are
+    sharded, ordered, compressed or formatted; "" after a quick audit.
     """
 
     problems: list[Problem]
@@ -78,7 +83,8 @@ def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None]
     store = open_store(url)
     objects = object_names(store.storage)
     numbers = committed_numbers(store.storage)
-    problems = [*_foreign(store), *_damaged_runs(store)]
+    orphans = [name for name in unlisted(store.storage, store.manifest.tensors) if is_orphan(store.storage, name)]
+    problems = [*_foreign(store, orphans), *_damaged_runs(store), *_damaged_tensors(store, quick)]
     digests: list[bytes] = []
     sound: list[CommitRecord] = []
     recorded: dict[int, str] = {}
@@ -103,8 +109,8 @@ def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None]
         rejected=sum(len(record.rejected) for record in sound),
         shards_done=sum(number < store.plan.shards for number in numbers),
         shards_planned=store.plan.shards,
-        strays=[*temporary_names(store.storage), *strays],
-        content_sha256="" if quick else hashlib.sha256(b"".join(sorted(digests))).hexdigest(),
+        strays=[*temporary_names(store.storage), *orphans, *strays],
+        content_sha256="" if quick else hashlib.sha256(b"".join([*sorted(digests), *_tensor_digests(store)])).hexdigest(),
     )
 
 
@@ -118,6 +124,12 @@ def row_digest(shard: Shard, i: int) -> bytes:
         for part in sorted(encoded[field.name]):
             digest.update(encoded[field.name][part].tobytes())
     return bytes.fromhex(key) + digest.digest()
+
+
+def _tensor_digests(store: CacheStore) -> Iterator[bytes]:
+    """Of each tensor, by name: a cache with other tensors holds something else."""
+    for name, entry in sorted(store.manifest.tensors.items()):
+        yield hashlib.sha256(json.dumps([name, entry.to_dict()], sort_keys=True).encode()).digest()
 
 
 def _audit(store: CacheStore, record: CommitRecord, quick: bool) -> list[bytes]:
@@ -174,13 +186,23 @@ def _loose(store: CacheStore, name: str) -> Problem | None:
     return Problem(f"{name}: a second object of shard {number}: no worker left it, it is a copy or damaged", (name,))
 
 
-def _foreign(store: CacheStore) -> list[Problem]:
+def _foreign(store: CacheStore, orphans: list[str]) -> list[Problem]:
     ours = set(plan_objects(store.manifest.plan))
     plans = [f"{PLAN}/{name}" for name in store.storage.names(PLAN) if not name.startswith(TEMPORARY)]
+    tensors = [name for name in unlisted(store.storage, store.manifest.tensors) if name not in orphans]
     return [
         *(Problem(f"{name}: neither a shard nor a record", (name,)) for name in foreign_names(store.storage)),
         *(Problem(f"{name}: not part of this cache's plan", (name,)) for name in plans if name not in ours),
+        *(Problem(f"{name}: not one of this cache's tensors", (name,)) for name in tensors),
     ]
+
+
+def _damaged_tensors(store: CacheStore, quick: bool) -> Iterator[Problem]:
+    for entry in store.manifest.tensors.values():
+        try:
+            (check_size if quick else read_tensor)(store.storage, entry)
+        except DamagedTensor as error:
+            yield Problem(str(error), (entry.object,), beyond_repair=True)
 
 
 def _damaged_runs(store: CacheStore) -> Iterator[Problem]:

@@ -1,9 +1,14 @@
 """One shard as one object: a tar archive as webdataset reads it, and an index for reading rows in any order.
 
     __index__               JSON: "ids" [[key, sample_id, image_sha256], ...], "size" of all that follows, and "fields": for
-                            each dims, dtype (decoded), codec, "shapes" of the rows, and "parts": dtype and "places" of the rows
-    KEY.json                for each row: sample_id, image_sha256, and for each field shape, dims, dtype, codec, dtypes of parts
+                            each dims, dtype (decoded), codec, per_image, "shapes" of the rows, and "parts": dtype and "places"
+                            of the rows
+    KEY.json                for each row: sample_id, image_sha256, and for each field shape, dims, dtype, codec, per_image and
+                            dtypes of parts
     KEY.FIELD.PART.blosc    then its parts, fields by name: one Blosc frame each, nothing at all where there are no values
+
+Rows with the same non-empty image_sha256 share the value of a per-image field: only the first has its members. The others
+have the same places in the index, and in their KEY.json the field says "same_as": key of the first.
 
 A place is [offset, size]; offsets count from where ``__index__`` and its padding end. webdataset skips that member.
 
@@ -25,7 +30,16 @@ from numpy.typing import NDArray
 
 from alignkd.cache_store.codecs import Array
 from alignkd.cache_store.encoding import check_budget, check_shapes, compress, decompress, describe, dump_json
-from alignkd.cache_store.shard import CorruptShard, RowId, Shard, check_ids, empty_layout, part_sizes
+from alignkd.cache_store.shard import (
+    CorruptShard,
+    RowId,
+    Shard,
+    check_ids,
+    empty_layout,
+    first_rows,
+    part_sizes,
+    values_of_rows,
+)
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
 
 NAME = "webdataset"
@@ -34,12 +48,12 @@ SUFFIX = ".tar"
 _INDEX = "__index__"
 
 _Shapes = Mapping[str, NDArray[np.int32]]
-# (field, part) -> [offset, size] of each row.
+# (field, part) -> [offset, size] of each value.
 _Places = Mapping[tuple[str, str], list[list[int]]]
 
 
 class _Column(NamedTuple):
-    """Of one part in each row: how many values, and where."""
+    """Of one part in each value: how many elements, and where."""
 
     dtype: np.dtype[Any]
     sizes: list[int]
@@ -61,10 +75,11 @@ class TarShard(Shard):
     def part(self, field: str, part: str, i: int) -> Array:
         """Decompressed just now."""
         dtype, sizes, places = self.columns[field, part]
-        offset, size = places[i]
+        value = self.value_of_row[field][i]
+        offset, size = places[value]
         frame = self.data[self.base + offset : self.base + offset + size]
         try:
-            return np.frombuffer(decompress(frame, sizes[i] * dtype.itemsize), dtype)
+            return np.frombuffer(decompress(frame, sizes[value] * dtype.itemsize), dtype)
         except CorruptShard as error:
             raise CorruptShard(f"row {self.ids[i].key}, field {field!r}, {part}: {error}") from error
 
@@ -75,9 +90,9 @@ def write_shard(shard: Shard) -> bytes:
     places: dict[tuple[str, str], list[list[int]]] = {(field, part): [] for field, part, _ in _parts(shard.spec)}
     for i, row in enumerate(shard.ids):
         _append(body, f"{row.key}.json", _row_json(shard, i))
-        for (field, part), rows in places.items():
+        for field, part in _members_of(shard, i):
             frame = compress(shard.part(field, part, i))
-            rows.append([_append(body, f"{row.key}.{field}.{part}.blosc", frame), len(frame)])
+            places[field, part].append([_append(body, f"{row.key}.{field}.{part}.blosc", frame), len(frame)])
     body.write(bytes(2 * tarfile.BLOCKSIZE))
     head = io.BytesIO()
     _append(head, _INDEX, _index_json(shard.spec, shard.ids, shard.shapes, places, body.tell()))
@@ -95,11 +110,11 @@ def read_shard(spec: CacheSpec, data: bytes) -> TarShard:
         raise CorruptShard(f"not a readable shard: {error!r}") from error
 
 
-def audit(spec: CacheSpec, data: bytes, shard: Shard) -> None:
+def audit(data: bytes, shard: Shard) -> None:
     """CorruptShard unless a reader of tar finds what the index of ``shard``, read from ``data``, says."""
     assert isinstance(shard, TarShard)
     members = _members(data)
-    names = [_INDEX, *(name for key in shard.keys for name in _names(spec, key))]
+    names = [_INDEX, *(name for i in range(len(shard)) for name in _names(shard, i))]
     if [member.name for member in members] != names:
         raise CorruptShard(f"the archive has {len(members)} members, expected just the {len(names)} that the index names")
     found = iter(members[1:])
@@ -107,9 +122,9 @@ def audit(spec: CacheSpec, data: bytes, shard: Shard) -> None:
         at, size = _place(next(found))
         if data[at : at + size] != _row_json(shard, i):
             raise CorruptShard(f"row {key}: {key}.json is not what the index says")
-        for (field, part), column in shard.columns.items():
+        for field, part in _members_of(shard, i):
             at, size = _place(next(found))
-            if [at - shard.base, size] != column.places[i]:
+            if [at - shard.base, size] != shard.columns[field, part].places[shard.value_of_row[field][i]]:
                 raise CorruptShard(f"row {key}, field {field!r}, {part} is not where the index says")
 
 
@@ -128,36 +143,41 @@ def _parts(spec: CacheSpec) -> Iterator[tuple[str, str, np.dtype[Any]]]:
             yield field.name, part, dtype
 
 
-def _names(spec: CacheSpec, key: str) -> list[str]:
-    return [f"{key}.json", *(f"{key}.{field}.{part}.blosc" for field, part, _ in _parts(spec))]
+def _members_of(shard: Shard, i: int) -> Iterator[tuple[str, str]]:
+    """Field and part of each frame that is stored with row ``i``."""
+    return ((field, part) for field, part, _ in _parts(shard.spec) if shard.first_row(field, i) == i)
+
+
+def _names(shard: Shard, i: int) -> list[str]:
+    key = shard.ids[i].key
+    return [f"{key}.json", *(f"{key}.{field}.{part}.blosc" for field, part in _members_of(shard, i))]
 
 
 def _row_json(shard: Shard, i: int) -> bytes:
-    fields = {
-        field.name: {
+    def entry(field: FieldSpec) -> dict[str, Any]:
+        first = shard.first_row(field.name, i)
+        return {
             **describe(field),
             "shape": shard.shape(field.name, i),
             "parts": {part: dtype.str for part, (_, dtype) in empty_layout(field).items()},
+            **({} if first == i else {"same_as": shard.ids[first].key}),
         }
-        for field in shard.spec.fields
-    }
+
+    fields = {field.name: entry(field) for field in shard.spec.fields}
     row = shard.ids[i]
     return dump_json({"sample_id": row.sample_id, "image_sha256": row.image_sha256, "fields": fields})
 
 
 def _index_json(spec: CacheSpec, ids: Sequence[RowId], shapes: _Shapes, places: _Places, size: int) -> bytes:
-    fields = {
-        field.name: {
-            **describe(field),
-            "shapes": shapes[field.name].tolist(),
-            "parts": {
-                part: {"dtype": dtype.str, "places": places[field.name, part]}
-                for part, (_, dtype) in empty_layout(field).items()
-            },
+    def entry(field: FieldSpec) -> dict[str, Any]:
+        values, shape_of = values_of_rows(field, ids), shapes[field.name].tolist()
+        parts = {
+            part: {"dtype": dtype.str, "places": [places[field.name, part][value] for value in values]}
+            for part, (_, dtype) in empty_layout(field).items()
         }
-        for field in spec.fields
-    }
-    return dump_json({"ids": ids, "size": size, "fields": fields})
+        return {**describe(field), "shapes": [shape_of[value] for value in values], "parts": parts}
+
+    return dump_json({"ids": ids, "size": size, "fields": {field.name: entry(field) for field in spec.fields}})
 
 
 def _padding(size: int) -> int:
@@ -188,14 +208,17 @@ def _parse(spec: CacheSpec, data: bytes, base: int, text: bytes) -> TarShard:
     ids, size, entries = check_ids(index["ids"]), len(data) - base, index["fields"]
     if index["size"] != size:
         raise CorruptShard(f"found {size} bytes after the index, expected {index['size']}")
-    found = {name: {key: entry.get(key) for key in ("dims", "dtype", "codec")} for name, entry in entries.items()}
     expected = {field.name: describe(field) for field in spec.fields}
+    found = {name: {key: entry[key] for key in entry.keys() - {"shapes", "parts"}} for name, entry in entries.items()}
     if found != expected:
         raise CorruptShard(f"found fields {found}, expected {expected}")
-    shapes = {field.name: _parse_shapes(field, entries[field.name]["shapes"], len(ids)) for field in spec.fields}
+    firsts = {field.name: list(first_rows(values_of_rows(field, ids))) for field in spec.fields}
+    shapes = {f.name: _parse_shapes(f, entries[f.name]["shapes"], len(ids))[firsts[f.name]] for f in spec.fields}
     places = {
-        (field, part): _parse_places(entries[field]["parts"][part]["places"], len(ids), size) for field, part, _ in _parts(spec)
+        (field, part): _parse_places(entries[field]["parts"][part]["places"], len(ids), size)[firsts[field]].tolist()
+        for field, part, _ in _parts(spec)
     }
+    # Also where the later rows of an image have other shapes or places than the first.
     if text != _index_json(spec, ids, shapes, places, size):
         raise CorruptShard("the index says something twice, or something else than rows, shapes and places")
     shard = TarShard(spec, ids, shapes, data, base, places)
@@ -209,12 +232,11 @@ def _parse_shapes(field: FieldSpec, rows: Any, count: int) -> NDArray[np.int32]:
     return shapes
 
 
-def _parse_places(rows: Any, count: int, end: int) -> list[list[int]]:
+def _parse_places(rows: Any, count: int, end: int) -> NDArray[np.int64]:
     places = np.array(rows, np.int64).reshape(count, 2)
     if (places < 0).any() or (places[:, 0] > end - places[:, 1]).any():
         raise CorruptShard(f"the index names places beyond the {end} bytes after it")
-    found: list[list[int]] = places.tolist()
-    return found
+    return places
 
 
 def _members(data: bytes) -> list[tarfile.TarInfo]:

@@ -3,10 +3,13 @@
 One object is one rename on a disk and one PUT on an object store, and is read whole, then verified, then decoded:
 
     _index                uint8 [bytes]       JSON [[key, sample_id, image_sha256], ...]
-    FIELD/                attributes: dims, dtype (decoded), codec
-    FIELD/shape           int32 [rows, ndim]  decoded shape of each row
-    FIELD/PART            [values]            a part of the codec, the rows' values one after the other
-    FIELD/PART_offsets    int64 [rows + 1]    row i is PART[PART_offsets[i] : PART_offsets[i + 1]], flat
+    FIELD/                attributes: dims, dtype (decoded), codec, per_image
+    FIELD/value_of_row    int32 [rows]        of a per-image field only: which value a row has; else row i has value i
+    FIELD/shape           int32 [values, ndim]  decoded shape of each value
+    FIELD/PART            [elements]          a part of the codec, the values one after the other
+    FIELD/PART_offsets    int64 [values + 1]  value j is PART[PART_offsets[j] : PART_offsets[j + 1]], flat
+
+Rows with the same non-empty image_sha256 have one value of a per-image field; values are numbered as they first occur.
 
 A shard may come from a stranger. Nothing is unpickled and nothing is extracted: metadata have to be byte for byte what this
 module writes, the members have to be exactly the expected ones, and sizes are compared before anything is decompressed.
@@ -18,7 +21,7 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +29,18 @@ from numpy.typing import NDArray
 
 from alignkd.cache_store.codecs import Array, Shape
 from alignkd.cache_store.encoding import check_budget, check_shapes, describe, dump_json
-from alignkd.cache_store.shard import ColumnShard, CorruptShard, Shard, check_ids, empty_layout, join, part_offsets
+from alignkd.cache_store.shard import (
+    ColumnShard,
+    CorruptShard,
+    RowId,
+    Shard,
+    check_ids,
+    empty_layout,
+    first_rows,
+    join,
+    part_offsets,
+    values_of_rows,
+)
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
 from alignkd.cache_store.zarr_array import array_json, decode, decoded_bytes, encode, group_json, require_zarr_3, shard_name
 
@@ -62,7 +76,7 @@ def read_shard(spec: CacheSpec, data: bytes) -> Shard:
         raise CorruptShard(f"not a readable shard: {error!r}") from error
 
 
-def audit(spec: CacheSpec, data: bytes, shard: Shard) -> None:
+def audit(data: bytes, shard: Shard) -> None:
     """Nothing: ``read_shard`` has compared all there is."""
 
 
@@ -79,11 +93,13 @@ def field_bytes(spec: CacheSpec, data: bytes) -> dict[str, int]:
 
 def _arrays(shard: ColumnShard) -> Iterator[tuple[str, Array]]:
     yield _INDEX, np.frombuffer(dump_json(shard.ids), _BYTE)
-    for field, parts in shard.parts.items():
-        yield f"{field}/shape", shard.shapes[field].astype(_SIZE, copy=False)
-        for part, values in parts.items():
-            yield f"{field}/{part}", values
-            yield f"{field}/{part}_offsets", np.array(shard.offsets[field][part], _OFFSET)
+    for field in shard.spec.fields:
+        if field.per_image:
+            yield f"{field.name}/value_of_row", np.array(shard.value_of_row[field.name], _SIZE)
+        yield f"{field.name}/shape", shard.shapes[field.name].astype(_SIZE, copy=False)
+        for part, values in shard.parts[field.name].items():
+            yield f"{field.name}/{part}", values
+            yield f"{field.name}/{part}_offsets", np.array(shard.offsets[field.name][part], _OFFSET)
 
 
 def _read(spec: CacheSpec, members: _Members) -> ColumnShard:
@@ -92,10 +108,21 @@ def _read(spec: CacheSpec, members: _Members) -> ColumnShard:
     shapes, parts = {}, {}
     for field in spec.fields:
         members.require(f"{field.name}/zarr.json", group_json(describe(field)))
-        shapes[field.name] = members.array(f"{field.name}/shape", (len(ids), len(field.dims)), _SIZE)
+        values = _read_values(members, field, ids)
+        shapes[field.name] = members.array(f"{field.name}/shape", (values, len(field.dims)), _SIZE)
         parts[field.name] = _read_parts(members, field, shapes[field.name])
     members.refuse_rest()
     return ColumnShard(spec, ids, shapes, parts)
+
+
+def _read_values(members: _Members, field: FieldSpec, ids: Sequence[RowId]) -> int:
+    """How many values a field has."""
+    expected = values_of_rows(field, ids)
+    if field.per_image:
+        found = members.array(f"{field.name}/value_of_row", (len(ids),), _SIZE)
+        if found.tolist() != expected:
+            raise CorruptShard(f"array '{field.name}/value_of_row' does not follow from the images of the rows")
+    return len(first_rows(expected))
 
 
 def _read_parts(members: _Members, field: FieldSpec, shapes: NDArray[np.int32]) -> dict[str, Array]:

@@ -21,6 +21,8 @@ from alignkd.prompts import IMAGE_TAG
 
 _CHUNK = 4 * 2**20
 _LARGEST_SAMPLE = 64 * 2**20
+_NO_IMAGE = 0
+"""Stands for the hash of no image references."""
 _BETWEEN = re.compile(r"[ \t\r\n]*(?P<comma>,?)[ \t\r\n]*(?P<end>\]?)")
 
 
@@ -67,6 +69,12 @@ def parse_sample(record: Any, where: str) -> Sample:
     return Sample(sample_id, tuple(images), tuple(turns), key)
 
 
+def _image_hash(references: tuple[str, ...]) -> bytes:
+    if not references:
+        return _NO_IMAGE.to_bytes(8, "little")
+    return hashlib.blake2b(json.dumps(references).encode(), digest_size=8).digest()
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -84,7 +92,7 @@ class SampleFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        starts, lengths, keys = array("q"), array("q"), bytearray()
+        starts, lengths, keys, images = array("q"), array("q"), bytearray(), bytearray()
         try:
             with self.path.open("rb") as file:
                 for number, (start, text, record) in enumerate(_records(file, self.path)):
@@ -92,12 +100,14 @@ class SampleFile:
                     starts.append(start)
                     lengths.append(len(text))
                     keys += bytes.fromhex(sample.key)
+                    images += _image_hash(sample.images)
         except OSError as error:
             raise DataError(f"data file {self.path}: {error.strerror}") from error
         if not starts:
             raise DataError(f"data file {self.path} holds no samples")
         self.starts, self.lengths = np.asarray(starts), np.asarray(lengths)
         self.keys = np.frombuffer(bytes(keys), dtype=np.uint8).reshape(-1, 16)
+        self.image_hashes: np.ndarray | None = np.frombuffer(bytes(images), dtype="<u8")
         self._opened: dict[str, BinaryIO] = {}
 
     @classmethod
@@ -105,6 +115,7 @@ class SampleFile:
         """Samples of known keys ``[N, 16]`` at known byte ranges; each is compared with its key when it is read."""
         file = cls.__new__(cls)
         file.path, file.keys, file.starts, file.lengths, file._opened = Path(path), keys, starts, lengths, {}
+        file.image_hashes = None
         return file
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,6 +151,18 @@ class SampleFile:
         # lexsort is stable, so the first of equal keys is the first in the file.
         new = np.r_[True, (halves[order][1:] != halves[order][:-1]).any(axis=1)]
         return np.sort(order[new])
+
+    def by_image(self) -> np.ndarray:
+        """The indices of :meth:`unique`, but samples of the same image references together, where the first of them is.
+
+        A cache then stores what depends on the images alone once, or twice where a shard ends between them.
+        """
+        assert self.image_hashes is not None, "the file was not read, only looked into"
+        order = self.unique()
+        hashes = self.image_hashes[order]
+        _, first, image = np.unique(hashes, return_index=True, return_inverse=True)
+        place = np.where(hashes == _NO_IMAGE, np.arange(len(order)), first[image])
+        return order[np.argsort(place, kind="stable")]
 
     def _parse(self, text: bytes, number: int, record: Any = None) -> Sample:
         if record is None:

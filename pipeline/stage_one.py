@@ -235,7 +235,7 @@ def find_samples(config: CacheTeacherConfig) -> tuple[SampleFile, Plan]:
             # Each sample is compared with its key when it is read, so a changed file of the same size cannot pass.
             return SampleFile.known(config.data, plan.keys, plan.extras["starts"], plan.extras["lengths"]), plan
     file = SampleFile(config.data)
-    order = file.unique()
+    order = file.by_image()
     keys, starts, lengths = file.keys[order], file.starts[order], file.lengths[order]
     meta = {"data_file": Path(config.data).name, "bytes": size, "records": len(file)}
     plan = Plan(keys, config.shard_samples, meta, {"starts": starts.astype("<i8"), "lengths": lengths.astype("<i8")})

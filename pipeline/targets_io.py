@@ -52,7 +52,7 @@ class TargetSettings:
         if "attention" in self.targets:
             fields.append(FieldSpec("attention", ("H", "T", "V"), "float32", self.attention_codec))
         if "vision" in self.targets:
-            fields.append(FieldSpec("vision_tokens", ("V", "D"), "float32", self.vision_codec))
+            fields.append(FieldSpec("vision_tokens", ("V", "D"), "float32", self.vision_codec, per_image=True))
         if "logits" in self.targets:
             fields.append(FieldSpec("topk_ids", ("A", "K"), ids_dtype, "exact"))
             fields.append(FieldSpec("topk_logprobs", ("A", "K"), "float32", "float16"))

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from cache_samples import all_names, fill, key_of, make_store
+from cache_samples import TENSORS, all_names, fill, key_of, make_store
 
 from alignkd.cache_store.commit import shard_number
 from alignkd.cache_store.reader import CacheReader
 from alignkd.cache_store.shard import CorruptShard
 from alignkd.cache_store.storage import open_storage
+from alignkd.cache_store.tensors import DamagedTensor
 from alignkd.cache_store.verify import verify
 
 
@@ -32,8 +33,8 @@ class Damage:
 
 
 def small_cache(folder: Path, shard_format: str) -> Path:
-    """Two shards of two samples, one of them rejected, and the record of a run."""
-    store = make_store(folder, samples=4, shard_samples=2, shard_format=shard_format)
+    """Two shards of two samples, one of them rejected, two tensors, and the record of a run."""
+    store = make_store(folder, samples=4, shard_samples=2, shard_format=shard_format, tensors=TENSORS)
     fill(store, reject=(3,)).write_run({"seed": 1})
     assert verify(folder).problems == []
     return folder
@@ -51,7 +52,7 @@ def random_damages(cache: Path, count: int, seed: int) -> list[Damage]:
 
 
 def is_found(cache: Path, damage: Damage) -> bool:
-    """Whether the audit names the damage, and reading the rows of a damaged shard refuses them; mends the damage."""
+    """Whether the audit names the damage, and reading refuses a damaged tensor or the rows of a shard; mends the damage."""
     file = cache / damage.name
     data = file.read_bytes()
     file.write_bytes(damage.of(data))
@@ -70,12 +71,24 @@ def _audit_finds(cache: Path, damage: Damage) -> bool:
 
 
 def _reading_refuses(cache: Path, damage: Damage) -> bool:
+    if damage.name.startswith("tensors/"):
+        return _tensor_refused(cache, damage.name)
     number = shard_number(damage.name)
     if number is None:
         return True
     reader = CacheReader(cache)
     keys = [key for key in map(key_of, range(4)) if key in reader and reader.shard_of(key) == number]
     return bool(keys) and all(_refused(reader, key) for key in keys)
+
+
+def _tensor_refused(cache: Path, name: str) -> bool:
+    tensors = CacheReader(cache).tensors
+    (named,) = (entry.name for entry in tensors.entries.values() if entry.object == name)
+    try:
+        tensors[named]
+    except DamagedTensor:
+        return True
+    return False
 
 
 def _refused(reader: CacheReader, key: str) -> bool:

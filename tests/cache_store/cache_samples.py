@@ -1,4 +1,4 @@
-"""A small cache to test with: ragged rows like those of a teacher, text-only and empty ones among them."""
+"""A small cache to test with: ragged rows like those of a teacher, some without text or image, some of one image."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from alignkd.cache_store.row import Rejected, Row
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
 from alignkd.cache_store.storage import LocalStorage, Storage, open_storage
 from alignkd.cache_store.store import CacheStore
+from alignkd.cache_store.tensors import TensorSource
 
 SPEC = CacheSpec(
     fields=(
         FieldSpec("attention", ("H", "T", "V"), "float32", "int8-rows"),
-        FieldSpec("vision", ("V", "D"), "float32", "float16"),
+        FieldSpec("vision", ("V", "D"), "float32", "float16", per_image=True),
         FieldSpec("token_ids", ("T",), "int32", "exact"),
         FieldSpec("mass", (), "float32", "exact"),
     ),
     fingerprint={"teacher": {"weights": "a" * 64, "template": "v1"}, "top_k": 8},
 )
+
+TENSORS = {"head": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4), "slice.weight": np.arange(5, dtype=np.uint16)}
 
 # What both formats have in common is tested with this one.
 FASTER = "webdataset"
@@ -42,15 +45,16 @@ def keys_array(count: int) -> np.ndarray:
 
 
 def make_row(i: int) -> Row:
+    """Samples 1 and 2, 4 and 5, 7 and 8 have an image in common; 0, 3, 6 and 9 have none."""
     rng = np.random.default_rng(i)
-    tokens, vision = int(rng.integers(0, 6)), 0 if i % 3 == 0 else 5
+    tokens, vision, image = int(rng.integers(0, 6)), 0 if i % 3 == 0 else 5, i // 3
     values = {
         "attention": rng.random((2, tokens, vision), dtype=np.float32),
-        "vision": rng.standard_normal((vision, 4), dtype=np.float32),
+        "vision": np.random.default_rng(1000 + image).standard_normal((vision, 4), dtype=np.float32),
         "token_ids": rng.integers(0, 32000, tokens, dtype=np.int32),
         "mass": np.array(rng.random(), dtype=np.float32),
     }
-    return Row(key_of(i), f"sample-{i}/é", "b" * 64 if vision else "", values)
+    return Row(key_of(i), f"sample-{i}/é", f"{image:064x}" if vision else "", values)
 
 
 def make_rows(count: int, first: int = 0) -> list[Row]:
@@ -62,9 +66,14 @@ def plan_of(samples: int = 10, shard_samples: int = 4, order: slice = slice(None
 
 
 def make_store(
-    url: str | Path, samples: int = 10, shard_samples: int = 4, spec: CacheSpec = SPEC, shard_format: str = FASTER
+    url: str | Path,
+    samples: int = 10,
+    shard_samples: int = 4,
+    spec: CacheSpec = SPEC,
+    shard_format: str = FASTER,
+    tensors: TensorSource = dict,
 ) -> CacheStore:
-    return CacheStore.create_or_open(url, spec, plan_of(samples, shard_samples), shard_format=shard_format)
+    return CacheStore.create_or_open(url, spec, plan_of(samples, shard_samples), shard_format=shard_format, tensors=tensors)
 
 
 def fill(store: CacheStore, *, reject: tuple[int, ...] = ()) -> CacheStore:
@@ -82,7 +91,7 @@ def commit(store: CacheStore, number: int, *, reject: tuple[int, ...] = (), work
 
 
 def full_cache(url: str | Path, shard_samples: int = 4, shard_format: str = FASTER) -> Storage:
-    """Ten samples, the fifth rejected, and the record of one run; copied from one that was written before."""
+    """Ten samples, the fifth rejected, two tensors and the record of one run; copied from one that was written before."""
     storage = open_storage(url)
     for name, data in _written_before(shard_samples, shard_format).items():
         if isinstance(storage, LocalStorage):
@@ -96,14 +105,15 @@ def full_cache(url: str | Path, shard_samples: int = 4, shard_format: str = FAST
 @functools.cache
 def _written_before(shard_samples: int, shard_format: str) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        store = fill(make_store(folder, shard_samples=shard_samples, shard_format=shard_format), reject=(4,))
+        store = make_store(folder, shard_samples=shard_samples, shard_format=shard_format, tensors=TENSORS)
+        fill(store, reject=(4,))
         store.write_run({"seed": 1, "versions": {"alignkd": "0"}})
         return contents(store.storage)
 
 
 def all_names(storage: Storage) -> list[str]:
     """Every object of a cache, temporaries too."""
-    folders = ("", "plan", "runs", "shards", "commits")
+    folders = ("", "plan", "tensors", "runs", "shards", "commits")
     names = [f"{folder}/{name}".lstrip("/") for folder in folders for name in storage.names(folder)]
     return [name for name in names if storage.size(name) is not None]
 

@@ -69,6 +69,12 @@ DAMAGES: dict[str, Damage] = {
     "a stranger among shards": (None, "shards/notes.txt", lambda s: _copy(s, "cache.json", "shards/notes.txt")),
     "a stranger among records": (None, "commits/000000.json~", lambda s: _copy(s, record_name(0), "commits/000000.json~")),
     "a stranger in the plan": (None, "plan/keys.npy", lambda s: _copy(s, "cache.json", "plan/keys.npy")),
+    "a stranger among tensors": (None, "tensors/head.npy", lambda s: _copy(s, "cache.json", "tensors/head.npy")),
+    "a damaged orphan among tensors": (
+        None,
+        "tensors/head-0123456789ab.npy",
+        lambda s: _copy(s, "cache.json", "tensors/head-0123456789ab.npy"),
+    ),
     "a stranger among runs": (None, "runs/readme", lambda s: _copy(s, "cache.json", "runs/readme")),
     "a bit in the record of a run": (None, "runs/", lambda s: flip(s, _run(s), 0.2)),
 }

@@ -102,7 +102,7 @@ def test_another_format_version_is_refused_with_the_way_out():
         Manifest.from_json(text)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "null", "1", '{"format_version": 2}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", "1", '{"format_version": 3}'])
 def test_what_is_no_manifest_is_refused(text):
     with pytest.raises(ValueError, match="not the description of a cache"):
         Manifest.from_json(text)

@@ -116,11 +116,12 @@ def test_a_repair_that_stops_within_leaves_a_cache_to_repair(tmp_path, undamaged
     assert (verify(tmp_path).problems, verify(tmp_path).content_sha256) == ([], undamaged)
 
 
-@pytest.mark.parametrize("name", ["cache.json", "plan/keys"])
-def test_without_manifest_or_plan_nothing_is_removed(tmp_path, name):
+@pytest.mark.parametrize("name", ["cache.json", "plan/keys", "tensors/head"])
+def test_without_manifest_plan_or_tensors_nothing_is_removed(tmp_path, name):
     storage = full_cache(tmp_path)
     (name,) = (found for found in all_names(storage) if found.startswith(name))
     flip(storage, name, 0.9)
+    DAMAGES["a bit in a shard"][2](storage)
     before = contents(storage)
     with pytest.raises(ValueError, match=r"[Rr]estore"):
         repair(tmp_path)

@@ -9,7 +9,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cache_samples import SPEC, all_names, commit, contents, fill, flip, full_cache, key_of, make_row, make_rows, make_store
+from cache_samples import (
+    SPEC,
+    TENSORS,
+    all_names,
+    commit,
+    contents,
+    fill,
+    flip,
+    full_cache,
+    key_of,
+    make_row,
+    make_rows,
+    make_store,
+)
 
 from alignkd.cache_store.commit import CommitRecord, CorruptRecord, object_names, read_records, record_name
 from alignkd.cache_store.row import Rejected
@@ -40,7 +53,7 @@ def test_an_interrupted_cache_ends_like_an_uninterrupted_one(tmp_path):
     assert verify(whole.url).content_sha256 == verify(resumed.url).content_sha256
 
 
-@pytest.mark.parametrize("at", ["plan/keys", "cache.json", "shards/000000", "commits/000000"])
+@pytest.mark.parametrize("at", ["tensors/head", "plan/keys", "cache.json", "shards/000000", "commits/000000"])
 @pytest.mark.parametrize("written", [False, True])
 def test_a_crash_at_any_write_leaves_a_shard_or_none(tmp_path, monkeypatch, at, written):
     real = LocalStorage._write
@@ -56,8 +69,8 @@ def test_a_crash_at_any_write_leaves_a_shard_or_none(tmp_path, monkeypatch, at, 
     with monkeypatch.context() as patch:
         patch.setattr(LocalStorage, "_write", crash)
         with pytest.raises(KeyboardInterrupt):
-            commit(make_store(tmp_path), 0)
-    store = make_store(tmp_path)
+            commit(make_store(tmp_path, tensors=TENSORS), 0)
+    store = make_store(tmp_path, tensors=TENSORS)
     assert store.pending() == ([1, 2] if at == "commits/000000" and written else [0, 1, 2])
     assert verify(tmp_path).problems == []
     fill(store)

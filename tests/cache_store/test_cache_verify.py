@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,8 @@ from cache_samples import (
 from damages import DAMAGES
 
 from alignkd.cache_store.commit import object_name, object_names, record_name
+from alignkd.cache_store.reader import CacheReader
+from alignkd.cache_store.shard import CorruptShard
 from alignkd.cache_store.storage import LocalStorage, open_storage
 from alignkd.cache_store.store import CacheStore
 from alignkd.cache_store.verify import Problem, verify
@@ -55,6 +58,21 @@ def test_damage_is_found_once_with_the_samples_it_touches(tmp_path, shard_format
     assert report.rows + report.rejected == 10 - len(problem.keys)
     assert report.strays == []
     assert problem.objects
+
+
+def test_a_bit_in_a_value_that_samples_share_touches_them_all(tmp_path):
+    """Of the first shard samples 1 and 2 have one image; of the second only 5 has, as 4 was rejected."""
+    storage = full_cache(tmp_path)
+    name = object_names(storage)[0]
+    with tarfile.open(tmp_path / name) as archive:
+        shared = archive.getmember(f"{key_of(1)}.vision.values.blosc")
+        assert f"{key_of(2)}.vision.values.blosc" not in archive.getnames()
+    flip(storage, name, (shared.offset_data + shared.size // 2) / (storage.size(name) - 1))
+    (problem,) = verify(tmp_path).problems
+    assert {key_of(1), key_of(2)} <= set(problem.keys)
+    for i in (1, 2):
+        with pytest.raises(CorruptShard):
+            CacheReader(tmp_path).row(key_of(i))
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -192,11 +210,14 @@ def test_the_digest_stays_what_it_was(tmp_path, shard_format):
 
 def test_strangers_that_are_folders_are_found(tmp_path):
     storage = open_storage(full_cache(tmp_path).url)
-    for folder in ("shards", "commits", "plan", "runs"):
+    for folder in ("shards", "commits", "plan", "runs", "tensors"):
         (tmp_path / folder / "sub").mkdir()
+    (tmp_path / "tensors" / "head-0123456789ab.npy").mkdir()
     assert sorted(str(problem).split(":")[0] for problem in verify(storage.url).problems) == [
         "commits/sub",
         "plan/sub",
         "runs/sub",
         "shards/sub",
+        "tensors/head-0123456789ab.npy",
+        "tensors/sub",
     ]

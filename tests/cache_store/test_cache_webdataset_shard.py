@@ -93,6 +93,9 @@ def test_a_shard_rewritten_unchanged_is_read():
         set_shapes("token_ids", [[1 << 31]] * 4),
         set_shapes("token_ids", [[(1 << 31) - 1]] * 4),
         set_shapes("attention", [[(1 << 31) - 1] * 3] * 4),
+        set_shapes("vision", [[0, 4], [5, 4], [5, 3], [0, 4]]),
+        set_part("vision", "values", 2, size=0),
+        lambda index: set_part("vision", "values", 2, index["fields"]["vision"]["parts"]["values"]["places"][0][0])(index),
         set_part("mass", "values", 0, offset=-1),
         set_part("mass", "values", 0, size=-1),
         set_part("mass", "values", 0, offset=1 << 40),
@@ -149,15 +152,15 @@ def test_a_decompression_bomb_is_refused_before_it_is_decompressed():
         webdataset_shard.read_shard(SPEC, bytes(data)).row(1)
 
 
-def audited(change: Callable[[list[tuple[str, bytes]]], object], **header: Any) -> None:
+def audited(change: Callable[[list[tuple[str, bytes]]], object], rows: int = 2, **header: Any) -> None:
     """Audit a shard whose members after the index were changed, but not the index."""
-    data = written(2)
+    data = written(rows)
     index, *rest = [(info.name, content) for info, content in members_of(data)]
     change(rest)
     body = b"".join(member(name, content, **header) for name, content in rest) + bytes(1024)
     size = json.loads(index[1])["size"]
     changed = member(*index) + body.ljust(size, b"\0")[:size]
-    webdataset_shard.audit(SPEC, changed, webdataset_shard.read_shard(SPEC, changed))
+    webdataset_shard.audit(changed, webdataset_shard.read_shard(SPEC, changed))
 
 
 def test_an_audit_of_the_archive_as_written_finds_nothing():
@@ -186,6 +189,12 @@ def test_an_audit_finds_members_that_are_no_plain_files(kind):
         audited(list, type=kind)
 
 
+def test_an_audit_finds_rows_that_share_a_value_without_an_image():
+    data = with_index(lambda index: index["ids"][2].__setitem__(2, "f" * 64))
+    with pytest.raises(CorruptShard, match="expected just the"):
+        webdataset_shard.audit(data, webdataset_shard.read_shard(SPEC, data))
+
+
 def test_headers_know_no_time_and_no_user():
     for info, _ in members_of(written()):
         assert (info.mtime, info.uid, info.gid, info.uname, info.gname, info.mode) == (0, 0, 0, "", "", 0o644)
@@ -196,5 +205,24 @@ def test_names_longer_than_a_header_holds_come_back():
     spec = CacheSpec((FieldSpec("x" * 64, ("N",), "int64", "exact"),), {})
     data = webdataset_shard.write_shard(packed(spec, [Row(key_of(0), "", "", {"x" * 64: np.arange(5)})]))
     shard = webdataset_shard.read_shard(spec, data)
-    webdataset_shard.audit(spec, data, shard)
+    webdataset_shard.audit(data, shard)
     assert shard.row(0).values["x" * 64].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_only_the_first_row_of_an_image_has_its_members_and_the_others_say_so():
+    members = {info.name: content for info, content in members_of(written())}
+    named = [name.split(".")[0] for name in members if name.endswith(".vision.values.blosc")]
+    assert named == [key_of(0), key_of(1), key_of(3)]
+    described = {i: json.loads(members[f"{key_of(i)}.json"])["fields"] for i in range(4)}
+    assert {i: fields["vision"].get("same_as") for i, fields in described.items()} == {0: None, 1: None, 2: key_of(1), 3: None}
+    assert not [fields for fields in described.values() if "same_as" in fields["attention"]]
+
+
+@pytest.mark.parametrize("other", [key_of(0), key_of(9)])
+def test_an_audit_finds_a_row_that_names_another_than_the_first_of_its_image(other):
+    def change(rest: list[tuple[str, bytes]]) -> None:
+        (at,) = (i for i, (_, content) in enumerate(rest) if b"same_as" in content)
+        rest[at] = (rest[at][0], rest[at][1].replace(key_of(1).encode(), other.encode()))
+
+    with pytest.raises(CorruptShard, match=r"\.json is not what the index says"):
+        audited(change, rows=4)

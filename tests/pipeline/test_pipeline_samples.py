@@ -216,6 +216,35 @@ def test_unique_keeps_the_first_of_identical_samples_in_file_order(tmp_path):
     assert file.unique().tolist() == [0, 1, 4]
 
 
+def known_order(file: SampleFile) -> list[int]:
+    """Samples of one image where the first of them is, text-only samples where they are: by hand."""
+    samples = [file[i] for i in range(len(file))]
+    first = {}
+    places = []
+    for i in file.unique().tolist():
+        place = first.setdefault(samples[i].images, i) if samples[i].images else i
+        places.append((place, i))
+    return [i for _, i in sorted(places)]
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "x.png", "y.png", "x.png y.png", "y.png x.png"]), st.integers(0, 2)), min_size=1)
+)
+def test_samples_of_the_same_images_lie_together_where_the_first_is_and_all_others_keep_their_order(tmp_path_factory, picked):
+    records = []
+    for images, i in picked:
+        names = images.split()
+        records.append(record(f"{i}", names, "<image>" * len(names) + "why", "so"))
+    file = SampleFile(write_data(tmp_path_factory.mktemp("order") / "d.json", records))
+    assert file.by_image().tolist() == known_order(file)
+
+
+def test_without_a_common_image_the_order_is_that_of_the_file(tmp_path):
+    file = SampleFile(write_data(tmp_path / "d.json", SAMPLES))
+    assert file.by_image().tolist() == list(range(6))
+
+
 def test_a_sample_file_crosses_processes_with_and_without_an_open_file(tmp_path):
     file = SampleFile(write_data(tmp_path / "d.json", SAMPLES))
     fresh = pickle.loads(pickle.dumps(file))

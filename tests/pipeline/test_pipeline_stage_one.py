@@ -6,6 +6,7 @@ from tiny_runs import IMAGES, SAMPLES, record, run_record, stage_one_config, wri
 
 from alignkd.cache_store.codecs import get_codec
 from alignkd.cache_store.reader import CacheReader
+from alignkd.cache_store.store import open_store
 from alignkd.pipeline.dry_run import dry_run
 from alignkd.pipeline.prepare import Preparer
 from alignkd.pipeline.rejects import TooManyRejected
@@ -92,6 +93,32 @@ def test_batches_stay_under_the_budget_and_are_a_pure_function_of_the_samples(tm
     for batch in first:
         assert len(batch) == 1 or len(batch) * max(item.length for item in batch) <= 80
     assert stage.load(first[1]).batch.samples == 2
+
+
+def test_an_image_is_stored_once_however_many_samples_share_it(tmp_path):
+    """Samples of three images and none in turn, so that file order would put each image into every shard."""
+    records = [
+        record(f"s{i}", None if i % 4 == 3 else f"{i % 4}.png", "what" if i % 4 == 3 else "<image>\nWhat?", f"answer {i}")
+        for i in range(16)
+    ]
+    data = write_data(tmp_path / "d.json", records)
+    settings = TargetSettings(vision_codec="exact")
+    once = write_cache(data, tmp_path / "cache", shard_samples=6, settings=settings)
+    reader = CacheReader(tmp_path / "cache")
+    rows = [reader.row(key) for key in reader]
+    shards_of_image = {row.image_sha256: set() for row in rows if row.image_sha256}
+    for row in rows:
+        if row.image_sha256:
+            shards_of_image[row.image_sha256].add(reader.shard_of(row.key))
+    stored = sum(map(len, shards_of_image.values()))
+    assert (len(shards_of_image), stored) == (3, 4)
+    (vision,) = {row.values["vision_tokens"].nbytes for row in rows if row.image_sha256}
+    assert open_store(tmp_path / "cache").status().decoded_bytes_by_field["vision_tokens"] == stored * vision
+    apart = write_cache(data, tmp_path / "apart", shard_samples=1, settings=settings)
+    assert apart["bytes_by_field"]["vision_tokens"] > 2 * once["bytes_by_field"]["vision_tokens"]
+    alone = {row.key: row for row in CacheReader(tmp_path / "apart").rows(reader)}
+    for row in rows:
+        np.testing.assert_allclose(row.values["vision_tokens"], alone[row.key].values["vision_tokens"], atol=1e-5)
 
 
 BAD = [
