@@ -137,6 +137,15 @@ def _size(count: float) -> str:
 @click.option(
     "--attention", type=click.Choice(["per-head", "mean"]), default="per-head", help="Keep every head, or their mean."
 )
+@click.option(
+    "--alignment",
+    type=click.Choice(["targets", "slice"]),
+    default="targets",
+    help="Keep attention and vision tokens of every sample, or once the part of the teacher they are recomputed from.",
+)
+@click.option(
+    "--slice-without-tower", is_flag=True, help="With --alignment slice: leave out the vision tower, which the student shares."
+)
 @click.option("--top-k", type=click.IntRange(min=1), default=64, help="Logits kept an answer token; the rest is one tail mass.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Temperature of the logits.")
 @click.option("--attention-codec", type=_ATTENTION_CODECS, default="sqrt8", help="How attention is stored.")

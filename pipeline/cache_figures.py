@@ -23,6 +23,7 @@ def status_figures(store: CacheStore) -> dict[str, Any]:
         "samples": status.samples,
         "bytes": status.total_bytes,
         "bytes_by_field": status.bytes_by_field,
+        "tensor_bytes": status.tensor_bytes,
         "dense_bytes_by_field": dense_bytes(status.decoded_bytes_by_field, int(vocabulary)),
         "seconds": round(status.seconds, 3),
         "samples_per_second": round(status.samples_done / status.seconds, 3) if status.seconds else 0.0,

@@ -26,6 +26,7 @@ from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer
 from alignkd.pipeline.progress import bar
 from alignkd.pipeline.provenance import peak_memory_bytes, pick_device, write_run
 from alignkd.pipeline.samples import SampleFile
+from alignkd.pipeline.slice_io import SLICED, is_slice, open_slice
 from alignkd.pipeline.trainer import DistillTrainer, MetricsCheckpoint, RunCallback
 from alignkd.prompts import TEMPLATES
 from alignkd.recipes import Recipe, describe
@@ -132,16 +133,20 @@ def _distill(config: DistillConfig, stop: StopFlag) -> dict[str, Any]:
     tower = Path(config.vision_tower) if config.vision_tower else None
     student = load_vlm(config.student, device=pick_device(config.device), vision_tower=tower)
     template, max_length, shape = _settle(student, reader, config)
+    needs, teacher_slice = config.recipe.needs, None
+    if reader is not None and is_slice(reader.fingerprint):
+        teacher_slice = open_slice(reader, student, needs, features_only=config.cache_tower_features)
+        needs -= SLICED
     preparer = Preparer.of(student, template=template, max_length=max_length, image_root=config.images)
     data = TrainingSet(
         SampleFile(config.data),
         preparer,
         student=student,
         reader=reader,
-        needs=config.recipe.needs,
+        needs=needs,
         max_rejected=config.max_rejected,
     )
-    objective = Objective(student, config.recipe, shape)
+    objective = Objective(student, config.recipe, shape, teacher_slice)
     if config.gradient_checkpointing:
         objective.recompute_activations()
     resolved = asdict(config) | {"template": template, "max_length": max_length, "recipe": describe(config.recipe)}

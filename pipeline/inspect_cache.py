@@ -7,6 +7,9 @@ import numpy as np
 from alignkd.cache_store.reader import CacheReader
 from alignkd.cache_store.row import Row
 from alignkd.pipeline.pictures import attention_figure, save_figure
+from alignkd.pipeline.slice_io import is_slice
+
+_RECOMPUTED = "stage two recomputes attention and vision tokens from the teacher's slice, which the cache holds once"
 
 
 def find_row(reader: CacheReader, sample_id: str) -> Row:
@@ -52,6 +55,8 @@ def row_figures(reader: CacheReader, row: Row) -> dict[str, Any]:
         figures["attention_on_images"] = float(arrays["attention_HTV"].sum(axis=2).mean())
     if "tail_mass_A" in arrays:
         figures["mean_tail_mass"] = float(arrays["tail_mass_A"].mean())
+    if is_slice(reader.fingerprint):
+        figures["alignment"] = _RECOMPUTED
     return figures
 
 
@@ -63,7 +68,8 @@ def plot_row(reader: CacheReader, row: Row, path: str) -> None:
     """
     arrays = row_arrays(row)
     if not arrays.get("attention_HTV", np.zeros(0)).size:
-        raise ValueError(f"the row of {row.sample_id!r} holds no attention to draw")
+        why = f": {_RECOMPUTED}; alignkd show draws a model's own" if is_slice(reader.fingerprint) else ""
+        raise ValueError(f"the row of {row.sample_id!r} holds no attention to draw{why}")
     tokens = int(reader.fingerprint["vision_tokens_per_image"])
     side = round(tokens**0.5)
     images = arrays["attention_HTV"].shape[2] // tokens

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alignkd.batch import Batch, ModelInput, collate
 from alignkd.cache_store.manifest import NAME as MANIFEST
 from alignkd.cache_store.manifest import read_manifest
@@ -24,13 +26,19 @@ from alignkd.models.vlm import Vlm
 from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Prepared, PreparedText, Preparer, SampleError
 from alignkd.pipeline.provenance import parse_dtype, pick_device
 from alignkd.pipeline.samples import DataError, Sample, SampleFile
+from alignkd.pipeline.slice_io import SLICED, check_alignment, slice_arrays, slice_fingerprint
 from alignkd.pipeline.targets_io import TargetSettings, TeacherOutput, run_teacher
 from alignkd.prompts import TEMPLATES
+from alignkd.teacher_slice import check_sliceable
 
 
 @dataclass(frozen=True)
 class CacheTeacherConfig:
-    """What ``alignkd cache-teacher`` was asked to do. ``batch_tokens`` counts positions after padding."""
+    """What ``alignkd cache-teacher`` was asked to do. ``batch_tokens`` counts positions after padding.
+
+    ``alignment``: whether rows hold attention and vision tokens ("targets"), or the cache holds once what stage two
+    recomputes them from ("slice"), ``slice_without_tower`` without its vision tower.
+    """
 
     teacher: str
     data: str
@@ -40,6 +48,8 @@ class CacheTeacherConfig:
     max_length: int = DEFAULT_MAX_LENGTH
     shard_format: str = "zarr"
     settings: TargetSettings = field(default_factory=TargetSettings)
+    alignment: str = "targets"
+    slice_without_tower: bool = False
     shard_samples: int = 512
     batch_tokens: int = 16_384
     dtype: str = "float32"
@@ -106,12 +116,15 @@ class StageOne:
         Raises:
             ValueError: either cannot be used.
         """
+        check_alignment(config.alignment, set(config.settings.targets), without_tower=config.slice_without_tower)
         samples, plan = find_samples(config)
         tower = Path(config.vision_tower) if config.vision_tower else None
         device = pick_device(config.device, local_rank)
         teacher = load_vlm(config.teacher, dtype=parse_dtype(config.dtype), device=device, vision_tower=tower)
         enable_capture(teacher.model)
         teacher.model.requires_grad_(False)
+        if config.alignment == "slice":
+            check_sliceable(teacher.model)
         template = config.template or teacher.default_template
         if template not in TEMPLATES:
             raise ValueError(f"--template {template}: known are {', '.join(TEMPLATES)}")
@@ -125,9 +138,17 @@ class StageOne:
         config = self.config
         return Preparer.of(self.teacher, template=self.template, max_length=config.max_length, image_root=config.images)
 
+    @cached_property
+    def row_settings(self) -> TargetSettings:
+        """The targets that rows hold: those that no slice gives."""
+        settings = self.config.settings
+        if self.config.alignment == "targets":
+            return settings
+        return replace(settings, targets=tuple(name for name in settings.targets if name not in SLICED))
+
     def spec(self) -> CacheSpec:
         """The cache's fields and fingerprint."""
-        return CacheSpec(self.config.settings.fields(self.teacher.vocabulary), self.fingerprint())
+        return CacheSpec(self.row_settings.fields(self.teacher.vocabulary), self.fingerprint())
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that determines the targets; stage one refuses to go on, and stage two to read, under another."""
@@ -146,8 +167,22 @@ class StageOne:
             "vision_tokens_per_image": teacher.vision_tokens_per_image,
             "max_length": config.max_length,
             "targets": config.settings.fingerprint(),
+            "alignment": config.alignment,
+            **self._slice,
             "data": hashlib.sha256(self.plan.keys.tobytes()).hexdigest(),
         }
+
+    @cached_property
+    def _slice(self) -> dict[str, Any]:
+        if self.config.alignment == "targets":
+            return {}
+        return {"slice": slice_fingerprint(self.teacher, tower=not self.config.slice_without_tower)}
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What the cache keeps once for all rows; made when the cache is started, and never again."""
+        if self.config.alignment == "targets":
+            return {}
+        return slice_arrays(self.teacher, tower=not self.config.slice_without_tower)
 
     @cached_property
     def _weights(self) -> str:
@@ -159,7 +194,9 @@ class StageOne:
         Raises:
             ValueError: it was written with other settings.
         """
-        return CacheStore.create_or_open(self.config.cache, self.spec(), self.plan, shard_format=self.config.shard_format)
+        return CacheStore.create_or_open(
+            self.config.cache, self.spec(), self.plan, shard_format=self.config.shard_format, tensors=self.tensors
+        )
 
     def lay_out(self, shard: int) -> ShardWork:
         """Prepare the texts of a planned shard and group them into batches."""
@@ -201,7 +238,7 @@ class StageOne:
     def run(self, ready: ReadyBatch) -> TeacherOutput:
         """One forward pass of the teacher."""
         assert ready.batch is not None
-        return run_teacher(self.teacher, ready.batch, ready.inputs, self.config.settings)
+        return run_teacher(self.teacher, ready.batch, ready.inputs, self.row_settings)
 
 
 def rows(ready: ReadyBatch, output: TeacherOutput) -> list[Row]:

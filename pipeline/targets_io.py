@@ -101,6 +101,9 @@ class TeacherOutput:
 @torch.inference_mode()
 def run_teacher(teacher: Vlm, batch: Batch, inputs: Sequence[ModelInput], settings: TargetSettings) -> TeacherOutput:
     """Run the teacher over a batch that lies on the host; nothing here waits for the device."""
+    ids_dtype = np.uint16 if teacher.vocabulary <= 2**16 else np.uint32
+    if not settings.targets:  # all that is wanted comes from the teacher's slice
+        return TeacherOutput({}, None, batch, inputs, ids_dtype)
     captured = capture(teacher.model, batch.to(teacher.device), attention="attention" in settings.targets)
     tensors = {}
     if captured.attention_BHTV is not None:
@@ -111,7 +114,6 @@ def run_teacher(teacher: Vlm, batch: Batch, inputs: Sequence[ModelInput], settin
     if "logits" in settings.targets:
         tensors |= _topk(teacher, captured.hidden_AD, settings)
     host, arrived = _to_host(tensors)
-    ids_dtype = np.uint16 if teacher.vocabulary <= 2**16 else np.uint32
     return TeacherOutput(host, arrived, batch, inputs, ids_dtype)
 
 

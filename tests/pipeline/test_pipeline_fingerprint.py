@@ -68,6 +68,10 @@ CHANGES = {
         ['field.attention.codec: cache has "sqrt8", wanted "int8-rows"'],
     ),
     "vision codec": (targets(vision_codec="exact"), ['field.vision_tokens.codec: cache has "int8-rows", wanted "exact"']),
+    "alignment": (
+        given(alignment="slice"),
+        ['fingerprint.alignment: cache has "targets", wanted "slice"', "field.attention.codec: cache has"],
+    ),
     "other samples": (data(OTHER_DATA), ['fingerprint.data: cache has "']),
     "other order": (data(SAMPLES[::-1]), ['fingerprint.data: cache has "']),
     "fewer samples": (data(SAMPLES[:5]), ['fingerprint.data: cache has "']),
