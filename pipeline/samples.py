@@ -23,6 +23,7 @@ _CHUNK = 4 * 2**20
 _LARGEST_SAMPLE = 64 * 2**20
 _NO_IMAGE = 0
 """Stands for the hash of no image references."""
+_quote = json.encoder.encode_basestring
 _BETWEEN = re.compile(r"[ \t\r\n]*(?P<comma>,?)[ \t\r\n]*(?P<end>\]?)")
 
 
@@ -64,15 +65,20 @@ def parse_sample(record: Any, where: str) -> Sample:
     if tags != len(images):
         raise DataError(f"{where}: {tags} {IMAGE_TAG} in the text but {len(images)} images; they must be as many")
     sample_id = "" if record.get("id") is None else str(record["id"])
-    content = json.dumps([sample_id, images, turns], ensure_ascii=False, separators=(",", ":"))
-    key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-    return Sample(sample_id, tuple(images), tuple(turns), key)
+    return Sample(sample_id, tuple(images), tuple(turns), _key(sample_id, images, turns))
+
+
+def _key(sample_id: str, images: list[str], turns: list[tuple[str, str]]) -> str:
+    # What json.dumps gives for the three, without spaces, in a third of its time: millions of samples are planned.
+    spoken = ",".join(f"[{_quote(speaker)},{_quote(text)}]" for speaker, text in turns)
+    content = f"[{_quote(sample_id)},[{','.join(map(_quote, images))}],[{spoken}]]"
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _image_hash(references: tuple[str, ...]) -> bytes:
     if not references:
         return _NO_IMAGE.to_bytes(8, "little")
-    return hashlib.blake2b(json.dumps(references).encode(), digest_size=8).digest()
+    return hashlib.blake2b("\0".join(references).encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def _short(value: Any) -> str:

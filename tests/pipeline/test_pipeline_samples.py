@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -103,6 +104,15 @@ def test_the_key_is_made_of_id_images_and_turns_alone():
         {**base, "conversations": [turns[0], {**turns[1], "from": "human"}]},
     ]
     assert len({key, *(parse_sample(other, "").key for other in others)}) == 6
+
+
+@settings(max_examples=200)
+@given(TEXTS, st.lists(TEXTS.filter(bool), max_size=3), st.lists(TEXTS, min_size=1, max_size=3))
+def test_the_key_is_the_sha256_of_compact_json(name, images, texts):
+    texts = [text.replace("<image>", "") for text in texts]
+    sample = parse_sample(record(name, images, "<image>" * len(images), *texts), "")
+    content = json.dumps([sample.id, sample.images, sample.turns], ensure_ascii=False, separators=(",", ":"))
+    assert sample.key == hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def test_an_id_may_be_a_number():
