@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cache_samples import all_names, commit, fill, full_cache, make_store
+from cache_samples import TENSORS, all_names, commit, fill, full_cache, make_store
 
 from alignkd.cache_store import storage as storage_module
 from alignkd.cache_store.reader import CacheReader
@@ -113,13 +113,14 @@ def test_timeouts_have_a_default_and_the_users_own_win(impatient, s3_url, monkey
 
 @pytest.mark.parametrize("kind", ["500", "drop", "500 after", "drop after"])
 def test_writes_that_fail_once_each_neither_lose_nor_double_a_shard(s3, s3_url, kind):
-    faults = [s3.fail(kind, "PUT", name) for name in ("plan/keys", "cache.json", "shards/000000", "commits/000001", "runs/")]
-    store = fill(make_store(s3_url, shard_samples=5), reject=(4,))
+    names = ("tensors/head", "plan/keys", "cache.json", "shards/000000", "commits/000001", "runs/")
+    faults = [s3.fail(kind, "PUT", name) for name in names]
+    store = fill(make_store(s3_url, shard_samples=5, tensors=TENSORS), reject=(4,))
     store.write_run({"seed": 1})
     assert all(fault.met == 1 for fault in faults)
     report = verify(s3_url)
     assert (report.problems, report.strays, report.rows, report.rejected) == ([], [], 9, 1)
-    assert len(all_names(store.storage)) == 1 + 2 + 1 + 2 + 2
+    assert len(all_names(store.storage)) == 1 + 2 + 2 + 1 + 2 + 2
 
 
 def test_the_worker_whose_answer_was_lost_gets_its_own_record(s3, s3_url):
@@ -159,6 +160,8 @@ def test_reading_goes_on_through_passing_faults(s3, s3_url):
     for kind in ("500", "drop", "cut"):
         s3.fail(kind, "GET", "shards/")
         s3.fail(kind, "GET", "commits/")
+        s3.fail(kind, "GET", "tensors/")
     reader = CacheReader(s3_url)
     assert len(list(reader.rows(reader))) == 9
+    assert (reader.tensors["head"] == TENSORS["head"]).all()
     assert all(fault.met == 1 for fault in s3.faults)
