@@ -146,7 +146,16 @@ def _size(count: float) -> str:
 @click.option(
     "--slice-without-tower", is_flag=True, help="With --alignment slice: leave out the vision tower, which the student shares."
 )
-@click.option("--top-k", type=click.IntRange(min=1), default=64, help="Logits kept an answer token; the rest is one tail mass.")
+@click.option(
+    "--logits",
+    type=click.Choice(["topk", "sampled", "sketch", "hidden"]),
+    default="sketch",
+    help="What is kept of an answer token's distribution: see docs/cache-size.md.",
+)
+@click.option("--top-k", type=click.IntRange(min=1), default=16, help="Tokens kept with their log-probability.")
+@click.option("--draws", type=click.IntRange(min=1), default=8, help="sampled: tokens drawn from the rest.")
+@click.option("--sketch-bytes", type=click.IntRange(min=1), default=64, help="sketch: bytes that give the rest its shape.")
+@click.option("--hidden-bits", type=click.Choice(["8", "16"]), default="8", help="hidden: bits of each feature.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Temperature of the logits.")
 @click.option("--attention-codec", type=_ATTENTION_CODECS, default="sqrt8", help="How attention is stored.")
 @click.option("--vision-codec", type=_VISION_CODECS, default="int8-rows", help="How vision tokens are stored.")
@@ -167,7 +176,11 @@ def _size(count: float) -> str:
 def cache_teacher_command(
     targets: str,
     attention: str,
+    logits: str,
     top_k: int,
+    draws: int,
+    sketch_bytes: int,
+    hidden_bits: str,
     temperature: float,
     attention_codec: str,
     vision_codec: str,
@@ -186,6 +199,7 @@ def cache_teacher_command(
     Example:
       alignkd cache-teacher --teacher MobileVLM_V2-7B --data train.json --images images --cache cache --dtype bfloat16
     """
+    from alignkd.logits import LogitSettings
     from alignkd.pipeline.stage_one import CacheTeacherConfig
     from alignkd.pipeline.targets_io import TARGETS, TargetSettings
 
@@ -193,7 +207,8 @@ def cache_teacher_command(
     unknown = [name for name in chosen if name not in TARGETS]
     if unknown or not chosen:
         raise BadInput(f"--targets {targets}: known are {', '.join(TARGETS)}")
-    settings = TargetSettings(chosen, attention, top_k, temperature, attention_codec, vision_codec)
+    answers = LogitSettings(logits, top_k, draws, sketch_bytes, int(hidden_bits), temperature)
+    settings = TargetSettings(chosen, attention, answers, attention_codec, vision_codec)
     config = CacheTeacherConfig(settings=settings, **options)
     if only_estimate:
         from alignkd.pipeline.dry_run import dry_run
@@ -341,7 +356,7 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
 
     row = find_row(reader, sample_id)
     if save:
-        np.savez(save, **row_arrays(row))  # type: ignore[arg-type]
+        np.savez(save, **row_arrays(reader, row))  # type: ignore[arg-type]
     if plot:
         plot_row(reader, row, plot)
     _print(row_figures(reader, row), as_json)

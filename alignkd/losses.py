@@ -5,7 +5,9 @@ Total (figure of arXiv 2412.01282): ``L = L_sup + L_RKLD + L_1-A(t-v) + L_V``, w
 Attention and vision terms are first averaged within a sample, then over the samples that have an image, so that padding
 and neighbours in the batch change nothing. Supervised and logit terms are averaged over answer tokens.
 
-Shapes: B samples, H heads, T text rows, V vision columns, D width, A answers, K kept logits, N vocabulary.
+L_RKLD and its relatives are in :mod:`alignkd.logits`.
+
+Shapes: B samples, H heads, T text rows, V vision columns, D width, A answers, N vocabulary.
 """
 
 import torch
@@ -83,27 +85,3 @@ def _variance(tokens_BVD: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
 def supervised_loss(logits_AN: torch.Tensor, answer_ids_A: torch.Tensor) -> torch.Tensor:
     """L_sup: next-token cross-entropy, summed over answer tokens."""
     return functional.cross_entropy(logits_AN.float(), answer_ids_A, reduction="sum")
-
-
-def reverse_kl(
-    logits_AN: torch.Tensor,
-    topk_ids_AK: torch.Tensor,
-    topk_logprobs_AK: torch.Tensor,
-    tail_logmass_A: torch.Tensor,
-    temperature: float = 1.0,
-) -> torch.Tensor:
-    """L_RKLD: KL(student || teacher) per answer token, ``[A]``, the teacher's tail as one bucket of its own.
-
-    ``sum_i q_i (log q_i - log p_i)`` over the kept tokens, and the same for the mass of all others. With K = N it is the
-    dense divergence; with fewer it is a lower bound of it, and never negative when the targets sum to one
-    (:func:`alignkd.targets.renormalise`). Half precision is computed in float32.
-    """
-    if logits_AN.dtype in (torch.bfloat16, torch.float16):
-        logits_AN = logits_AN.float()
-    student_AN = (logits_AN / temperature).log_softmax(dim=1)
-    student_AK = student_AN.gather(1, topk_ids_AK)
-    divergence_A = (student_AK.exp() * (student_AK - topk_logprobs_AK)).sum(dim=1)
-    if topk_ids_AK.shape[1] == logits_AN.shape[1]:
-        return divergence_A
-    student_tail_A = student_AN.scatter(1, topk_ids_AK, -torch.inf).logsumexp(dim=1)
-    return divergence_A + student_tail_A.exp() * (student_tail_A - tail_logmass_A)

@@ -3,6 +3,7 @@
 Shapes: as in :mod:`alignkd.losses`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from alignkd.adapters import HeadMean, WidthAdapter, make_head_map
 from alignkd.batch import Batch
 from alignkd.capture import Captured, capture, enable_capture
-from alignkd.losses import attention_loss, focus_mask, reverse_kl, supervised_loss, vision_loss
+from alignkd.logits import DIVERGENCES, LogitCodec
+from alignkd.losses import attention_loss, focus_mask, supervised_loss, vision_loss
 from alignkd.models.vlm import Vlm
 from alignkd.recipes import Recipe
 from alignkd.targets import Targets
 from alignkd.teacher_slice import TeacherSlice
 
-TERMS = ("supervised", "reverse_kl", "attention", "vision_all", "vision_focus")
+TERMS = ("supervised", *DIVERGENCES, "attention", "vision_all", "vision_focus")
 
 _LOGITS_AT_ONCE = 2**25
 """Logits held at a time (128 MB in float32); the rest is recomputed in backward, chunk by chunk."""
@@ -36,15 +38,23 @@ class Objective(nn.Module):
     """The student and the adapters that align it to a teacher's targets; ``forward`` gives the loss and its terms.
 
     With a ``teacher_slice`` attention and vision targets are computed for each batch, instead of being given.
+    ``logit_codec`` knows what the answers' targets mean; recipes with a logit term need one.
     """
 
     def __init__(
-        self, student: Vlm, recipe: Recipe, teacher: TeacherShape | None, teacher_slice: TeacherSlice | None = None
+        self,
+        student: Vlm,
+        recipe: Recipe,
+        teacher: TeacherShape | None,
+        teacher_slice: TeacherSlice | None = None,
+        logit_codec: LogitCodec | None = None,
     ) -> None:
         super().__init__()
         self.student = student.model
         self.recipe = recipe
         self.teacher_slice = teacher_slice
+        assert logit_codec is not None or not recipe.divergences
+        self.logit_codec = logit_codec
         self.head_map: nn.Module | None = None
         self.width_map: WidthAdapter | None = None
         if recipe.attention > 0:
@@ -95,32 +105,34 @@ class Objective(nn.Module):
 
     def _answer_terms(self, captured: Captured, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
         hidden_AD, answers = captured.hidden_AD, batch.answer_ids_A.shape[0]
-        logit_targets: tuple[torch.Tensor, ...] = ()
-        if self.recipe.reverse_kl > 0:
-            assert targets.topk_ids_AK is not None
-            assert targets.topk_logprobs_AK is not None
-            assert targets.tail_logmass_A is not None
-            logit_targets = (targets.topk_ids_AK, targets.topk_logprobs_AK, targets.tail_logmass_A)
+        names = tuple(targets.answers) if self.recipe.divergences else ()
+        assert bool(names) == bool(self.recipe.divergences), "a recipe with logit terms needs logit targets"
+
+        def sums(hidden_AD: torch.Tensor, answer_ids_A: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+            return self._answer_sums(hidden_AD, answer_ids_A, dict(zip(names, values, strict=True)))
+
         chunk = max(1, _LOGITS_AT_ONCE // self.student.lm_head.weight.shape[0])
-        sums = []
+        totals = []
         for start in range(0, max(answers, 1), chunk):
             part = slice(start, start + chunk)
-            arguments = (hidden_AD[part], batch.answer_ids_A[part], *(t[part] for t in logit_targets))
+            arguments = (hidden_AD[part], batch.answer_ids_A[part], *(targets.answers[name][part] for name in names))
             if answers > chunk and torch.is_grad_enabled():
-                sums.append(checkpoint(self._answer_sums, *arguments, use_reentrant=False))
+                totals.append(checkpoint(sums, *arguments, use_reentrant=False))
             else:
-                sums.append(self._answer_sums(*arguments))
-        supervised, divergence = torch.stack(sums).sum(dim=0) / max(answers, 1)
-        return {"supervised": supervised} | ({"reverse_kl": divergence} if logit_targets else {})
+                totals.append(sums(*arguments))
+        means = torch.stack(totals).sum(dim=0) / max(answers, 1)
+        return dict(zip(("supervised", *self.recipe.divergences), means.unbind(), strict=True))
 
-    def _answer_sums(self, hidden_AD: torch.Tensor, answer_ids_A: torch.Tensor, *logit_targets: torch.Tensor) -> torch.Tensor:
+    def _answer_sums(
+        self, hidden_AD: torch.Tensor, answer_ids_A: torch.Tensor, values: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Cross-entropy, then each divergence of the recipe, summed over answers."""
         logits_AN = self.student.lm_head(hidden_AD)
-        supervised = supervised_loss(logits_AN, answer_ids_A)
-        if not logit_targets:
-            return torch.stack([supervised, torch.zeros_like(supervised)])
-        ids_AK, logprobs_AK, tail_A = logit_targets
-        divergence_A = reverse_kl(logits_AN, ids_AK, logprobs_AK, tail_A, self.recipe.temperature)
-        return torch.stack([supervised, divergence_A.sum()])
+        found = [supervised_loss(logits_AN, answer_ids_A)]
+        for name in self.recipe.divergences:
+            assert self.logit_codec is not None
+            found.append(self.logit_codec.divergence(name, logits_AN, values, self.recipe.temperature).sum())
+        return torch.stack(found)
 
     def _alignment_terms(self, captured: Captured, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
         recipe, terms = self.recipe, {}
@@ -149,7 +161,7 @@ def term_weights(recipe: Recipe) -> dict[str, float]:
     """The factor of each unweighted term in the loss."""
     return {
         "supervised": recipe.supervised,
-        "reverse_kl": recipe.reverse_kl,
+        **{name: getattr(recipe, name) for name in DIVERGENCES},
         "attention": recipe.attention,
         "vision_all": recipe.vision,
         "vision_focus": recipe.vision * recipe.vision_focus,

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from alignkd.logits import DIVERGENCES
+
 HeadMap = Literal["mixture", "convolution", "mean"]
 WidthMap = Literal["lift", "isometry", "projection"]
 
@@ -24,6 +26,8 @@ class Recipe:
     name: str = "custom"
     supervised: float = 1.0
     reverse_kl: float = 0.0
+    forward_kl: float = 0.0
+    jensen_shannon: float = 0.0
     attention: float = 0.0
     vision: float = 0.0
     vision_focus: float = 0.1
@@ -34,7 +38,7 @@ class Recipe:
     width_map: WidthMap = "lift"
 
     def __post_init__(self) -> None:
-        for name in ("supervised", "reverse_kl", "attention", "vision", "vision_focus"):
+        for name in ("supervised", *DIVERGENCES, "attention", "vision", "vision_focus"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"recipe {self.name}: {name} is {getattr(self, name)}, expected a weight of 0 or more")
         if not 0 < self.temperature < float("inf"):
@@ -46,9 +50,14 @@ class Recipe:
                 raise ValueError(f"recipe {self.name}: {name} is {getattr(self, name)!r}; known are {', '.join(known)}")
 
     @property
+    def divergences(self) -> tuple[str, ...]:
+        """The logit terms that count."""
+        return tuple(name for name in DIVERGENCES if getattr(self, name) > 0)
+
+    @property
     def needs(self) -> frozenset[str]:
         """The targets the recipe cannot do without: of ``attention``, ``vision``, ``logits``."""
-        wanted = {"attention": self.attention > 0, "vision": self.vision > 0, "logits": self.reverse_kl > 0}
+        wanted = {"attention": self.attention > 0, "vision": self.vision > 0, "logits": bool(self.divergences)}
         wanted["attention"] |= self.vision > 0 and self.vision_focus > 0
         return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
 

@@ -1,10 +1,10 @@
-"""Teacher targets of a batch, and how logits become top-k targets.
+"""Teacher targets of a batch.
 
-Shapes: B samples, H teacher heads, T text rows, V vision columns, D teacher width, A answers, K kept logits, N vocabulary.
+Shapes: B samples, H teacher heads, T text rows, V vision columns, D teacher width, A answers.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -16,17 +16,15 @@ class Targets:
     """What the teacher gave for a batch, padded as the batch is; a target that the cache lacks is None.
 
     ``attention_BHTV``: first-layer probabilities (H = 1 for a head mean). ``vision_BVD``: projected vision tokens.
-    ``topk_ids_AK``, ``topk_logprobs_AK``, ``tail_logmass_A``: log-probabilities of the K likeliest tokens at the cache's
-    temperature, and the log of the mass of all others; they sum to one.
-    ``quantised``: targets that are still a codec's small integers, by the name of their field here.
+    ``answers``: fields of :mod:`alignkd.logits`, ``[A, ..]`` each.
+    ``quantised``, ``quantised_answers``: targets that are still a codec's small integers, by the name they will have.
     """
 
     attention_BHTV: torch.Tensor | None = None
     vision_BVD: torch.Tensor | None = None
-    topk_ids_AK: torch.Tensor | None = None
-    topk_logprobs_AK: torch.Tensor | None = None
-    tail_logmass_A: torch.Tensor | None = None
+    answers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     quantised: Mapping[str, Quantised] = field(default_factory=dict)
+    quantised_answers: Mapping[str, Quantised] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "Targets":
         """The targets on another device (asynchronously from pinned memory)."""
@@ -37,34 +35,22 @@ class Targets:
         return self._map(lambda t: t.pin_memory())
 
     def dequantise(self) -> "Targets":
-        """The targets as the losses see them: what is quantised becomes float32, on the device it lies on."""
-        return replace(self, quantised={}, **{name: target.dequantise() for name, target in self.quantised.items()})
+        """The targets as the losses see them, on the device they lie on: what is quantised becomes float32.
+
+        What a cache stores exactly keeps its type: ids and codes are integers.
+        """
+        aligned = {name: target.dequantise() for name, target in self.quantised.items()}
+        answers = {
+            name: target.parts["values"].view(target.shape) if target.codec == "exact" else target.dequantise()
+            for name, target in self.quantised_answers.items()
+        }
+        return replace(self, quantised={}, quantised_answers={}, answers={**self.answers, **answers}, **aligned)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Targets":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "quantised"}
-        quantised = {name: target.map(function) for name, target in self.quantised.items()}
-        return replace(self, quantised=quantised, **{k: function(v) for k, v in tensors.items() if v is not None})
-
-
-def topk_targets(logits_AN: torch.Tensor, k: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k likeliest tokens, their exact log-probabilities, and the log of the remaining mass.
-
-    Returns ids ``[A, K]`` (int64), log-probabilities ``[A, K]`` and log tail mass ``[A]`` (float32 or wider; -inf when K
-    is the whole vocabulary). K is at most the vocabulary.
-    """
-    scaled_AN = logits_AN.float() if logits_AN.dtype in (torch.bfloat16, torch.float16) else logits_AN
-    logprobs_AN = (scaled_AN / temperature).log_softmax(dim=1)
-    k = min(k, logits_AN.shape[1])
-    logprobs_AK, ids_AK = logprobs_AN.topk(k, dim=1)
-    # Summed over the tail itself: 1 - sum(kept) would lose a small tail to rounding.
-    tail_A = logprobs_AN.scatter(1, ids_AK, -torch.inf).logsumexp(dim=1)
-    return ids_AK, logprobs_AK, tail_A
-
-
-def renormalise(topk_logprobs_AK: torch.Tensor, tail_logmass_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo the rounding of stored log-probabilities: kept tokens and tail together sum to one again.
-
-    Nothing is dropped: the tail keeps its share. A divergence between two distributions is then never negative.
-    """
-    total_A = torch.cat([topk_logprobs_AK, tail_logmass_A[:, None]], dim=1).logsumexp(dim=1)
-    return topk_logprobs_AK - total_A[:, None], tail_logmass_A - total_A
+        return Targets(
+            None if self.attention_BHTV is None else function(self.attention_BHTV),
+            None if self.vision_BVD is None else function(self.vision_BVD),
+            {name: function(tensor) for name, tensor in self.answers.items()},
+            {name: target.map(function) for name, target in self.quantised.items()},
+            {name: target.map(function) for name, target in self.quantised_answers.items()},
+        )

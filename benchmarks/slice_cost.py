@@ -29,6 +29,8 @@ from alignkd.cache_store.formats import get_format
 from alignkd.cache_store.row import Row
 from alignkd.cache_store.shard import encode_row, pack
 from alignkd.cache_store.spec import CacheSpec
+from alignkd.logits import LogitSettings
+from alignkd.logits.topk import TopK
 from alignkd.models.mobilevlm import IMAGE_TOKEN_ID, MobileVlm, MobileVlmConfig
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective, TeacherShape
@@ -82,7 +84,9 @@ class Case:
             student = MobileVlm(config(STUDENT, scale))
         vlm = Vlm(student.eval(), tokenizer=None, images=None, folder=Path())  # type: ignore[arg-type]
         heads, width = scaled(TEACHER, scale)["num_attention_heads"], scaled(TEACHER, scale)["hidden_size"]
-        self.objective = Objective(vlm, get_recipe("align-kd"), TeacherShape(heads, width)).train()
+        ids = torch.arange(VOCABULARY, dtype=torch.int32, device=device)
+        codec = TopK(LogitSettings("topk", top_k=KEPT), {"id_of_rank": ids})
+        self.objective = Objective(vlm, get_recipe("align-kd"), TeacherShape(heads, width), logit_codec=codec).train()
         self.batch = batch_of(samples).to(device)
         self.targets = targets_of(self.batch, heads, width)
         with torch.no_grad():
@@ -126,9 +130,11 @@ def targets_of(batch: Batch, heads: int, width: int) -> Targets:
     return Targets(
         torch.full((batch.samples, heads, rows, columns), 1 / columns, device=device),
         torch.randn(batch.samples, columns, width, device=device),
-        torch.arange(KEPT, device=device).expand(answers, -1),
-        torch.full((answers, KEPT), -5.0, device=device),
-        torch.full((answers,), -1.0, device=device),
+        {
+            "topk_rank_steps": torch.ones(answers, KEPT, dtype=torch.int32, device=device),
+            "topk_logprob_codes": torch.full((answers, KEPT), 40, dtype=torch.uint8, device=device),
+            "tail_logmass": torch.full((answers,), -1.0, device=device),
+        },
     )
 
 

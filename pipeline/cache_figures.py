@@ -11,7 +11,8 @@ RECENT_S = 600.0
 def status_figures(store: CacheStore) -> dict[str, Any]:
     """Progress and size of a cache, as plain figures; it may be running."""
     status = store.status()
-    vocabulary = store.spec.fingerprint["teacher"]["vocabulary"]
+    teacher = store.spec.fingerprint["teacher"]
+    dense = dense_bytes(status.decoded_bytes_by_field, int(teacher["vocabulary"]), int(teacher["width"]))
     return {
         "cache": store.url,
         "format": store.manifest.shard_format,
@@ -24,12 +25,22 @@ def status_figures(store: CacheStore) -> dict[str, Any]:
         "bytes": status.total_bytes,
         "bytes_by_field": status.bytes_by_field,
         "tensor_bytes": status.tensor_bytes,
-        "dense_bytes_by_field": dense_bytes(status.decoded_bytes_by_field, int(vocabulary)),
+        "dense_bytes_by_field": dense,
+        **per_sample(status, dense),
         "seconds": round(status.seconds, 3),
         "samples_per_second": round(status.samples_done / status.seconds, 3) if status.seconds else 0.0,
         "tokens": status.tokens,
         **recent_figures(status),
         "rejected": rejected_samples(status),
+    }
+
+
+def per_sample(status: Status, dense: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Stored bytes a sample by field, and what the same targets take uncompressed in 16 bits."""
+    done = max(status.samples_done, 1)
+    return {
+        "bytes_per_sample_by_field": {name: round(size / done) for name, size in status.bytes_by_field.items()},
+        "dense_bytes_per_sample_by_field": {name: round(size / done) for name, size in dense.items()},
     }
 
 
@@ -57,11 +68,12 @@ def rejected_samples(status: Status) -> list[dict[str, str]]:
     return [{"id": r.sample_id, "key": r.key, "reason": r.reason} for r in status.rejected]
 
 
-def dense_bytes(decoded_bytes_by_field: dict[str, int], vocabulary: int) -> dict[str, int]:
+def dense_bytes(decoded_bytes_by_field: dict[str, int], vocabulary: int, width: int) -> dict[str, int]:
     """What the same targets take uncompressed in 16 bits: attention and vision tokens as they are, logits in full."""
     dense: dict[str, int] = {
         name: decoded_bytes_by_field[name] // 2 for name in ("attention", "vision_tokens") if name in decoded_bytes_by_field
     }
-    if "tail_logmass" in decoded_bytes_by_field:
-        dense["logits"] = decoded_bytes_by_field["tail_logmass"] // 4 * vocabulary * 2
+    answers = decoded_bytes_by_field.get("tail_logmass", 0) // 4 or decoded_bytes_by_field.get("hidden", 0) // (4 * width)
+    if answers:
+        dense["logits"] = answers * vocabulary * 2
     return dense

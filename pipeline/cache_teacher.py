@@ -40,7 +40,7 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
     """
     worker = find_worker(config.rank, config.world_size)
     with stop_on_signals() as stop:
-        stage = StageOne.open(config, worker.local_rank)
+        stage = StageOne.open(config, worker.local_rank, stop)
         store = stage.open_store()
         store.sweep(min_age_s=MIN_AGE_S)
         configuration = asdict(stage.config) | {"template": stage.template, "worker": str(worker)}

@@ -21,6 +21,7 @@ from alignkd.objective import Objective, TeacherShape
 from alignkd.pipeline.features import cache_tower_features
 from alignkd.pipeline.interrupt import Interrupted, StopFlag, stop_on_signals
 from alignkd.pipeline.loader import TrainingSet
+from alignkd.pipeline.logits_io import open_codec, settings_of
 from alignkd.pipeline.optimizers import OptimizerName
 from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer
 from alignkd.pipeline.progress import bar
@@ -106,10 +107,11 @@ def check_targets(found: Mapping[str, Any], recipe: Recipe) -> None:
             f"recipe {recipe.name!r} needs {', '.join(lacking)}, which the cache does not hold; choose another --recipe,"
             f" or cache with --targets {','.join(sorted(recipe.needs))}"
         )
-    if "logits" in recipe.needs and held["logits"]["temperature"] != recipe.temperature:
+    # Hidden states serve any temperature: theirs is None.
+    if "logits" in recipe.needs and held["logits"]["temperature"] not in (None, recipe.temperature):
         raise ValueError(
             f"the cache holds logits at temperature {held['logits']['temperature']}, the recipe wants"
-            f" {recipe.temperature}: top-k targets of one temperature do not serve another; use --set"
+            f" {recipe.temperature}: such targets of one temperature do not serve another; use --set"
             f" temperature={held['logits']['temperature']} or cache with --temperature {recipe.temperature}"
         )
 
@@ -137,6 +139,9 @@ def _distill(config: DistillConfig, stop: StopFlag) -> dict[str, Any]:
     if reader is not None and is_slice(reader.fingerprint):
         teacher_slice = open_slice(reader, student, needs, features_only=config.cache_tower_features)
         needs -= SLICED
+    logit_codec = None
+    if reader is not None and "logits" in needs:
+        logit_codec = open_codec(settings_of(reader.fingerprint), reader.tensors, student.device)
     preparer = Preparer.of(student, template=template, max_length=max_length, image_root=config.images)
     data = TrainingSet(
         SampleFile(config.data),
@@ -146,7 +151,7 @@ def _distill(config: DistillConfig, stop: StopFlag) -> dict[str, Any]:
         needs=needs,
         max_rejected=config.max_rejected,
     )
-    objective = Objective(student, config.recipe, shape, teacher_slice)
+    objective = Objective(student, config.recipe, shape, teacher_slice, logit_codec)
     if config.gradient_checkpointing:
         objective.recompute_activations()
     resolved = asdict(config) | {"template": template, "max_length": max_length, "recipe": describe(config.recipe)}
@@ -295,6 +300,7 @@ def _arguments(config: DistillConfig, out: Path) -> TrainingArguments:
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,
+        ddp_broadcast_buffers=False,  # all of them are constants of the cache
     )
 
 

@@ -1,11 +1,15 @@
 """Look into a cache: its specification, or one row decoded, in words and as a picture."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from alignkd.cache_store.reader import CacheReader
 from alignkd.cache_store.row import Row
+from alignkd.logits.topk import TopK
+from alignkd.pipeline.logits_io import open_codec, settings_of
 from alignkd.pipeline.pictures import attention_figure, save_figure
 from alignkd.pipeline.slice_io import is_slice
 
@@ -26,24 +30,31 @@ def find_row(reader: CacheReader, sample_id: str) -> Row:
     return reader.row(keys[0])
 
 
-def row_arrays(row: Row) -> dict[str, np.ndarray]:
-    """A row's values under the names that ``alignkd show --save`` uses."""
+def row_arrays(reader: CacheReader, row: Row) -> dict[str, np.ndarray]:
+    """A row's values under the names that ``alignkd show --save`` uses; log-probabilities as stage two decodes them."""
     values = row.values
     arrays = {"input_ids": values["input_ids"].astype(np.int64), "labels": values["labels"].astype(np.int64)}
     if "attention" in values:
         arrays["attention_HTV"] = values["attention"]
     if "vision_tokens" in values:
         arrays["vision_tokens_VD"] = values["vision_tokens"]
-    if "topk_ids" in values:
-        arrays["topk_ids_AK"] = values["topk_ids"].astype(np.int64)
-        arrays["topk_logprobs_AK"] = values["topk_logprobs"]
-        arrays["tail_mass_A"] = np.exp(values["tail_logmass"])
+    if reader.fingerprint["targets"]["logits"] is not None:
+        arrays |= _answer_arrays(reader, values)
     return arrays
+
+
+def _answer_arrays(reader: CacheReader, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    codec = open_codec(settings_of(reader.fingerprint), reader.tensors, "cpu")
+    if not isinstance(codec, TopK):
+        return {"hidden_AD": values["hidden"]}
+    kept = {name: torch.from_numpy(value) for name, value in values.items() if name.startswith(("topk_", "tail_"))}
+    ids_AK, logprobs_AK, tail_A = codec.kept(kept)
+    return {"topk_ids_AK": ids_AK.numpy(), "topk_logprobs_AK": logprobs_AK.numpy(), "tail_mass_A": tail_A.exp().numpy()}
 
 
 def row_figures(reader: CacheReader, row: Row) -> dict[str, Any]:
     """A row in words."""
-    arrays = row_arrays(row)
+    arrays = row_arrays(reader, row)
     figures: dict[str, Any] = {
         "id": row.sample_id,
         "key": row.key,
@@ -66,7 +77,7 @@ def plot_row(reader: CacheReader, row: Row, path: str) -> None:
     Raises:
         ValueError: the cache holds no attention, or the sample no image.
     """
-    arrays = row_arrays(row)
+    arrays = row_arrays(reader, row)
     if not arrays.get("attention_HTV", np.zeros(0)).size:
         why = f": {_RECOMPUTED}; alignkd show draws a model's own" if is_slice(reader.fingerprint) else ""
         raise ValueError(f"the row of {row.sample_id!r} holds no attention to draw{why}")

@@ -15,20 +15,17 @@ from alignkd.cache_store.row import Row, Stored
 from alignkd.cache_store.shard import CorruptShard
 from alignkd.models.mobilevlm import IMAGE_TOKEN_ID
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.logits_io import logit_fields, settings_of
 from alignkd.pipeline.prepare import Prepared, Preparer, SampleError
 from alignkd.pipeline.rejects import Rejects
 from alignkd.pipeline.samples import Sample, SampleFile
-from alignkd.pipeline.targets_io import QUANTISED, collate_targets
+from alignkd.pipeline.targets_io import collate_targets
 from alignkd.targets import Targets
 
 SHARDS_OPEN = 8
 """Shards a worker keeps in memory, and shards whose samples are mixed with each other."""
 
-_FIELDS = {
-    "attention": ("attention",),
-    "vision": ("vision_tokens",),
-    "logits": ("topk_ids", "topk_logprobs", "tail_logmass"),
-}
+_FIELDS = {"attention": "attention", "vision": "vision_tokens"}
 
 
 class MisalignedRow(ValueError):  # noqa: N818 - the name says what is the matter
@@ -37,10 +34,9 @@ class MisalignedRow(ValueError):  # noqa: N818 - the name says what is the matte
 
 @dataclass(frozen=True)
 class Item:
-    """A prepared sample with what it needs of the cache: decoded values, and fields as they are stored."""
+    """A prepared sample with what it needs of the cache, as it is stored."""
 
     input: ModelInput
-    values: dict[str, np.ndarray]
     stored: dict[str, Stored]
 
 
@@ -73,9 +69,11 @@ class TrainingSet(Dataset["Item | Failure"]):
         self.samples, self.preparer, self.reader = samples, preparer, reader
         self.vision_tokens_per_image = student.vision_tokens_per_image
         self.pad_token_id = int(student.tokenizer.pad_token_id)
-        self.fields = [name for need in sorted(needs) for name in _FIELDS[need]]
-        self._stored = [name for name in self.fields if name in QUANTISED]
-        self._decoded = [name for name in self.fields if name not in QUANTISED]
+        self.fields = [_FIELDS[need] for need in sorted(needs - {"logits"})]
+        if "logits" in needs:
+            assert reader is not None
+            settings = settings_of(reader.fingerprint)
+            self.fields += [field.name for field in logit_fields(settings, student.vocabulary)]
         self.rejects = Rejects(max_rejected)
         self.indices = self._usable()
         if not len(self.indices):
@@ -141,15 +139,15 @@ class TrainingSet(Dataset["Item | Failure"]):
         try:
             prepared = self.preparer(sample)
             if self.reader is None or not self.fields:
-                return Item(prepared.input, {}, {})
-            row = self.reader.row(sample.key, {"input_ids", "labels", *self._decoded})
-            stored = self.reader.stored(sample.key, self._stored)
+                return Item(prepared.input, {})
+            row = self.reader.row(sample.key, {"input_ids", "labels"})
+            stored = self.reader.stored(sample.key, self.fields)
             check_row(sample, prepared, row, stored, self.vision_tokens_per_image)
         except SampleError as error:
             return Failure(sample.key, sample.id or sample.key, str(error), fatal=False)
         except (MisalignedRow, CorruptShard) as error:
             return Failure(sample.key, sample.id or sample.key, str(error), fatal=True)
-        return Item(prepared.input, {name: row.values[name] for name in self._decoded}, stored)
+        return Item(prepared.input, dict(stored))
 
     def collate(self, items: Sequence[Item | Failure]) -> dict[str, Any]:
         """Items to ``{"batch", "targets", "failures"}``; ``batch`` is None when every sample failed."""
@@ -164,7 +162,7 @@ class TrainingSet(Dataset["Item | Failure"]):
         )
         targets = Targets()
         if self.fields:
-            targets = collate_targets([item.values for item in good], [item.stored for item in good], batch)
+            targets = collate_targets([item.stored for item in good], batch)
         return {"batch": batch, "targets": targets, "failures": failures}
 
 

@@ -25,7 +25,7 @@ def make_optimizer(
     ``own_rates`` gives a parameter, by its ``id``, a learning rate of its own (under AdamW).
     """
     named = [(key, p) for key, p in parameters if p.requires_grad]
-    matrices = [p for key, p in named if name == "muon" and p.ndim == 2 and ".layers." in key and id(p) not in own_rates]
+    matrices = [p for key, p in named if name == "muon" and p.ndim == 2 and ".layers." in f".{key}" and id(p) not in own_rates]
     taken = {id(p) for p in matrices}
     groups: dict[float, list[nn.Parameter]] = {learning_rate: []}
     for _, p in named:
@@ -55,7 +55,7 @@ class Together(torch.optim.Optimizer):
         self.param_groups = list(chain.from_iterable(part.param_groups for part in self.parts))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of each."""
         loss = None
         if closure is not None:

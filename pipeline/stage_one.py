@@ -4,7 +4,7 @@ Shapes: see ``alignkd.batch``.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,13 @@ from alignkd.cache_store.spec import CacheSpec
 from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.store import CacheStore
 from alignkd.capture import enable_capture
+from alignkd.logits import LogitCodec
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.interrupt import StopFlag
+from alignkd.pipeline.logits_io import CALIBRATION_SAMPLES, calibrate, fitted, logit_arrays, open_codec
 from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Prepared, PreparedText, Preparer, SampleError
+from alignkd.pipeline.progress import bar
 from alignkd.pipeline.provenance import parse_dtype, pick_device
 from alignkd.pipeline.samples import DataError, Sample, SampleFile
 from alignkd.pipeline.slice_io import SLICED, check_alignment, slice_arrays, slice_fingerprint
@@ -108,10 +112,12 @@ class StageOne:
     template: str
     samples: SampleFile
     plan: Plan
+    stop: StopFlag = field(default_factory=StopFlag)
+    logit_codec: LogitCodec | None = None
 
     @classmethod
-    def open(cls, config: CacheTeacherConfig, local_rank: int = 0) -> "StageOne":
-        """Read the data file (or the plan that a run before left), then the teacher.
+    def open(cls, config: CacheTeacherConfig, local_rank: int = 0, stop: StopFlag | None = None) -> "StageOne":
+        """Read the data file (or the plan that a run before left), then the teacher. ``stop`` ends a calibration early.
 
         Raises:
             ValueError: either cannot be used.
@@ -128,9 +134,9 @@ class StageOne:
         template = config.template or teacher.default_template
         if template not in TEMPLATES:
             raise ValueError(f"--template {template}: known are {', '.join(TEMPLATES)}")
-        if config.settings.top_k > teacher.vocabulary:
-            config = replace(config, settings=replace(config.settings, top_k=teacher.vocabulary))
-        return cls(config, teacher, template, samples, plan)
+        logits = fitted(config.settings.logits, teacher.vocabulary, teacher.hidden_size)
+        config = replace(config, settings=replace(config.settings, logits=logits))
+        return cls(config, teacher, template, samples, plan, StopFlag() if stop is None else stop)
 
     @cached_property
     def preparer(self) -> Preparer:
@@ -180,9 +186,28 @@ class StageOne:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """What the cache keeps once for all rows; made when the cache is started, and never again."""
-        if self.config.alignment == "targets":
-            return {}
-        return slice_arrays(self.teacher, tower=not self.config.slice_without_tower)
+        sliced = self.config.alignment == "slice"
+        arrays = slice_arrays(self.teacher, tower=not self.config.slice_without_tower) if sliced else {}
+        if "logits" in self.row_settings.targets:
+            arrays |= logit_arrays(self.row_settings.logits, calibrate(self.teacher, self._calibration_batches()))
+        return arrays
+
+    def _calibration_batches(self) -> Iterator[Batch]:
+        """Samples spread over the data; those that cannot be used are left out here and named later, in their shards."""
+        chosen = np.linspace(0, self.plan.samples - 1, min(CALIBRATION_SAMPLES, self.plan.samples)).astype(int).tolist()
+        work = self.lay_out_samples(0, chosen)
+        with bar("calibrate", len(work.batches), "batches") as progress:
+            for items in work.batches:
+                self.stop.check()
+                batch = self.load(items).batch
+                if batch is not None:
+                    yield batch
+                progress.advance()
+
+    def use_tensors(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Encode logits with what the cache keeps once (:meth:`tensors`, or the cache's own)."""
+        if "logits" in self.row_settings.targets:
+            self.logit_codec = open_codec(self.row_settings.logits, arrays, self.teacher.device)
 
     @cached_property
     def _weights(self) -> str:
@@ -194,9 +219,11 @@ class StageOne:
         Raises:
             ValueError: it was written with other settings.
         """
-        return CacheStore.create_or_open(
+        store = CacheStore.create_or_open(
             self.config.cache, self.spec(), self.plan, shard_format=self.config.shard_format, tensors=self.tensors
         )
+        self.use_tensors(store.tensors)
+        return store
 
     def lay_out(self, shard: int) -> ShardWork:
         """Prepare the texts of a planned shard and group them into batches."""
@@ -238,7 +265,8 @@ class StageOne:
     def run(self, ready: ReadyBatch) -> TeacherOutput:
         """One forward pass of the teacher."""
         assert ready.batch is not None
-        return run_teacher(self.teacher, ready.batch, ready.inputs, self.row_settings)
+        keys = [item.sample.key for item, _ in ready.items]
+        return run_teacher(self.teacher, ready.batch, ready.inputs, self.row_settings, self.logit_codec, keys)
 
 
 def rows(ready: ReadyBatch, output: TeacherOutput) -> list[Row]:

@@ -1,10 +1,10 @@
 """Where the method meets the disk: captured targets to cache rows, and cache rows to a batch's targets.
 
-Shapes: H teacher heads, T text rows, V vision columns, D teacher width, A answers, K kept logits, L ids.
+Shapes: H teacher heads, T text rows, V vision columns, D teacher width, A answers, J draws, L ids.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from alignkd.cache_store.row import Stored
 from alignkd.cache_store.spec import FieldSpec
 from alignkd.capture import capture
 from alignkd.dequantise import Quantised
+from alignkd.logits import LogitCodec, LogitSettings
 from alignkd.models.vlm import Vlm
-from alignkd.targets import Targets, renormalise, topk_targets
+from alignkd.pipeline.logits_io import answers_at_once, draw_numbers, logit_fields
+from alignkd.targets import Targets
 
 TARGETS = ("attention", "vision", "logits")
 
@@ -31,32 +33,27 @@ class TargetSettings:
 
     targets: tuple[str, ...] = TARGETS
     attention: str = "per-head"
-    top_k: int = 64
-    temperature: float = 1.0
+    logits: LogitSettings = field(default_factory=LogitSettings)
     attention_codec: str = "sqrt8"
     vision_codec: str = "int8-rows"
 
     def fingerprint(self) -> dict[str, Any]:
         """The part of a cache's fingerprint that these settings are."""
-        logits = {"top_k": self.top_k, "temperature": self.temperature}
         return {
             "attention": self.attention if "attention" in self.targets else None,
             "vision": "vision" in self.targets,
-            "logits": logits if "logits" in self.targets else None,
+            "logits": self.logits.fingerprint() if "logits" in self.targets else None,
         }
 
     def fields(self, vocabulary: int) -> tuple[FieldSpec, ...]:
         """The cache's fields: ids and labels always, then the targets."""
-        ids_dtype = "uint16" if vocabulary <= 2**16 else "uint32"
         fields = [FieldSpec("input_ids", ("L",), "int32", "exact"), FieldSpec("labels", ("L",), "int32", "exact")]
         if "attention" in self.targets:
             fields.append(FieldSpec("attention", ("H", "T", "V"), "float32", self.attention_codec))
         if "vision" in self.targets:
             fields.append(FieldSpec("vision_tokens", ("V", "D"), "float32", self.vision_codec, per_image=True))
         if "logits" in self.targets:
-            fields.append(FieldSpec("topk_ids", ("A", "K"), ids_dtype, "exact"))
-            fields.append(FieldSpec("topk_logprobs", ("A", "K"), "float32", "float16"))
-            fields.append(FieldSpec("tail_logmass", ("A",), "float32", "exact"))
+            fields += logit_fields(self.logits, vocabulary)
         return tuple(fields)
 
 
@@ -68,7 +65,7 @@ class TeacherOutput:
     arrived: torch.cuda.Event | None
     batch: Batch
     inputs: Sequence[ModelInput]
-    ids_dtype: type[np.unsignedinteger[Any]]
+    answer_fields: tuple[FieldSpec, ...] = ()
 
     def values(self) -> list[dict[str, np.ndarray]]:
         """The values of each sample's row, unpadded."""
@@ -91,40 +88,61 @@ class TeacherOutput:
             values["attention"] = arrays["attention"][i, :, :rows, :columns]
         if "vision_tokens" in arrays:
             values["vision_tokens"] = arrays["vision_tokens"][i, :columns]
-        if "topk_ids" in arrays:
-            values["topk_ids"] = arrays["topk_ids"][mine].astype(self.ids_dtype)
-            values["topk_logprobs"] = arrays["topk_logprobs"][mine]
-            values["tail_logmass"] = arrays["tail_logmass"][mine]
+        for answer_field in self.answer_fields:
+            values[answer_field.name] = arrays[answer_field.name][mine].astype(answer_field.numpy_dtype)
         return values
 
 
 @torch.inference_mode()
-def run_teacher(teacher: Vlm, batch: Batch, inputs: Sequence[ModelInput], settings: TargetSettings) -> TeacherOutput:
-    """Run the teacher over a batch that lies on the host; nothing here waits for the device."""
-    ids_dtype = np.uint16 if teacher.vocabulary <= 2**16 else np.uint32
+def run_teacher(
+    teacher: Vlm,
+    batch: Batch,
+    inputs: Sequence[ModelInput],
+    settings: TargetSettings,
+    codec: LogitCodec | None = None,
+    keys: Sequence[str] = (),
+) -> TeacherOutput:
+    """Run the teacher over a batch that lies on the host; nothing here waits for the device.
+
+    ``codec`` is what encodes the logits, if they are wanted; ``keys`` of the samples are what it draws by, if it draws.
+    """
     if not settings.targets:  # all that is wanted comes from the teacher's slice
-        return TeacherOutput({}, None, batch, inputs, ids_dtype)
-    captured = capture(teacher.model, batch.to(teacher.device), attention="attention" in settings.targets)
+        return TeacherOutput({}, None, batch, inputs)
+    on_device = batch.to(teacher.device)
+    captured = capture(teacher.model, on_device, attention="attention" in settings.targets)
     tensors = {}
     if captured.attention_BHTV is not None:
         attention = captured.attention_BHTV
         tensors["attention"] = attention.mean(dim=1, keepdim=True) if settings.attention == "mean" else attention
     if "vision" in settings.targets:
         tensors["vision_tokens"] = captured.vision_BVD.float()
+    fields: tuple[FieldSpec, ...] = ()
     if "logits" in settings.targets:
-        tensors |= _topk(teacher, captured.hidden_AD, settings)
+        assert codec is not None
+        uniform_AJ = _uniform(batch, keys, codec.settings.draws) if codec.kind == "sampled" else None
+        tensors |= _encode_answers(teacher, codec, captured.hidden_AD, on_device.answer_ids_A, uniform_AJ)
+        fields = logit_fields(codec.settings, teacher.vocabulary)
     host, arrived = _to_host(tensors)
-    return TeacherOutput(host, arrived, batch, inputs, ids_dtype)
+    return TeacherOutput(host, arrived, batch, inputs, fields)
 
 
-def _topk(teacher: Vlm, hidden_AD: torch.Tensor, settings: TargetSettings) -> dict[str, torch.Tensor]:
-    chunk = max(1, 2**25 // teacher.vocabulary)
-    parts = [
-        topk_targets(teacher.model.lm_head(hidden_AD[start : start + chunk]), settings.top_k, settings.temperature)
-        for start in range(0, hidden_AD.shape[0], chunk)
-    ]
-    ids, logprobs, tail = (torch.cat(part) for part in zip(*parts, strict=True))
-    return {"topk_ids": ids, "topk_logprobs": logprobs, "tail_logmass": tail}
+def _encode_answers(
+    teacher: Vlm, codec: LogitCodec, hidden_AD: torch.Tensor, labels_A: torch.Tensor, uniform_AJ: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """All fields of all answers, a chunk of logits at a time."""
+    chunk, parts = answers_at_once(teacher), []
+    uniform_AJ = hidden_AD.new_empty(len(hidden_AD), 0) if uniform_AJ is None else uniform_AJ.to(teacher.device)
+    for start in range(0, max(len(hidden_AD), 1), chunk):
+        part = slice(start, start + chunk)
+        logits_AN = teacher.model.lm_head(hidden_AD[part])
+        parts.append(codec.encode(hidden_AD[part], logits_AN, labels_A[part], uniform_AJ[part]))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _uniform(batch: Batch, keys: Sequence[str], draws: int) -> torch.Tensor:
+    """Numbers for each answer of a batch, whose answers lie sample after sample."""
+    counts = torch.bincount(batch.answer_samples_A, minlength=len(keys)).tolist()
+    return draw_numbers(keys, counts, draws)
 
 
 def _to_host(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
@@ -139,21 +157,24 @@ def _to_host(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
     return host, arrived
 
 
-def collate_targets(rows: Sequence[Mapping[str, np.ndarray]], stored: Sequence[Mapping[str, Stored]], batch: Batch) -> Targets:
-    """Pad what the batch's samples have in the cache, in its order, to the batch's shapes. Fields that they lack are None.
+def collate_targets(stored: Sequence[Mapping[str, Stored]], batch: Batch) -> Targets:
+    """Pad what the batch's samples have in the cache, in its order, to the batch's shapes; all of it stays as it is stored.
 
-    ``rows`` holds decoded fields, ``stored`` those of :data:`QUANTISED`, which stay small integers.
+    Fields that the samples lack are absent.
     """
-    quantised = {}
-    for name, target in QUANTISED.items():
-        if name in stored[0]:
-            quantised[target] = _pad([row[name] for row in stored], _padded_shape(name, stored, batch))
-    ids = logprobs = tail = None
-    if "topk_ids" in rows[0]:
-        ids = torch.from_numpy(np.concatenate([row["topk_ids"] for row in rows]).astype(np.int64))
-        logprobs_AK = torch.from_numpy(np.concatenate([row["topk_logprobs"] for row in rows]))
-        logprobs, tail = renormalise(logprobs_AK, torch.from_numpy(np.concatenate([row["tail_logmass"] for row in rows])))
-    return Targets(None, None, ids, logprobs, tail, quantised=quantised)
+    quantised = {
+        target: _pad([row[name] for row in stored], _padded_shape(name, stored, batch))
+        for name, target in QUANTISED.items()
+        if name in stored[0]
+    }
+    answers = {name: _concatenate([row[name] for row in stored]) for name in stored[0] if name not in QUANTISED}
+    return Targets(quantised=quantised, quantised_answers=answers)
+
+
+def _concatenate(stored: Sequence[Stored]) -> Quantised:
+    """Answer after answer."""
+    parts = {part: torch.from_numpy(np.concatenate([row.parts[part] for row in stored])) for part in stored[0].parts}
+    return Quantised(stored[0].field.codec, (sum(row.shape[0] for row in stored), *stored[0].shape[1:]), parts)
 
 
 def _padded_shape(name: str, stored: Sequence[Mapping[str, Stored]], batch: Batch) -> tuple[int, ...]:

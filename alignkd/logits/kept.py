@@ -57,3 +57,12 @@ def logprob_error(logprobs: torch.Tensor) -> torch.Tensor:
     """Worst case of |decoded - logprobs|: half a level to either side, and what lies below the lowest."""
     half_level = math.exp(0.5 / _PER_E) - 1
     return (_FINE - logprobs.clamp(LOWEST, 0.0)) * half_level + (LOWEST - logprobs).clamp(min=0) + 1e-5
+
+
+def renormalise(topk_logprobs_AK: torch.Tensor, tail_logmass_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo the rounding of stored log-probabilities: kept tokens and tail together sum to one again.
+
+    Nothing is dropped: the tail keeps its share. A divergence between two distributions is then never negative.
+    """
+    total_A = torch.cat([topk_logprobs_AK, tail_logmass_A[:, None]], dim=1).logsumexp(dim=1)
+    return topk_logprobs_AK - total_A[:, None], tail_logmass_A - total_A

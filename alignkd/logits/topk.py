@@ -8,8 +8,16 @@ from collections.abc import Mapping
 import torch
 
 from alignkd.logits.base import Calibration, FieldShape, LogitCodec, LogitSettings, at_temperature, rank_dtype
-from alignkd.logits.kept import LOWEST_CODE, choose, decode_ids, decode_logprobs, encode_ids, encode_logprobs, rank_order
-from alignkd.targets import renormalise
+from alignkd.logits.kept import (
+    LOWEST_CODE,
+    choose,
+    decode_ids,
+    decode_logprobs,
+    encode_ids,
+    encode_logprobs,
+    rank_order,
+    renormalise,
+)
 
 LEAST_TAIL = -100.0
 """Log of the mass of a tail that has none: what 16 bits can hold."""

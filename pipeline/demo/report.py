@@ -188,10 +188,11 @@ def _as_sample(question: Question) -> Sample:
 def _cache(figures: dict[str, Any]) -> str:
     cache = figures["cache"]
     stored, dense = cache["bytes_by_field"], cache["dense_bytes_by_field"]
+    others = ("attention", "vision_tokens", "input_ids", "labels")
     groups = {
         "attention": (stored.get("attention", 0), dense["attention"]),
         "vision tokens": (stored.get("vision_tokens", 0), dense["vision_tokens"]),
-        "logits": (sum(stored.get(f, 0) for f in ("topk_ids", "topk_logprobs", "tail_logmass")), dense["logits"]),
+        "logits": (sum(size for name, size in stored.items() if name not in others), dense["logits"]),
         "ids and labels": (stored["input_ids"] + stored["labels"], 0),
     }
     samples = cache["samples"]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from exact_logits import ExactTopK, exact_answers, reverse_kl
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import batch_of, mixture, sample, write_checkpoint
@@ -13,12 +14,12 @@ from tiny_models import batch_of, mixture, sample, write_checkpoint
 from alignkd import objective as objective_module
 from alignkd.adapters import HeadConvolution, HeadMixture, WidthAdapter, make_head_map
 from alignkd.capture import capture
-from alignkd.losses import attention_loss, focus_mask, reverse_kl, supervised_loss, vision_loss
+from alignkd.losses import attention_loss, focus_mask, supervised_loss, vision_loss
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import module_fingerprint
 from alignkd.objective import TERMS, Objective, TeacherShape, term_weights
 from alignkd.recipes import RECIPES, Recipe
-from alignkd.targets import Targets, topk_targets
+from alignkd.targets import Targets
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,7 @@ def teacher(tmp_path_factory):
 def targets_of(teacher, batch, k=20):
     with torch.no_grad():
         captured = capture(teacher.model, batch)
-        kept = topk_targets(teacher.model.lm_head(captured.hidden_AD), k)
-    return Targets(captured.attention_BHTV, captured.vision_BVD, *kept)
+        return Targets(captured.attention_BHTV, captured.vision_BVD, exact_answers(teacher, captured.hidden_AD, k))
 
 
 def shape_of(teacher):
@@ -41,7 +41,7 @@ def shape_of(teacher):
 
 
 def run(tiny, teacher, recipe, samples=None):
-    objective = Objective(tiny, recipe, shape_of(teacher))
+    objective = Objective(tiny, recipe, shape_of(teacher), logit_codec=ExactTopK())
     objective.train()
     batch = batch_of(tiny, mixture(tiny) if samples is None else samples)
     terms = objective(batch, targets_of(teacher, batch))
@@ -133,20 +133,20 @@ def test_every_term_is_the_function_of_its_name(tiny, teacher):
         focus = focus_mask(targets.attention_BHTV, masks[1], 2)
         expected = {
             "supervised": supervised_loss(logits, batch.answer_ids_A) / 17,
-            "reverse_kl": reverse_kl(logits, targets.topk_ids_AK, targets.topk_logprobs_AK, targets.tail_logmass_A).mean(),
+            "reverse_kl": reverse_kl(logits, *targets.answers.values()).mean(),
             "attention": attention_loss(
                 captured.attention_BHTV, objective.head_map(targets.attention_BHTV), *masks, relative_to_uniform=True
             ),
             "vision_all": vision_loss(*vision, masks[1], masks[1], relative_to_variance=True),
             "vision_focus": vision_loss(*vision, focus, masks[1], relative_to_variance=True),
         }
-    assert set(terms) == {"loss", *TERMS}
-    assert set(expected) == set(TERMS)
+    assert set(terms) == {"loss", *expected}
+    assert set(expected) == {name for name, weight in term_weights(recipe).items() if weight > 0}
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, rtol=1e-5, atol=1e-6)
         assert not terms[name].requires_grad
     weights = term_weights(recipe)
-    total = sum(weights[name] * terms[name] for name in TERMS)
+    total = sum(weights[name] * terms[name] for name in expected)
     torch.testing.assert_close(terms["loss"].detach(), total, rtol=1e-5, atol=1e-6)
 
 
@@ -158,10 +158,12 @@ def test_a_recipe_needs_no_target_but_those_it_names(tiny, teacher, name):
     fields = {
         "attention": {"attention_BHTV": all_targets.attention_BHTV},
         "vision": {"vision_BVD": all_targets.vision_BVD},
-        "logits": {k: getattr(all_targets, k) for k in ("topk_ids_AK", "topk_logprobs_AK", "tail_logmass_A")},
+        "logits": {"answers": all_targets.answers},
     }
     chosen = {k: v for need in recipe.needs for k, v in fields[need].items()}
-    objective = Objective(tiny, recipe, shape_of(teacher) if recipe.needs & {"attention", "vision"} else None)
+    objective = Objective(
+        tiny, recipe, shape_of(teacher) if recipe.needs & {"attention", "vision"} else None, logit_codec=ExactTopK()
+    )
     terms = objective(batch, Targets(**chosen))
     assert terms["loss"].isfinite()
     assert {t for t in TERMS if t in terms} == {t for t, weight in term_weights(recipe).items() if weight > 0}
@@ -199,7 +201,7 @@ def test_answers_in_chunks_give_the_same_loss_and_gradients(tiny, teacher, monke
 
 
 def test_padding_and_neighbours_change_no_alignment_term(tiny, teacher):
-    objective = Objective(tiny, RECIPES["align-kd"], shape_of(teacher))
+    objective = Objective(tiny, RECIPES["align-kd"], shape_of(teacher), logit_codec=ExactTopK())
     samples = [s for s in mixture(tiny) if len(s.images)]
 
     def terms_of(chosen):
@@ -235,7 +237,9 @@ def test_a_batch_without_any_answer_trains_on_its_alignment_alone(tiny, teacher)
 def test_a_few_steps_bring_every_term_of_the_teacher_down(tiny, teacher):
     # The supervised term is left out: a random teacher does not agree with the answers.
     torch.manual_seed(0)
-    objective = Objective(tiny, replace(RECIPES["align-kd"], supervised=0.0, focus_k=2), shape_of(teacher))
+    objective = Objective(
+        tiny, replace(RECIPES["align-kd"], supervised=0.0, focus_k=2), shape_of(teacher), logit_codec=ExactTopK()
+    )
     objective.train()
     batch = batch_of(tiny, mixture(tiny))
     targets = targets_of(teacher, batch, k=tiny.vocabulary)
@@ -247,12 +251,12 @@ def test_a_few_steps_bring_every_term_of_the_teacher_down(tiny, teacher):
         terms["loss"].backward()
         optimizer.step()
         history.append({name: float(value.detach()) for name, value in terms.items()})
-    assert all(history[-1][name] < 0.9 * history[0][name] for name in ("loss", *TERMS[1:]))
+    assert all(history[-1][name] < 0.9 * history[0][name] for name in history[0].keys() - {"supervised"})
 
 
 def test_a_head_mean_in_the_cache_asks_for_the_mean_map(tiny, teacher):
     with pytest.raises(ValueError, match="head_map=mean"):
-        Objective(tiny, RECIPES["align-kd"], TeacherShape(1, teacher.hidden_size))
+        Objective(tiny, RECIPES["align-kd"], TeacherShape(1, teacher.hidden_size), logit_codec=ExactTopK())
     recipe = Recipe("one", attention=1, head_map="mean")
     batch = batch_of(tiny, mixture(tiny))
     full = targets_of(teacher, batch)

@@ -60,6 +60,8 @@ def test_a_described_recipe_read_back_is_the_same_recipe(write):
 WRONG = [
     ("supervised", "-1", "0 or more"),
     ("reverse_kl", "-0.5", "0 or more"),
+    ("forward_kl", "-1", "0 or more"),
+    ("jensen_shannon", ".nan", "0 or more"),
     ("attention", ".nan", "0 or more"),
     ("attention", ".inf", "weight|finite"),
     ("vision", "much", "expected float"),

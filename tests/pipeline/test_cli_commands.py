@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_runs import (
     GOLDEN,
@@ -25,6 +26,9 @@ from tiny_runs import (
     write_data,
 )
 from warm_door import DOOR
+
+from alignkd.cache_store.codecs import get_codec
+from alignkd.logits.kept import logprob_error
 
 VALUES = dict(np.load(GOLDEN / "golden.npz"))
 COMMANDS = [
@@ -116,7 +120,7 @@ def test_verify_ends_with_the_content_digest(door, cache):
 def test_inspect_prints_specification_and_fingerprint(door, cache):
     specification = json.loads(ok(door, "cache", "inspect", cache))
     assert specification["fingerprint"]["template"] == "v1"
-    assert {field["name"] for field in specification["fields"]} >= {"attention", "vision_tokens", "topk_ids"}
+    assert {field["name"] for field in specification["fields"]} >= {"attention", "vision_tokens", "topk_rank_steps", "sketch"}
     assert json.loads(ok(door, "cache", "inspect", cache, "--json")) == specification
 
 
@@ -161,14 +165,14 @@ def test_show_and_inspect_save_arrays_that_agree(door, tmp_path, cache, data):
         assert figures["shapes"] == {field: list(b[field].shape) for field in b}
         for field in ("input_ids", "labels"):
             np.testing.assert_array_equal(a[field], b[field])
-        for field in ("attention_HTV", "vision_tokens_VD"):
+        for field, codec in (("attention_HTV", "sqrt8"), ("vision_tokens_VD", "int8-rows")):
             assert b[field].dtype == np.float32
-            assert (np.abs(a[field] - b[field]) <= np.maximum(np.abs(a[field]) * 2.0**-11, 2.0**-25) + 1e-5).all()
+            assert (np.abs(a[field] - b[field]) <= get_codec(codec).error_bound(a[field]) + 1e-5).all()
         logits = a["answer_logits_AN"].astype(np.float64)
         logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         kept = np.take_along_axis(logprobs, b["topk_ids_AK"], axis=1)
-        np.testing.assert_allclose(b["topk_logprobs_AK"], kept, rtol=2.0**-11, atol=1e-4)
-        np.testing.assert_allclose(b["tail_mass_A"], 1 - np.exp(kept).sum(axis=1), atol=1e-4)
+        assert (np.abs(b["topk_logprobs_AK"] - kept) <= 2 * logprob_error(torch.from_numpy(kept)).numpy() + 2e-3).all()
+        np.testing.assert_allclose(b["tail_mass_A"], 1 - np.exp(kept).sum(axis=1), rtol=0.05, atol=1e-3)
 
 
 def test_plots_are_pictures(door, tmp_path, cache, data):

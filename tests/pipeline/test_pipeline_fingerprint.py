@@ -7,6 +7,7 @@ from tiny_runs import SAMPLES, TEACHER, copy_checkpoint, record, with_file, with
 
 from alignkd.cache_store.reader import CacheReader
 from alignkd.cache_store.spec import FingerprintMismatch
+from alignkd.logits import LogitSettings
 from alignkd.pipeline.targets_io import TargetSettings
 
 PREPROCESSOR = "clip/preprocessor_config.json"
@@ -28,6 +29,10 @@ def given(**changes):
 
 def targets(**changes):
     return given(settings=TargetSettings(**changes))
+
+
+def logits(**changes):
+    return targets(logits=LogitSettings(**changes))
 
 
 CHANGES = {
@@ -60,8 +65,10 @@ CHANGES = {
         ['fingerprint.targets.attention: cache has "per-head", wanted null', "field.attention.codec: cache has"],
     ),
     "no vision": (targets(targets=("attention", "logits")), ["fingerprint.targets.vision: cache has true, wanted false"]),
-    "top-k": (targets(top_k=5), ["fingerprint.targets.logits.top_k: cache has 64, wanted 5"]),
-    "temperature": (targets(temperature=2.0), ["fingerprint.targets.logits.temperature: cache has 1.0, wanted 2.0"]),
+    "logit kind": (logits(kind="topk"), ['fingerprint.targets.logits.kind: cache has "sketch", wanted "topk"']),
+    "top-k": (logits(top_k=5), ["fingerprint.targets.logits.top_k: cache has 16, wanted 5"]),
+    "sketch": (logits(sketch_bytes=5), ["fingerprint.targets.logits.sketch_bytes: cache has 64, wanted 5"]),
+    "temperature": (logits(temperature=2.0), ["fingerprint.targets.logits.temperature: cache has 1.0, wanted 2.0"]),
     "attention kind": (targets(attention="mean"), ['targets.attention: cache has "per-head", wanted "mean"']),
     "attention codec": (
         targets(attention_codec="int8-rows"),

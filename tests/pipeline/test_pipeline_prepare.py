@@ -17,6 +17,8 @@ from alignkd.targets import Targets
 
 ALL = frozenset({"attention", "vision", "logits"})
 
+ANSWERS = {"topk_rank_steps", "topk_logprob_codes", "tail_logmass", "sketch"}
+
 
 def preparer(vlm, root=IMAGES, template="v1", max_length=2048):
     return Preparer.of(vlm, template=template, max_length=max_length, image_root=root)
@@ -96,10 +98,7 @@ def test_an_items_targets_are_those_of_its_own_sample_in_any_order_and_with_any_
         item, same = part[i], by_id[part.sample(i).id]
         assert isinstance(item, Item)
         np.testing.assert_array_equal(item.input.input_ids, same.input.input_ids)
-        assert set(item.values) == set(same.values) == {"topk_ids", "topk_logprobs", "tail_logmass"}
-        for name, value in item.values.items():
-            np.testing.assert_array_equal(value, same.values[name])
-        assert set(item.stored) == set(same.stored) == {"attention", "vision_tokens"}
+        assert set(item.stored) == set(same.stored) == {"attention", "vision_tokens", *ANSWERS}
         for name, value in item.stored.items():
             assert value.shape == same.stored[name].shape
             for piece, codes in value.parts.items():
@@ -120,17 +119,17 @@ def test_targets_of_a_batch_are_padded_without_mixing_samples(student_vlm, data,
         assert float(targets.attention_BHTV[i].sum()) == pytest.approx(float(decoded["attention"].sum()), rel=1e-5)
         np.testing.assert_array_equal(targets.vision_BVD[i, :columns], decoded["vision_tokens"])
         assert not targets.vision_BVD[i, columns:].any()
-        answers = len(item.values["topk_ids"])
+        steps = item.stored["topk_rank_steps"].parts["values"]
+        answers = len(steps)
         assert (batch.answer_samples_A[start : start + answers] == i).all()
-        np.testing.assert_array_equal(targets.topk_ids_AK[start : start + answers], item.values["topk_ids"])
+        np.testing.assert_array_equal(targets.answers["topk_rank_steps"][start : start + answers], steps)
         start += answers
-    assert start == len(batch.answer_ids_A) == len(targets.topk_ids_AK)
+    assert start == len(batch.answer_ids_A) == len(targets.answers["topk_rank_steps"])
 
 
 def test_only_the_fields_that_the_recipe_needs_are_read(student_vlm, data, cache):
     part = training_set(student_vlm, data, cache, needs=frozenset({"logits"}))
-    assert set(part[0].values) == {"topk_ids", "topk_logprobs", "tail_logmass"}
-    assert part[0].stored == {}
+    assert set(part[0].stored) == ANSWERS
 
 
 def test_attention_and_vision_tokens_reach_the_device_as_the_bytes_that_are_stored(student_vlm, data, cache):
@@ -235,5 +234,5 @@ def test_a_training_set_crosses_to_worker_processes(student_vlm, data, cache):
 def test_without_a_cache_every_sample_is_trained_on(student_vlm, data):
     plain = training_set(student_vlm, data, None, needs=frozenset())
     assert len(plain) == 6
-    assert plain[0].values == {}
+    assert plain[0].stored == {}
     assert plain.collate([plain[0], plain[4]])["targets"] == Targets()

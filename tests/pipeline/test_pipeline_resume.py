@@ -34,7 +34,8 @@ def stop_after(shards, monkeypatch):
     calls, real = itertools.count(1), StageOne.load
 
     def load(self, items):
-        if next(calls) > shards:
+        # Without a codec it is the calibration that reads.
+        if self.logit_codec is not None and next(calls) > shards:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, items)
 

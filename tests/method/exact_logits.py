@@ -1,0 +1,53 @@
+"""Top-k targets as they are, unrounded, for tests about what is done with them."""
+
+from __future__ import annotations
+
+import torch
+
+from alignkd.logits import DIVERGENCES, LogitCodec, LogitSettings
+from alignkd.logits.base import at_temperature
+from alignkd.logits.topk import bucketed
+
+
+def topk_targets(logits_AN, k, temperature=1.0):
+    """Ids, log-probabilities, and the log mass of all others."""
+    logprobs_AN = at_temperature(logits_AN, temperature)
+    logprobs_AK, ids_AK = logprobs_AN.topk(min(k, logits_AN.shape[1]), dim=1)
+    return ids_AK, logprobs_AK, logprobs_AN.scatter(1, ids_AK, -torch.inf).logsumexp(dim=1)
+
+
+def reverse_kl(logits_AN, ids_AK, logprobs_AK, tail_A, temperature=1.0):
+    return DIVERGENCES["reverse_kl"](*bucketed(at_temperature(logits_AN, temperature), ids_AK, logprobs_AK, tail_A))
+
+
+class ExactTopK(LogitCodec):
+    """Values ``ids``, ``logprobs`` and ``tail``."""
+
+    kind = "exact"
+
+    def __init__(self):
+        super().__init__(LogitSettings("topk"), {})
+
+    @classmethod
+    def tensor_names(cls):
+        return ()
+
+    @classmethod
+    def calibrate(cls, settings, calibration):
+        return {}
+
+    @classmethod
+    def fields(cls, settings, vocabulary):
+        raise AssertionError("never stored")
+
+    def encode(self, hidden_AD, logits_AN, label_ids_A, uniform_AX):
+        return dict(zip(("ids", "logprobs", "tail"), topk_targets(logits_AN, self.settings.top_k), strict=True))
+
+    def outcomes(self, logits_AN, values, temperature):
+        return bucketed(at_temperature(logits_AN, temperature), values["ids"], values["logprobs"], values["tail"])
+
+
+def exact_answers(teacher, hidden_AD, k=20):
+    """What :class:`ExactTopK` wants of a teacher's last hidden states."""
+    kept = topk_targets(teacher.model.lm_head(hidden_AD), k)
+    return dict(zip(("ids", "logprobs", "tail"), kept, strict=True))
