@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from alignkd.cache_store.codecs import Array, Layout, get_codec
+from alignkd.cache_store.codecs import Array, Layout, Shape, get_codec
 from alignkd.cache_store.row import Row, Stored, is_key
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
 
@@ -97,7 +97,7 @@ class Shard(ABC):
 
     def _stored(self, field: FieldSpec, i: int) -> Stored:
         shape = self.shape(field.name, i)
-        layout = get_codec(field.codec).layout(shape, field.numpy_dtype)
+        layout = layout_of(field, shape)
         parts = {part: self.part(field.name, part, i).reshape(part_shape) for part, (part_shape, _) in layout.items()}
         return Stored(field, shape, parts)
 
@@ -219,12 +219,8 @@ def first_rows(value_of_row: Sequence[int]) -> Sequence[int]:
 
 def part_sizes(field: FieldSpec, shapes: NDArray[np.int32]) -> dict[str, list[int]]:
     """Elements of each part in each value, as Python integers, which hostile shapes cannot overflow."""
-    sizes: dict[str, list[int]] = {part: [] for part in empty_layout(field)}
-    codec, dtype = get_codec(field.codec), field.numpy_dtype
-    for shape in shapes.tolist():
-        for part, (part_shape, _) in codec.layout(tuple(shape), dtype).items():
-            sizes[part].append(math.prod(part_shape))
-    return sizes
+    layouts = [layout_of(field, tuple(shape)) for shape in shapes.tolist()]
+    return {part: [math.prod(layout[part][0]) for layout in layouts] for part in empty_layout(field)}
 
 
 def part_offsets(field: FieldSpec, shapes: NDArray[np.int32]) -> dict[str, list[int]]:
@@ -232,10 +228,20 @@ def part_offsets(field: FieldSpec, shapes: NDArray[np.int32]) -> dict[str, list[
     return {part: list(accumulate(sizes, initial=0)) for part, sizes in part_sizes(field, shapes).items()}
 
 
-@lru_cache(maxsize=256)
 def empty_layout(field: FieldSpec) -> Layout:
     """The parts of ``field`` and their dtypes, for no elements."""
-    return get_codec(field.codec).layout((0,) * len(field.dims), field.numpy_dtype)
+    return layout_of(field, (0,) * len(field.dims))
+
+
+def layout_of(field: FieldSpec, shape: Shape) -> Layout:
+    """The parts of a value of ``field`` with this shape; not to be changed, other callers get the same one."""
+    return _layout(field.codec, field.dtype, shape)
+
+
+# Rows of all shards have the same few thousand shapes, and each is asked for whenever a row is read.
+@lru_cache(maxsize=1 << 14)
+def _layout(codec: str, dtype: str, shape: Shape) -> Layout:
+    return get_codec(codec).layout(shape, np.dtype(dtype))
 
 
 def check_ids(entries: Any) -> tuple[RowId, ...]:

@@ -39,7 +39,7 @@ def member(member_name: str, content: bytes, **header: Any) -> bytes:
     info.size = len(content)
     for attribute, value in header.items():
         setattr(info, attribute, value)
-    return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+    return info.tobuf(tarfile.PAX_FORMAT) + content + bytes(-len(content) % 512)
 
 
 def with_index_text(text: bytes) -> bytes:
@@ -57,8 +57,10 @@ def with_index(change: Callable[[Index], object]) -> bytes:
 
 def set_part(field: str, part: str, row: int, offset: int | None = None, size: int | None = None) -> Callable[[Index], None]:
     def change(index: Index) -> None:
-        place = index["fields"][field]["parts"][part]["places"][row]
-        place[:] = [place[0] if offset is None else offset, place[1] if size is None else size]
+        entry = index["fields"][field]["parts"][part]
+        for name, value in (("offsets", offset), ("sizes", size)):
+            if value is not None:
+                entry[name][row] = value
 
     return change
 
@@ -95,7 +97,10 @@ def test_a_shard_rewritten_unchanged_is_read():
         set_shapes("attention", [[(1 << 31) - 1] * 3] * 4),
         set_shapes("vision", [[0, 4], [5, 4], [5, 3], [0, 4]]),
         set_part("vision", "values", 2, size=0),
-        lambda index: set_part("vision", "values", 2, index["fields"]["vision"]["parts"]["values"]["places"][0][0])(index),
+        lambda index: set_part("vision", "values", 2, index["fields"]["vision"]["parts"]["values"]["offsets"][0])(index),
+        lambda index: index["fields"]["mass"]["parts"]["values"].pop("sizes"),
+        lambda index: index["fields"]["mass"]["parts"]["values"]["sizes"].pop(),
+        lambda index: index["fields"]["mass"]["parts"]["values"]["offsets"].append(0),
         set_part("mass", "values", 0, offset=-1),
         set_part("mass", "values", 0, size=-1),
         set_part("mass", "values", 0, offset=1 << 40),
@@ -146,7 +151,7 @@ def test_a_row_that_is_not_where_the_index_says_is_refused_when_it_is_read(chang
 def test_a_decompression_bomb_is_refused_before_it_is_decompressed():
     data = bytearray(written())
     shard = webdataset_shard.read_shard(SPEC, bytes(data))
-    at = shard.base + shard.columns["attention", "codes"].places[1][0]
+    at = shard.frames["attention", "codes"].starts[1]
     data[at + 4 : at + 8] = (1 << 31).to_bytes(4, "little")
     with pytest.raises(CorruptShard, match="a Blosc frame declares"):
         webdataset_shard.read_shard(SPEC, bytes(data)).row(1)
@@ -171,15 +176,16 @@ def test_an_audit_of_the_archive_as_written_finds_nothing():
     "change",
     [
         lambda rest: rest.pop(),
-        lambda rest: rest.insert(3, rest[3]),
+        lambda rest: rest.insert(2, rest[2]),
         lambda rest: rest.append(("more", b"")),
         lambda rest: rest.reverse(),
         lambda rest: rest.__setitem__(0, (rest[0][0], rest[0][1].replace(b"sample-0", b"sample-1"))),
-        lambda rest: rest.__setitem__(1, (rest[2][0], rest[1][1])),
+        lambda rest: rest.__setitem__(1, (rest[3][0], rest[1][1])),
+        lambda rest: rest.__setitem__(1, (rest[1][0], rest[1][1] + b"x")),
     ],
 )
 def test_an_audit_finds_members_that_are_not_what_the_index_says(change):
-    with pytest.raises(CorruptShard):
+    with pytest.raises(CorruptShard, match=r"from byte [1-9][0-9]* on the archive is not what"):
         audited(change)
 
 
@@ -189,10 +195,33 @@ def test_an_audit_finds_members_that_are_no_plain_files(kind):
         audited(list, type=kind)
 
 
+def test_an_audit_finds_every_flipped_bit_but_those_within_a_frame():
+    data = written(2)
+    shard = webdataset_shard.read_shard(SPEC, data)
+    places = [place for frames in shard.frames.values() for place in zip(frames.starts, frames.stops, strict=True)]
+    inside = {at for start, stop in places for at in range(start, stop)}
+    assert inside
+    after_index = range(members_of(data)[1][0].offset, len(data))
+    for at in set(after_index) - inside:
+        changed = bytearray(data)
+        changed[at] ^= 1
+        with pytest.raises(CorruptShard, match=f"from byte {at} on"):
+            webdataset_shard.audit(bytes(changed), webdataset_shard.read_shard(SPEC, bytes(changed)))
+
+
 def test_an_audit_finds_rows_that_share_a_value_without_an_image():
     data = with_index(lambda index: index["ids"][2].__setitem__(2, "f" * 64))
-    with pytest.raises(CorruptShard, match="expected just the"):
+    with pytest.raises(CorruptShard, match="is not what follows from its index"):
         webdataset_shard.audit(data, webdataset_shard.read_shard(SPEC, data))
+
+
+def test_frames_that_take_more_room_than_the_archive_has_are_refused():
+    def overlap(index: Index) -> None:
+        for row in range(4):
+            set_part("mass", "values", row, offset=0, size=index["size"] // 3)(index)
+
+    with pytest.raises(CorruptShard, match="names frames of"):
+        webdataset_shard.read_shard(SPEC, with_index(overlap))
 
 
 def test_headers_know_no_time_and_no_user():
@@ -201,28 +230,41 @@ def test_headers_know_no_time_and_no_user():
         assert not info.pax_headers
 
 
-def test_names_longer_than_a_header_holds_come_back():
-    spec = CacheSpec((FieldSpec("x" * 64, ("N",), "int64", "exact"),), {})
-    data = webdataset_shard.write_shard(packed(spec, [Row(key_of(0), "", "", {"x" * 64: np.arange(5)})]))
-    shard = webdataset_shard.read_shard(spec, data)
-    webdataset_shard.audit(data, shard)
-    assert shard.row(0).values["x" * 64].tolist() == [0, 1, 2, 3, 4]
+def test_a_row_takes_two_members_however_many_fields_it_has():
+    names = [info.name for info, _ in members_of(written())]
+    assert names == ["__index__", *(f"{key_of(i)}.{ending}" for i in range(4) for ending in ("json", "blosc"))]
 
 
-def test_only_the_first_row_of_an_image_has_its_members_and_the_others_say_so():
-    members = {info.name: content for info, content in members_of(written())}
-    named = [name.split(".")[0] for name in members if name.endswith(".vision.values.blosc")]
-    assert named == [key_of(0), key_of(1), key_of(3)]
-    described = {i: json.loads(members[f"{key_of(i)}.json"])["fields"] for i in range(4)}
-    assert {i: fields["vision"].get("same_as") for i, fields in described.items()} == {0: None, 1: None, 2: key_of(1), 3: None}
-    assert not [fields for fields in described.values() if "same_as" in fields["attention"]]
+def test_the_frames_of_a_row_follow_each_other_as_its_json_says():
+    data = written()
+    members = {info.name: content for info, content in members_of(data)}
+    shard = webdataset_shard.read_shard(SPEC, data)
+    for i, key in enumerate(shard.keys):
+        fields, frames, at = json.loads(members[f"{key}.json"])["fields"], members[f"{key}.blosc"], 0
+        for field, (_, _, _, parts) in fields.items():
+            for part, (_, size) in (parts or {}).items():
+                assert shard.frame(field, part, i) == frames[at : at + size]
+                at += size
+        assert at == len(frames) > 0
 
 
-@pytest.mark.parametrize("other", [key_of(0), key_of(9)])
-def test_an_audit_finds_a_row_that_names_another_than_the_first_of_its_image(other):
-    def change(rest: list[tuple[str, bytes]]) -> None:
-        (at,) = (i for i, (_, content) in enumerate(rest) if b"same_as" in content)
-        rest[at] = (rest[at][0], rest[at][1].replace(key_of(1).encode(), other.encode()))
+def test_what_is_said_of_a_row_without_attention_fits_into_one_block():
+    wide = {"input_ids": "int32", "labels": "int32", "topk_rank_steps": "uint16"}
+    narrow = {"sketch": "uint8", "topk_logprob_codes": "uint8", "tail_logmass": "uint8"}
+    spec = CacheSpec(tuple(FieldSpec(name, ("A",), dtype, "exact") for name, dtype in (wide | narrow).items()), {})
+    values = {f.name: np.random.default_rng(0).integers(0, 255, 4000).astype(f.dtype) for f in spec.fields}
+    data = webdataset_shard.write_shard(packed(spec, [Row(key_of(0), "000000123456", "f" * 64, values)]))
+    sizes = {info.name: info.size for info, _ in members_of(data)}
+    assert sizes[f"{key_of(0)}.json"] <= 512
 
-    with pytest.raises(CorruptShard, match=r"\.json is not what the index says"):
-        audited(change, rows=4)
+
+def test_only_the_first_row_of_an_image_has_its_frames_and_the_others_say_so():
+    data = written()
+    described = [json.loads(content) for info, content in members_of(data) if info.name.endswith(".json")]
+    dtype, codec, shape, parts = described[1]["fields"]["vision"]
+    assert parts["values"][1] > 0
+    assert described[2]["fields"]["vision"] == [dtype, codec, shape, None]
+    assert described[2]["image_sha256"] == described[1]["image_sha256"]
+    assert [None for row in described for field in row["fields"].values() if field[3] is None] == [None]
+    shard = webdataset_shard.read_shard(SPEC, data)
+    assert shard.frame("vision", "values", 2) == shard.frame("vision", "values", 1)
