@@ -5,15 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from alignkd.cache_store.row import Rejected
+from alignkd.pipeline.out_of_memory import is_out_of_memory
 from alignkd.pipeline.stage_one import ReadyBatch, StageOne
 from alignkd.pipeline.targets_io import TeacherOutput
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the host."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in ("out of memory", "can't allocate memory"))
 
 
 @dataclass

@@ -14,9 +14,12 @@ from alignkd.cache_store.spec import FieldSpec
 from alignkd.capture import capture
 from alignkd.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.out_of_memory import is_out_of_memory
 
 CALIBRATION_SAMPLES = 256
 CALIBRATION_ANSWERS = 16_384
+CALIBRATION_POSITIONS = 4096
+"""Positions a batch, few enough for any device that the teacher itself fits on."""
 _NAME = "logits.{}"
 _AT_ONCE = 2**25
 """Logits held at a time."""
@@ -49,12 +52,17 @@ def settings_of(fingerprint: Mapping[str, Any]) -> LogitSettings:
 
 @torch.inference_mode()
 def calibrate(teacher: Vlm, batches: Iterable[Batch]) -> Calibration:
-    """What the teacher does on a few batches, as many as give the answers wanted."""
+    """What the teacher does on a few batches, as many as give the answers wanted; without those that memory has no room for."""
     head = teacher.model.lm_head
     hidden, count = [torch.zeros(0, teacher.hidden_size, device=teacher.device)], 0
     sums_N = torch.zeros(head.weight.shape[0], device=teacher.device)
     for batch in batches:
-        hidden_AD = capture(teacher.model, batch.to(teacher.device), attention=False).hidden_AD
+        try:
+            hidden_AD = capture(teacher.model, batch.to(teacher.device), attention=False).hidden_AD
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            continue
         for part_AD in torch.split(hidden_AD, answers_at_once(teacher)):
             sums_N += head(part_AD).float().softmax(dim=1).sum(dim=0)
         hidden.append(hidden_AD.float())

@@ -25,7 +25,7 @@ from alignkd.logits import LogitCodec
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.interrupt import StopFlag
-from alignkd.pipeline.logits_io import CALIBRATION_SAMPLES, calibrate, fitted, logit_arrays, open_codec
+from alignkd.pipeline.logits_io import CALIBRATION_POSITIONS, CALIBRATION_SAMPLES, calibrate, fitted, logit_arrays, open_codec
 from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Prepared, PreparedText, Preparer, SampleError
 from alignkd.pipeline.progress import bar
 from alignkd.pipeline.provenance import parse_dtype, pick_device
@@ -196,8 +196,10 @@ class StageOne:
         """Samples spread over the data; those that cannot be used are left out here and named later, in their shards."""
         chosen = np.linspace(0, self.plan.samples - 1, min(CALIBRATION_SAMPLES, self.plan.samples)).astype(int).tolist()
         work = self.lay_out_samples(0, chosen)
-        with bar("calibrate", len(work.batches), "batches") as progress:
-            for items in work.batches:
+        items = [item for batch in work.batches for item in batch]
+        parts = list(batches(items, min(self.config.batch_tokens, CALIBRATION_POSITIONS)))
+        with bar("calibrate", len(parts), "batches") as progress:
+            for items in parts:
                 self.stop.check()
                 batch = self.load(items).batch
                 if batch is not None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import SAMPLES, content, record, stage_one_config, write_cache, write_data
 
+from alignkd.pipeline import logits_io
 from alignkd.pipeline.dry_run import dry_run
 from alignkd.pipeline.fit_memory import FittingRunner
 from alignkd.pipeline.stage_one import Item, ReadyBatch, StageOne
+from alignkd.pipeline.targets_io import TargetSettings
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
@@ -116,13 +119,15 @@ def little_memory(monkeypatch):
 
 def test_stage_one_writes_everything_with_little_memory_and_rejects_what_never_fits(tmp_path, little_memory):
     data = write_data(tmp_path / "small.json", [*SAMPLES[:2], LONG, SAMPLES[4]])
-    done = write_cache(data, tmp_path / "small", shard_samples=4)
+    # Without logits: their calibration would see the long sample, too.
+    settings = TargetSettings(targets=("attention", "vision"))
+    done = write_cache(data, tmp_path / "small", shard_samples=4, settings=settings)
     assert little_memory[0] > 1000
     assert (done["complete"], done["samples_done"]) == (True, 3)
     assert [sample["id"] for sample in done["rejected"]] == ["long"]
     assert "positions do not fit into memory, even alone" in done["rejected"][0]["reason"]
     one_by_one = write_data(tmp_path / "large.json", [*SAMPLES[:2], SAMPLES[4]])
-    write_cache(one_by_one, tmp_path / "large", batch_tokens=1)
+    write_cache(one_by_one, tmp_path / "large", batch_tokens=1, settings=settings)
     assert content(tmp_path / "small") == content(tmp_path / "large")
 
 
@@ -133,3 +138,19 @@ def test_a_dry_run_with_little_memory_estimates_as_well(tmp_path, little_memory)
     assert figures["bytes_per_sample"] > 0
     with pytest.raises(ValueError, match=r"none of 1 samples tried can be used. First: long: its \d+ positions do not fit"):
         dry_run(stage_one_config(write_data(tmp_path / "long.json", [LONG]), tmp_path / "cache"))
+
+
+def test_a_calibration_leaves_out_what_memory_has_no_room_for(tmp_path, monkeypatch):
+    real = logits_io.capture
+
+    def capture(model, batch, **options):
+        if batch.input_ids_BS.numel() > 400:
+            raise OUT_OF_MEMORY[0]
+        return real(model, batch, **options)
+
+    monkeypatch.setattr(logits_io, "capture", capture)
+    small = write_data(tmp_path / "small.json", [SAMPLES[0], SAMPLES[4]])
+    large = write_data(tmp_path / "large.json", [SAMPLES[0], SAMPLES[4], LONG])
+    tensors = [StageOne.open(stage_one_config(data, tmp_path / "cache")).tensors() for data in (small, large)]
+    assert tensors[0].keys() == tensors[1].keys()
+    np.testing.assert_array_equal(tensors[0]["logits.id_of_rank"], tensors[1]["logits.id_of_rank"])
