@@ -8,9 +8,11 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from transformers import set_seed
 
+from alignkd.logits import LogitSettings
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.demo.checkpoints import new_checkpoint
 from alignkd.pipeline.demo.run import (
@@ -24,6 +26,7 @@ from alignkd.pipeline.demo.run import (
     train_teacher,
 )
 from alignkd.pipeline.provenance import pick_device, versions
+from alignkd.pipeline.targets_io import TargetSettings
 from alignkd.recipes import get_recipe
 
 ARMS: dict[str, tuple[str, dict[str, str]]] = {
@@ -34,6 +37,9 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
     "attention only": ("align-kd", {"reverse_kl": "0", "vision": "0"}),
     "vision only": ("align-kd", {"reverse_kl": "0", "attention": "0"}),
 }
+
+
+EXACT = TargetSettings(attention_codec="exact", vision_codec="exact", logits=LogitSettings("hidden", hidden_bits=16))
 
 
 def reuse_teacher(config: DemoConfig, paths: Paths, demo: Path) -> dict[str, float]:
@@ -54,8 +60,11 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--extra", action="append", default=[], help="NAME:RECIPE:key=value,key=value")
     parser.add_argument("--set", dest="fields", action="append", default=[], help="DemoConfig field=number")
+    parser.add_argument("--exact", action="store_true", help="cache without loss (hidden states in 16 bits), to compare codecs")
     arguments = parser.parse_args()
-    changed = {k: json.loads(v) for k, _, v in (text.partition("=") for text in arguments.fields)}
+    changed: dict[str, Any] = {k: json.loads(v) for k, _, v in (text.partition("=") for text in arguments.fields)}
+    if arguments.exact:
+        changed["targets"] = EXACT
     config = dataclasses.replace(DemoConfig(str(arguments.out), arguments.seed, arguments.device), **changed)
     paths, device = Paths(arguments.out), pick_device(arguments.device)
     started = time.perf_counter()

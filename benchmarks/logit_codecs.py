@@ -278,6 +278,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4100, help="Tokens compared.")
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
     parser.add_argument("--only", nargs="*", help="Parts of names of the targets to measure.")
+    parser.add_argument("--sizes-only", action="store_true", help="Bytes, and no comparison of gradients.")
     parser.add_argument("--out", type=Path, help="Write the table here, too.")
     arguments = parser.parse_args()
     data = read_data(arguments.tokens, arguments.calibration_tokens)
@@ -285,6 +286,9 @@ def main() -> None:
     cases = {name: open_case(data, chosen) for name, chosen in wanted}
     for name, case in cases.items():
         print(name, {f: {k: round(v, 1) for k, v in sizes.items()} for f, sizes in case.sizes.items()}, flush=True)
+        print(f"    {', '.join(f'{form} {sum(by_field.values()):.1f}' for form, by_field in case.sizes.items())} bytes/token")
+    if arguments.sizes_only:
+        return
     dense = measure(data, list(cases.values()), arguments.tokens // 100 * 100)
     print("dense losses, nats a token:", {" ".join(key): round(value, 3) for key, value in dense.items()})
     print(text := table(cases))

@@ -58,6 +58,7 @@ class DemoConfig:
     focus_k: int = 4
     arms: tuple[str, ...] = ("sft", "align-kd")
     shard_format: str = "zarr"
+    targets: TargetSettings = field(default_factory=TargetSettings)
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def run_cache(config: DemoConfig, paths: Paths, data: EasyVqa, device: str) -> d
             data=str(paths.data / "labelled.json"),
             images=str(data.root),
             cache=str(paths.cache),
-            settings=TargetSettings(),
+            settings=config.targets,
             shard_format=config.shard_format,
             shard_samples=256,
             device=device,
