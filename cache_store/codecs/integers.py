@@ -100,9 +100,9 @@ class Int4Blocks:
         return decoded
 
     def error_bound(self, array: Array) -> NDArray[np.float64]:
-        """Half a step, plus what float32 adds when it rounds the quotient."""
+        """Half a step, plus what float32 adds when it rounds the quotient, or a scale too small for it to zero."""
         scales = self._spread(self._scales(array).astype(np.float64), array.shape)
-        return scales * (0.5 + INT4_MAX * 2.0**-22)
+        return scales * (0.5 + INT4_MAX * 2.0**-22) + 2.0**-147
 
     @staticmethod
     def _scales(array: Array) -> NDArray[np.float16]:
