@@ -78,7 +78,7 @@ def test_trouble_in_the_middle_is_one_message_and_a_rerun_completes_the_same_cac
     number, words = TROUBLES[name]
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch:
-        fail_from(20, number, patch)
+        fail_from(36, number, patch)
         message = refused(eight, cache, "cannot write", str(cache), words, "run the same command again")
     assert message.count("cannot write") == 1
     assert 1 <= open_store(cache).status().shards_done < 4
@@ -86,7 +86,7 @@ def test_trouble_in_the_middle_is_one_message_and_a_rerun_completes_the_same_cac
     assert content(cache) == expected
 
 
-@pytest.mark.parametrize("call", [1, 4, 8, 13])
+@pytest.mark.parametrize("call", [1, 4, 8, 13, 24, 31])
 def test_trouble_at_any_write_leaves_no_half_cache(tmp_path, eight, monkeypatch, call):
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch:
