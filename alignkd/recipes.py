@@ -88,6 +88,25 @@ def get_recipe(name_or_file: str, overrides: Mapping[str, str] | None = None) ->
     return _replace(recipe, values, "--set")
 
 
+_NEXT_TO_NOTHING = 2.0**-40
+
+
+def one_term_recipes(recipe: Recipe) -> dict[str, Recipe]:
+    """For each term that counts, by its name in the objective, a recipe of that term alone with the weight it has.
+
+    ``vision_focus`` is a factor of ``vision``, which cannot be 0: there all vision tokens keep a weight of 1e-12.
+    """
+    weights = {name: getattr(recipe, name) for name in ("supervised", *DIVERGENCES, "attention", "vision")}
+    nothing = dict.fromkeys(weights, 0.0)
+    found = {name: {**nothing, name: weight} for name, weight in weights.items() if weight > 0}
+    if vision := found.pop("vision", None):
+        found["vision_all"] = {**vision, "vision_focus": 0.0}
+        if recipe.vision_focus > 0:
+            focus = recipe.vision * recipe.vision_focus / _NEXT_TO_NOTHING
+            found["vision_focus"] = {**nothing, "vision": _NEXT_TO_NOTHING, "vision_focus": focus}
+    return {term: replace(recipe, name=f"{recipe.name}: {term} alone", **values) for term, values in found.items()}
+
+
 def _read(path: Path) -> Recipe:
     try:
         values = yaml.safe_load(path.read_text())

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignkd.recipes import RECIPES, Recipe, describe, get_recipe
+from alignkd.objective import term_weights
+from alignkd.recipes import RECIPES, Recipe, describe, get_recipe, one_term_recipes
 
 
 @pytest.fixture
@@ -147,3 +148,42 @@ def test_a_file_cannot_run_code(write, tmp_path):
     with pytest.raises(ValueError, match="YAML"):
         get_recipe(write(f"name: !!python/object/apply:os.mkdir ['{tmp_path}/ran']\n"))
     assert not (tmp_path / "ran").exists()
+
+
+# --- one term alone ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), Recipe("mine", supervised=0.3, jensen_shannon=2.0, vision=0.7)])
+def test_a_recipe_of_one_term_has_its_weight_and_no_other(recipe):
+    weights = term_weights(recipe)
+    found = one_term_recipes(recipe)
+    assert set(found) == {name for name, weight in weights.items() if weight > 0}
+    for term, alone in found.items():
+        own = term_weights(alone)
+        assert own.pop(term) == weights[term]
+        assert all(weight <= 1e-12 for weight in own.values())
+        assert all(weight == 0 for name, weight in own.items() if (term, name) != ("vision_focus", "vision_all"))
+
+
+def test_a_recipe_of_one_term_keeps_every_setting_that_is_no_weight():
+    recipe = Recipe("mine", attention=1.0, vision=1.0, focus_k=3, temperature=2.0, normalise=False, head_map="mean")
+    for term, alone in one_term_recipes(recipe).items():
+        for name in ("focus_k", "temperature", "normalise", "head_map", "width_map"):
+            assert getattr(alone, name) == getattr(recipe, name)
+        assert alone.name == f"mine: {term} alone"
+
+
+def test_a_recipe_of_one_term_needs_no_more_than_the_whole():
+    recipe = RECIPES["align-kd"]
+    needs = {term: set(alone.needs) for term, alone in one_term_recipes(recipe).items()}
+    assert needs == {
+        "supervised": set(),
+        "reverse_kl": {"logits"},
+        "attention": {"attention"},
+        "vision_all": {"vision"},
+        "vision_focus": {"vision", "attention"},
+    }
+
+
+def test_a_recipe_without_any_term_has_none_alone():
+    assert one_term_recipes(Recipe(supervised=0.0)) == {}

@@ -1,0 +1,46 @@
+"""Log lines for TensorBoard: terms, weighted terms and shares in groups of their own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoard(TrainerCallback):  # type: ignore[misc]
+    """Writes each log line's numbers as scalars into a folder, from the first process alone.
+
+    transformers' own callback puts ``train/`` before every name, so that TensorBoard, which groups by what is before the
+    first slash, shows one group of all; and after a resume it shows steps that were run again twice.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.writer: SummaryWriter | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Trainer's hook: opens a file of events; those of steps that are run again are hidden."""
+        if state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder), purge_step=state.global_step + 1)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Trainer's hook after a log line."""
+        if self.writer is None:
+            return
+        for name, value in (logs or {}).items():
+            if isinstance(value, (int, float)) and name != "step":
+                self.writer.add_scalar(name if "/" in name else f"train/{name}", value, state.global_step)
+        self.writer.flush()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Trainer's hook: closes the file."""
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None

@@ -1,0 +1,198 @@
+"""Warnings from log lines, each once an episode; and a stop that names the samples whose loss is no number."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from alignkd.pipeline import watch as watch_module
+from alignkd.pipeline.watch import FiniteWatch, NotFinite, Watch
+from alignkd.recipes import RECIPES, Recipe
+
+BALANCED = {"share/supervised": 0.4, "share/reverse_kl": 0.3, "share/attention": 0.1, "share/vision_all": 0.15}
+BALANCED |= {"share/vision_focus": 0.05}
+
+
+def warnings(watch, lines, **values):
+    """What so many equal lines bring: the number of the line, and the warning."""
+    line = {**BALANCED, **{name.replace("__", "/"): value for name, value in values.items()}}
+    return [(number, text) for number in range(1, lines + 1) for text in watch({**line, "step": number})]
+
+
+def test_a_balanced_run_brings_no_warning():
+    assert warnings(Watch(RECIPES["align-kd"]), 50, attention_contrast=2.0) == []
+
+
+@pytest.mark.parametrize(
+    ("term", "field", "value"),
+    [("attention", "attention", "0.1"), ("vision_all", "vision", "1"), ("vision_focus", "vision_focus", "0.1")],
+)
+def test_a_term_that_stays_negligible_is_named_with_its_field_and_weight_at_the_tenth_line(term, field, value):
+    [(number, text)] = warnings(Watch(RECIPES["align-kd"]), 30, **{f"share__{term}": 0.0099})
+    assert number == 10
+    assert text.startswith(f"{term} was below 1% of the loss in 10 log lines (now 0.99%, step 10)")
+    assert f"--set {field}=..., now {value})" in text
+
+
+def test_a_term_that_stays_dominant_is_named_at_the_tenth_line():
+    [(number, text)] = warnings(Watch(RECIPES["align-kd"]), 30, share__supervised=0.901)
+    assert number == 10
+    assert text.startswith("supervised was above 90% of the loss in 10 log lines (now 90.10%, step 10)")
+    assert "--set supervised=..., now 1)" in text
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9])
+def test_a_share_at_a_bound_or_between_them_is_no_reason_to_warn(share):
+    assert warnings(Watch(RECIPES["align-kd"]), 30, share__attention=share) == []
+
+
+def test_nine_lines_and_a_better_one_bring_no_warning():
+    watch = Watch(RECIPES["align-kd"])
+    for _ in range(5):
+        assert warnings(watch, 9, share__attention=0.001) == []
+        assert warnings(watch, 1) == []
+
+
+def test_a_warning_comes_again_in_a_new_episode_only():
+    watch = Watch(RECIPES["align-kd"])
+    assert len(warnings(watch, 100, share__attention=0.001)) == 1
+    assert warnings(watch, 1) == []
+    assert len(warnings(watch, 10, share__attention=0.001)) == 1
+
+
+def test_the_number_of_lines_is_a_setting():
+    assert [number for number, _ in warnings(Watch(RECIPES["align-kd"], lines=3), 9, share__attention=0.001)] == [3]
+
+
+def test_a_recipe_of_one_term_is_never_dominated_by_it():
+    assert warnings(Watch(RECIPES["sft"]), 30, share__supervised=1.0) == []
+    assert warnings(Watch(Recipe(supervised=0.0, attention=1.0)), 30, share__attention=1.0) == []
+
+
+def test_a_term_without_weight_is_not_negligible():
+    assert warnings(Watch(Recipe(supervised=0.0, reverse_kl=1.0, attention=1.0)), 30, share__supervised=0.0) == []
+
+
+@pytest.mark.parametrize("line", [{}, {"share/attention": math.nan}])
+def test_lines_without_a_share_are_no_reason_to_warn(line):
+    watch = Watch(RECIPES["align-kd"])
+    assert [watch({"step": step, **line}) for step in range(30)] == [[]] * 30
+
+
+def test_a_teacher_of_uniform_attention_is_named_with_the_terms_that_follow_it():
+    [(number, text)] = warnings(Watch(RECIPES["align-kd"]), 30, attention_contrast=9e-4)
+    assert number == 10
+    assert text.startswith("the teacher's attention over vision tokens was uniform in 10 log lines (relative variance 9.0e-04")
+    assert "--set attention=0 --set vision_focus=0" in text
+    [(_, text)] = warnings(Watch(Recipe(attention=1.0)), 30, attention_contrast=0.0)
+    assert "vision_focus" not in text
+
+
+def test_attention_that_differs_by_a_little_is_no_reason_to_warn():
+    assert warnings(Watch(RECIPES["align-kd"]), 30, attention_contrast=1.1e-3) == []
+
+
+# --- samples whose loss is not finite ------------------------------------------------------------------------------------
+
+
+def ids(count, first=0):
+    return [f"sample {first + i}" for i in range(count)]
+
+
+def test_the_samples_whose_loss_is_not_finite_are_named_with_the_step_and_the_way_out():
+    watch = FiniteWatch()
+    watch.add(torch.tensor([False, True, False, True]), ids(4), step=41)
+    with pytest.raises(NotFinite) as error:
+        watch.check()
+    assert isinstance(error.value, ValueError)
+    assert (error.value.step, error.value.sample_ids) == (41, ("sample 1", "sample 3"))
+    text = str(error.value)
+    assert text.startswith("step 41: a loss term is not a finite number for 2 of 4 samples: sample 1, sample 3. ")
+    for way_out in ("alignkd show", "alignkd cache inspect", "--learning-rate", "--dtype bfloat16", "--resume"):
+        assert way_out in text
+
+
+def test_a_batch_of_nothing_else_points_at_the_weights_and_names_ten():
+    watch = FiniteWatch()
+    watch.add(torch.ones(30, dtype=torch.bool), ids(30), step=2)
+    with pytest.raises(NotFinite, match=r"sample 9 and 20 more\..*the weights themselves") as error:
+        watch.check()
+    assert "sample 10" not in str(error.value)
+    assert len(error.value.sample_ids) == 30
+
+
+def test_a_finite_run_is_never_stopped():
+    watch = FiniteWatch()
+    for step in range(5):
+        watch.add(torch.zeros(2, dtype=torch.bool), ids(2), step=step)
+        watch.check()
+    watch.check(wait=True)
+
+
+def test_flags_are_those_of_the_moment_they_were_given():
+    watch, flags = FiniteWatch(), torch.tensor([True])
+    watch.add(flags, ids(1), step=1)
+    flags.zero_()
+    with pytest.raises(NotFinite):
+        watch.check()
+
+
+class _Arrival:
+    """An event of a device that is busy until it is waited for."""
+
+    def __init__(self):
+        self.done = False
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        self.done = True
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """Copies from a device that is busy; their events, in order."""
+    arrivals: list[_Arrival] = []
+
+    def to_host(flags):
+        arrivals.append(_Arrival())
+        return flags.clone(), arrivals[-1]
+
+    monkeypatch.setattr(watch_module, "_to_host", to_host)
+    return arrivals
+
+
+def test_a_busy_device_is_not_waited_for_until_a_checkpoint_asks(busy):
+    watch = FiniteWatch()
+    watch.add(torch.tensor([False]), ids(1), step=1)
+    watch.add(torch.tensor([True]), ids(1, first=7), step=2)
+    watch.check()
+    assert [arrival.done for arrival in busy] == [False, False]
+    with pytest.raises(NotFinite, match=r"step 2: .*sample 7"):
+        watch.check(wait=True)
+
+
+def test_flags_that_have_arrived_are_looked_at_in_order(busy):
+    watch = FiniteWatch()
+    for step in range(1, 4):
+        watch.add(torch.tensor([step == 2]), ids(1, first=step), step=step)
+    busy[0].done = True
+    watch.check()
+    busy[1].done = True
+    with pytest.raises(NotFinite, match=r"step 2: .*sample 2"):
+        watch.check()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_flags_of_a_gpu_arrive_without_a_synchronisation():
+    watch = FiniteWatch()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        watch.add(torch.tensor([False, True], device="cuda"), ids(2), step=3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(NotFinite, match=r"step 3: .*sample 1"):
+        watch.check(wait=True)
