@@ -84,7 +84,8 @@ def test_padding_changes_nothing_whatever_it_holds(sizes, more_text, more_vision
     wide_text, wide_vision = pad(text, (0, more_text)), pad(vision, (0, more_vision))
     wide = pad(values, (0, more_vision, 0, more_text))
     real = wide_text[:, None, :, None] & wide_vision[:, None, None]
-    found = attention_contrast(torch.where(real, wide, torch.tensor(7.0)), wide_text, wide_vision)
+    rubbish = 1 + torch.arange(wide.numel()).view(wide.shape).square()  # no two alike: equal ones would have no contrast
+    found = attention_contrast(torch.where(real, wide, rubbish.float()), wide_text, wide_vision)
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
