@@ -1,13 +1,19 @@
-"""The order of samples as a pure function of (seed, epoch, position), so that resuming is arithmetic.
+"""The order of samples as a pure function of (seed, epoch, step), so that resuming is arithmetic.
 
-Shards are shuffled, then samples within windows of a few shards: as random as a reader can serve from the few shards it
-keeps open.
+1. Shards are shuffled, then samples within windows of a few shards: as random as a reader can serve from the few shards it
+keeps open. 2. Each epoch is cut into micro-batches, of like length where that is asked for. 3. A step takes the next ones of
+its epoch, as many as all processes hold together, and each process knows its own: how many processes there are changes
+nothing in what a step learns from.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
+
+_NOISE = 0.05
+"""Lengths are grouped as if each were up to this share shorter or longer, so that epochs differ in their micro-batches."""
 
 
 def epoch_order(shard_of_sample: np.ndarray, *, seed: int, epoch: int, window: int) -> np.ndarray:
@@ -19,27 +25,154 @@ def epoch_order(shard_of_sample: np.ndarray, *, seed: int, epoch: int, window: i
         epoch: from 0.
         window: shards mixed with each other at a time.
     """
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    return _shuffle(shard_of_sample, _generator(seed, epoch), window)[0]
+
+
+def _generator(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch]))
+
+
+def _shuffle(shard_of_sample: np.ndarray, generator: np.random.Generator, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """All samples in their order, and the window each lies in, which never falls."""
     shards = generator.permutation(np.unique(shard_of_sample))
     rank = np.empty(int(shards.max()) + 1, dtype=np.int64)
     rank[shards] = np.arange(len(shards)) // window
     shuffled = generator.permutation(len(shard_of_sample))
-    return shuffled[np.argsort(rank[shard_of_sample[shuffled]], kind="stable")]
+    order = shuffled[np.argsort(rank[shard_of_sample[shuffled]], kind="stable")]
+    return order, rank[shard_of_sample[order]]
 
 
-class EpochSampler(Sampler[int]):
-    """Feeds :func:`epoch_order` to a DataLoader; the Trainer sets the epoch."""
+class BatchOrder:
+    """Micro-batches of every epoch as a pure function of (seed, epoch).
 
-    def __init__(self, shard_of_sample: np.ndarray, *, seed: int, window: int) -> None:
+    Args:
+        shard_of_sample: as for :func:`epoch_order`, as are ``seed`` and ``window``.
+        batch_size: samples a micro-batch; the most of them where ``batch_tokens`` is given, and then None is no limit.
+        lengths: positions of each sample, ``[samples]``; 0 for one that will fail. Needed by what follows.
+        group_by_length: micro-batches hold samples of like length out of one window, in a random order.
+        batch_tokens: positions a micro-batch may have once its samples are padded to the longest.
+    """
+
+    def __init__(
+        self,
+        shard_of_sample: np.ndarray,
+        *,
+        seed: int,
+        window: int,
+        batch_size: int | None,
+        lengths: np.ndarray | None = None,
+        group_by_length: bool = False,
+        batch_tokens: int | None = None,
+    ) -> None:
+        assert batch_size is not None or batch_tokens is not None
+        assert batch_size is None or batch_size > 0
+        if group_by_length or batch_tokens is not None:
+            assert lengths is not None
+            assert len(lengths) == len(shard_of_sample)
+        if batch_tokens is not None:
+            assert lengths is not None
+            assert lengths.max() <= batch_tokens, "lengths.check_budget refuses these, by name"
         self._shards, self._seed, self._window = shard_of_sample, seed, window
-        self.epoch = 0
+        self._batch_size, self._batch_tokens = batch_size, batch_tokens
+        self._lengths, self._group_by_length = lengths, group_by_length
+        self._counts: dict[int, int] = {}
+        self._latest: tuple[int, list[np.ndarray]] | None = None
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
-        self.epoch = epoch
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """Positions of the samples of each micro-batch; every sample once. The latest epoch asked for is remembered."""
+        if self._latest is None or self._latest[0] != epoch:
+            self._latest = epoch, self._batches(epoch)
+            self._counts[epoch] = len(self._latest[1])
+        return self._latest[1]
+
+    def steps_per_epoch(self, epoch: int, per_step: int) -> int:
+        """Steps of ``per_step`` micro-batches in an epoch; its last step may have fewer."""
+        return -(-self._batches_of(epoch) // per_step)
+
+    def total_steps(self, epochs: float, per_step: int) -> int:
+        """Steps of so many epochs, the part of the last one rounded up."""
+        whole = int(epochs)
+        steps = sum(self.steps_per_epoch(epoch, per_step) for epoch in range(whole))
+        part = epochs - whole
+        if not part:
+            return steps
+        # Rounded first: 1.1 - 1 is a little over 0.1, which is no step of its own.
+        return steps + math.ceil(round(part * self.steps_per_epoch(whole, per_step), 6))
+
+    def _batches_of(self, epoch: int) -> int:
+        if not self._group_by_length and self._batch_tokens is None:
+            assert self._batch_size is not None
+            return -(-len(self._shards) // self._batch_size)
+        if epoch not in self._counts:
+            self.epoch(epoch)
+        return self._counts[epoch]
+
+    def _batches(self, epoch: int) -> list[np.ndarray]:
+        generator = _generator(self._seed, epoch)
+        order, windows = _shuffle(self._shards, generator, self._window)
+        if not self._group_by_length:
+            return np.split(order, self._cuts(order, np.zeros_like(windows)))
+        assert self._lengths is not None
+        lengths = self._lengths[order] * generator.uniform(1 - _NOISE, 1 + _NOISE, len(order))
+        order = order[np.lexsort((lengths, windows))]
+        cuts = self._cuts(order, windows)
+        batches = np.split(order, cuts)
+        window_of_batch = windows[np.r_[0, cuts]]
+        return [batches[i] for i in np.lexsort((generator.random(len(batches)), window_of_batch))]
+
+    def _cuts(self, order: np.ndarray, windows: np.ndarray) -> np.ndarray:
+        """Where a new micro-batch begins within ``order``, but for the first; none goes over the end of a window."""
+        most = self._batch_size or len(order)
+        if self._batch_tokens is not None:
+            assert self._lengths is not None
+            return _budget_cuts(self._lengths[order], windows, self._batch_tokens, most)
+        _, first, samples = np.unique(windows, return_index=True, return_counts=True)
+        place = np.arange(len(order)) - np.repeat(first, samples)
+        return np.flatnonzero(place % most == 0)[1:]
+
+
+def _budget_cuts(lengths: np.ndarray, windows: np.ndarray, budget: int, most: int) -> np.ndarray:
+    """Where a new micro-batch has to begin for none to hold over ``budget`` padded positions, or over ``most`` samples."""
+    cuts, samples, longest, window = [], 0, 0, windows[0]
+    # A sample that will fail counts one position, so that they cannot gather without end.
+    for i, (length, inside) in enumerate(zip(np.maximum(lengths, 1).tolist(), windows.tolist(), strict=True)):
+        samples, longest = samples + 1, max(longest, length)
+        if samples > most or samples * longest > budget or inside != window:
+            cuts.append(i)
+            samples, longest, window = 1, length, inside
+    return np.asarray(cuts, dtype=np.int64)
+
+
+class StepSampler(Sampler[list[int]]):
+    """What one process reads, step after step: ``accumulation`` micro-batches a step, from ``start_step`` on.
+
+    A step takes the next ``world_size * accumulation`` micro-batches of its epoch, number ``j * world_size + rank`` being the
+    j-th of process ``rank``. An epoch's last step may have fewer: an empty list stands for each that is missing.
+
+    ``len`` is that of the whole run, wherever it starts.
+    """
+
+    def __init__(
+        self, order: BatchOrder, *, steps: int, world_size: int, rank: int, accumulation: int, start_step: int = 0
+    ) -> None:
+        assert 0 <= rank < world_size
+        assert accumulation > 0
+        assert 0 <= start_step <= steps
+        self.order, self.steps, self.start_step = order, steps, start_step
+        self.world_size, self.rank, self.accumulation = world_size, rank, accumulation
 
     def __len__(self) -> int:
-        return len(self._shards)
+        return self.steps * self.accumulation
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(epoch_order(self._shards, seed=self._seed, epoch=self.epoch, window=self._window).tolist())
+    def __iter__(self) -> Iterator[list[int]]:
+        per_step = self.world_size * self.accumulation
+        epoch = before = 0
+        while before < self.steps:
+            after = before + self.order.steps_per_epoch(epoch, per_step)
+            if after > self.start_step:
+                batches = self.order.epoch(epoch)
+                for step in range(max(self.start_step, before), min(after, self.steps)):
+                    first = (step - before) * per_step
+                    mine = range(first + self.rank, first + per_step, self.world_size)
+                    yield from (batches[i].tolist() if i < len(batches) else [] for i in mine)
+            epoch, before = epoch + 1, after
