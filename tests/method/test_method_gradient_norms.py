@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exact_logits import ExactTopK, exact_answers
+from tiny_models import batch_of, mixture
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from alignkd.capture import capture
 from alignkd.gradient_norms import term_gradient_norms
+from alignkd.objective import Objective, TeacherShape
+from alignkd.recipes import RECIPES, one_term_recipes
+from alignkd.targets import Targets
 
 
 class Net(nn.Module):
@@ -92,3 +98,32 @@ def test_norms_stay_on_the_device_of_the_parameters(net, x):
     # Tensors of the meta device have no values: whatever looks at one raises.
     norms = term_gradient_norms(net.to("meta")(x.to("meta")), net.parameters())
     assert {norm.device.type for norm in norms.values()} == {"meta"}
+
+
+def test_gradients_of_recipes_of_one_term_add_up_to_that_of_the_whole(tiny):
+    batch = batch_of(tiny, mixture(tiny))
+    with torch.no_grad():
+        captured = capture(tiny.model, batch)
+        targets = Targets(
+            captured.attention_BHTV * 0.5, captured.vision_BVD + 1, exact_answers(tiny, captured.hidden_AD * 0.5, 20)
+        )
+    recipe = RECIPES["align-kd"]
+    objective = Objective(tiny, recipe, TeacherShape(tiny.heads, tiny.hidden_size), logit_codec=ExactTopK())
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+
+    def flat_gradient(loss):
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return torch.cat(
+            [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)]
+        )
+
+    alone = one_term_recipes(recipe)
+    gradients = {name: flat_gradient(objective(batch, targets, recipe=one)["loss"]) for name, one in alone.items()}
+    whole = flat_gradient(objective(batch, targets)["loss"])
+    torch.testing.assert_close(sum(gradients.values()), whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+    norms = term_gradient_norms(
+        {name: objective(batch, targets, recipe=one)["loss"] for name, one in alone.items()}, parameters
+    )
+    for name, norm in norms.items():
+        assert norm.item() == pytest.approx(gradients[name].norm().item(), rel=1e-4)
+        assert norm > 0
