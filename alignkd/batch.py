@@ -56,6 +56,20 @@ def expand(input_ids: np.ndarray, labels: np.ndarray, vision_tokens_per_image: i
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What terms are averaged over: answers, samples with text after an image, samples with an image.
+
+    Where a step has several batches, on one process or many, these are counts of the whole step: the terms and the gradients
+    of its batches then add up to those of one large batch. ``processes`` whose gradients are averaged afterwards.
+    """
+
+    answers: float
+    attended: float
+    seen: float
+    processes: int = 1
+
+
+@dataclass(frozen=True)
 class Batch:
     """A padded batch. Masks are True where a value is real."""
 
@@ -89,6 +103,12 @@ class Batch:
     def samples(self) -> int:
         """B."""
         return self.input_ids_BS.shape[0]
+
+    def counts(self) -> Counts:
+        """Those of this batch; it should lie on the host, or this waits for the device."""
+        seen_B = self.vision_mask_BV.any(dim=1)
+        attended_B = seen_B & self.text_mask_BT.any(dim=1)
+        return Counts(len(self.answer_ids_A), float(attended_B.sum()), float(seen_B.sum()))
 
 
 def collate(samples: Sequence[ModelInput], *, vision_tokens_per_image: int, pad_token_id: int) -> Batch:

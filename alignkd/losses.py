@@ -2,21 +2,14 @@
 
 Total (figure of arXiv 2412.01282): ``L = L_sup + L_RKLD + L_1-A(t-v) + L_V``, with ``L_V`` of L_V-all and L_V-focus.
 
-Attention and vision terms are first averaged within a sample, then over the samples that have an image, so that padding
-and neighbours in the batch change nothing. Supervised and logit terms are averaged over answer tokens.
-
-L_RKLD and its relatives are in :mod:`alignkd.logits`.
+Attention and vision terms are averaged within each sample here, and over the samples that have an image by the objective, so
+that padding and neighbours in the batch change nothing. Supervised and logit terms are averaged over answer tokens: they are in
+:mod:`alignkd.answer_loss`, L_RKLD and its relatives in :mod:`alignkd.logits`.
 
 Shapes: B samples, H heads, T text rows, V vision columns, D width, A answers, N vocabulary.
 """
 
 import torch
-from torch.nn import functional
-
-
-def masked_mean(values_B: torch.Tensor, counted_B: torch.Tensor) -> torch.Tensor:
-    """Mean over the samples that count; zero (with a gradient of zero) when none does."""
-    return (values_B * counted_B).sum() / counted_B.sum().clamp(min=1)
 
 
 def attention_loss(
@@ -27,7 +20,9 @@ def attention_loss(
     *,
     relative_to_uniform: bool,
 ) -> torch.Tensor:
-    """L_1-A(t-v): mean squared error of first-layer text-to-vision attention, heads already mapped to each other.
+    """L_1-A(t-v) of each sample, ``[B]``: mean squared error of first-layer text-to-vision attention, heads already mapped.
+
+    Zero for samples without text after an image.
 
     ``relative_to_uniform`` measures each probability against 1 / V, which multiplies the error by V squared: entries are of
     the order of 1 / V, so the plain error (1e-5 and below) would be nothing beside a cross-entropy.
@@ -38,7 +33,7 @@ def attention_loss(
     loss_B = (error_BTV * real_BTV).sum(dim=(1, 2)) / entries_B.clamp(min=1)
     if relative_to_uniform:
         loss_B = loss_B * vision_mask_BV.sum(dim=1).square()
-    return masked_mean(loss_B, entries_B > 0)
+    return loss_B
 
 
 def focus_mask(attention_BHTV: torch.Tensor, vision_mask_BV: torch.Tensor, k: int) -> torch.Tensor:
@@ -59,7 +54,9 @@ def vision_loss(
     *,
     relative_to_variance: bool,
 ) -> torch.Tensor:
-    """L_V over the tokens of ``token_mask_BV``: mean squared error of projected vision tokens, widths already mapped.
+    """L_V of each sample, ``[B]``, over the tokens of ``token_mask_BV``: mean squared error, widths already mapped.
+
+    Zero for samples without an image.
 
     ``relative_to_variance`` divides by the variance of the teacher's tokens of that sample (over all its tokens and
     features): 1 is what a constant would reach.
@@ -70,7 +67,7 @@ def vision_loss(
     loss_B = (error_BV * token_mask_BV).sum(dim=1) / chosen_B.clamp(min=1)
     if relative_to_variance:
         loss_B = loss_B / _variance(teacher_BVD, vision_mask_BV).clamp(min=torch.finfo(torch.float32).tiny)
-    return masked_mean(loss_B, chosen_B > 0)
+    return loss_B
 
 
 def _variance(tokens_BVD: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
@@ -80,8 +77,3 @@ def _variance(tokens_BVD: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
     centred_BVD = (tokens_BVD - mean_B[:, None, None]) * mask_BV1
     # A padded or image-less sample has no variance; one keeps the division finite and its loss zero.
     return torch.where(mask_BV.any(dim=1), centred_BVD.square().sum(dim=(1, 2)) / count_B, torch.ones_like(mean_B))
-
-
-def supervised_loss(logits_AN: torch.Tensor, answer_ids_A: torch.Tensor) -> torch.Tensor:
-    """L_sup: next-token cross-entropy, summed over answer tokens."""
-    return functional.cross_entropy(logits_AN.float(), answer_ids_A, reduction="sum")

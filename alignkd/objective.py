@@ -1,29 +1,33 @@
 """The student under a recipe: one forward pass, every term, weighted and unweighted.
 
-Shapes: as in :mod:`alignkd.losses`.
+Shapes: as in :mod:`alignkd.losses`; N images, P patches, C tower width.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Protocol, TypedDict
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from alignkd.adapters import HeadMean, WidthAdapter, make_head_map
-from alignkd.batch import Batch
+from alignkd.answer_loss import AnswerTerms, answer_terms
+from alignkd.batch import Batch, Counts
 from alignkd.capture import Captured, capture, enable_capture
 from alignkd.logits import DIVERGENCES, LogitCodec
-from alignkd.losses import attention_loss, focus_mask, supervised_loss, vision_loss
+from alignkd.losses import attention_loss, focus_mask, vision_loss
+from alignkd.models.mobilevlm import MobileVlm
 from alignkd.models.vlm import Vlm
 from alignkd.recipes import Recipe
 from alignkd.targets import Targets
-from alignkd.teacher_slice import TeacherSlice
 
 TERMS = ("supervised", *DIVERGENCES, "attention", "vision_all", "vision_focus")
 
-_LOGITS_AT_ONCE = 2**25
-"""Logits held at a time (128 MB in float32); the rest is recomputed in backward, chunk by chunk."""
+
+class TargetSource(Protocol):
+    """What computes targets for each batch, instead of a cache's rows: a teacher's slice, or the whole teacher."""
+
+    def fill(self, student: MobileVlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
+        """Add the targets of ``needs`` that it gives; where both share a tower, the batch then carries its features."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,26 @@ class TeacherShape:
     width: int
 
 
+class Outcome(TypedDict):
+    """What one batch gave; a dictionary, as wrappers of modules look for tensors in those.
+
+    ``loss``: the weighted sum of terms, times the processes whose gradients are averaged; differentiable.
+    ``terms``: each unweighted term by its name in :data:`TERMS`, this batch's share of the step's mean; no gradient.
+    ``bad_B``: samples of which a term is not finite. ``attention_BHTV``: the teacher's, where the recipe compares it.
+    """
+
+    loss: torch.Tensor
+    terms: dict[str, torch.Tensor]
+    bad_B: torch.Tensor
+    attention_BHTV: torch.Tensor | None
+
+
 class Objective(nn.Module):
     """The student and the adapters that align it to a teacher's targets; ``forward`` gives the loss and its terms.
 
-    With a ``teacher_slice`` attention and vision targets are computed for each batch, instead of being given.
-    ``logit_codec`` knows what the answers' targets mean; recipes with a logit term need one.
+    A ``source`` computes targets for each batch, instead of being given them. ``logit_codec`` knows what the answers' targets
+    mean; recipes with a logit term need one. ``touches_all``: every trained parameter gets a gradient from every batch, if
+    only zeros, as processes that average gradients must agree on which there are.
     """
 
     def __init__(
@@ -46,15 +65,18 @@ class Objective(nn.Module):
         student: Vlm,
         recipe: Recipe,
         teacher: TeacherShape | None,
-        teacher_slice: TeacherSlice | None = None,
+        source: TargetSource | None = None,
         logit_codec: LogitCodec | None = None,
+        *,
+        touches_all: bool = False,
     ) -> None:
         super().__init__()
         self.student = student.model
         self.recipe = recipe
-        self.teacher_slice = teacher_slice
+        self.source = source
         assert logit_codec is not None or not recipe.divergences
         self.logit_codec = logit_codec
+        self.touches_all = touches_all
         self.head_map: nn.Module | None = None
         self.width_map: WidthAdapter | None = None
         if recipe.attention > 0:
@@ -81,71 +103,63 @@ class Objective(nn.Module):
         else:
             decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
-    def forward(self, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
-        """``loss`` (weighted sum) and each unweighted term by its name in :data:`TERMS`, all scalars."""
-        recipe, targets = self.recipe, targets.dequantise()
-        if self.teacher_slice is not None:
-            batch, targets = self._recomputed(self.teacher_slice, batch, targets)
+    def forward(self, batch: Batch, targets: Targets, counts: Counts | None = None, recipe: Recipe | None = None) -> Outcome:
+        """The loss and every term.
+
+        ``counts`` are those of the whole step, where it has other batches; else this batch's, for which a GPU is waited for.
+        ``recipe``: another than its own, of terms that its own has, too.
+        """
+        recipe, targets = recipe or self.recipe, targets.dequantise()
+        counts = counts or batch.counts()
+        if self.source is not None:
+            with torch.no_grad():
+                batch, targets = self.source.fill(self.student, batch, targets, recipe.needs)
         captured = capture(self.student, batch, attention=recipe.attention > 0)
-        terms = self._answer_terms(captured, batch, targets)
-        terms.update(self._alignment_terms(captured, batch, targets))
         weights = term_weights(recipe)
-        # A term of weight 0 stays out: 0 times an overflow would still poison the sum.
-        weighted = [weights[name] * value for name, value in terms.items() if weights[name] > 0]
-        loss = sum(weighted, start=terms["supervised"].new_zeros(()))
-        return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
+        answers = self._answer_terms(recipe, captured, batch, targets, counts)
+        sums = {name: total / max(counts.answers, 1) for name, total in answers.sums.items()}
+        bad_B = _samples_of(~answers.finite_A, batch)
+        loss = answers.loss
+        for name, (value_B, samples) in self._alignment_terms(recipe, captured, batch, targets, counts).items():
+            term = value_B.sum() / max(samples, 1)
+            # A term of weight 0 stays out: 0 times an overflow would still poison the sum.
+            loss = loss + weights[name] * term if weights[name] > 0 else loss
+            sums[name], bad_B = term.detach(), bad_B | ~value_B.detach().isfinite()
+        if self.touches_all and not batch.images.numel():
+            loss = loss + self._nothing_seen()
+        attention_BHTV = targets.attention_BHTV if self.head_map is not None and recipe.attention > 0 else None
+        return Outcome(loss=loss * counts.processes, terms=sums, bad_B=bad_B, attention_BHTV=attention_BHTV)
 
-    @torch.no_grad()
-    def _recomputed(self, teacher_slice: TeacherSlice, batch: Batch, targets: Targets) -> tuple[Batch, Targets]:
-        """Fill in what the slice gives; where the tower is one, it runs once for both and the batch then carries features."""
-        if teacher_slice.shares_tower and batch.images.dim() == 4:
-            batch = replace(batch, images=self.student.model.encode_images(batch.images))
-        attention_BHTV, vision_BVD = teacher_slice.targets(batch, attention="attention" in self.recipe.needs)
-        return batch, replace(targets, attention_BHTV=attention_BHTV, vision_BVD=vision_BVD)
+    def _answer_terms(self, recipe: Recipe, captured: Captured, batch: Batch, targets: Targets, counts: Counts) -> AnswerTerms:
+        assert bool(targets.answers) or not recipe.divergences, "a recipe with logit terms needs logit targets"
+        weights = term_weights(recipe)
+        return answer_terms(
+            captured.hidden_AD,
+            self.student.lm_head.weight,
+            batch.answer_ids_A,
+            weights={name: weights[name] for name in ("supervised", *recipe.divergences)},
+            codec=self.logit_codec,
+            values=targets.answers if recipe.divergences else {},
+            temperature=recipe.temperature,
+            divisor=max(counts.answers, 1),
+        )
 
-    def _answer_terms(self, captured: Captured, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
-        hidden_AD, answers = captured.hidden_AD, batch.answer_ids_A.shape[0]
-        names = tuple(targets.answers) if self.recipe.divergences else ()
-        assert bool(names) == bool(self.recipe.divergences), "a recipe with logit terms needs logit targets"
-
-        def sums(hidden_AD: torch.Tensor, answer_ids_A: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-            return self._answer_sums(hidden_AD, answer_ids_A, dict(zip(names, values, strict=True)))
-
-        chunk = max(1, _LOGITS_AT_ONCE // self.student.lm_head.weight.shape[0])
-        totals = []
-        for start in range(0, max(answers, 1), chunk):
-            part = slice(start, start + chunk)
-            arguments = (hidden_AD[part], batch.answer_ids_A[part], *(targets.answers[name][part] for name in names))
-            if answers > chunk and torch.is_grad_enabled():
-                totals.append(checkpoint(sums, *arguments, use_reentrant=False))
-            else:
-                totals.append(sums(*arguments))
-        means = torch.stack(totals).sum(dim=0) / max(answers, 1)
-        return dict(zip(("supervised", *self.recipe.divergences), means.unbind(), strict=True))
-
-    def _answer_sums(
-        self, hidden_AD: torch.Tensor, answer_ids_A: torch.Tensor, values: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """Cross-entropy, then each divergence of the recipe, summed over answers."""
-        logits_AN = self.student.lm_head(hidden_AD)
-        found = [supervised_loss(logits_AN, answer_ids_A)]
-        for name in self.recipe.divergences:
-            assert self.logit_codec is not None
-            found.append(self.logit_codec.divergence(name, logits_AN, values, self.recipe.temperature).sum())
-        return torch.stack(found)
-
-    def _alignment_terms(self, captured: Captured, batch: Batch, targets: Targets) -> dict[str, torch.Tensor]:
-        recipe, terms = self.recipe, {}
+    def _alignment_terms(
+        self, recipe: Recipe, captured: Captured, batch: Batch, targets: Targets, counts: Counts
+    ) -> dict[str, tuple[torch.Tensor, float]]:
+        """Each term of each sample ``[B]``, and the number of samples it is averaged over."""
+        terms = {}
         masks = (batch.text_mask_BT, batch.vision_mask_BV)
-        if self.head_map is not None:
+        if self.head_map is not None and recipe.attention > 0:
             assert captured.attention_BHTV is not None
             assert targets.attention_BHTV is not None
             student = captured.attention_BHTV
             if isinstance(self.head_map, HeadMean):
                 student = self.head_map(student)
             teacher = self.head_map(targets.attention_BHTV)
-            terms["attention"] = attention_loss(student, teacher, *masks, relative_to_uniform=recipe.normalise)
-        if self.width_map is not None:
+            loss_B = attention_loss(student, teacher, *masks, relative_to_uniform=recipe.normalise)
+            terms["attention"] = (loss_B, counts.attended)
+        if self.width_map is not None and recipe.vision > 0:
             assert targets.vision_BVD is not None
             student, teacher = self.width_map(captured.vision_BVD, targets.vision_BVD)
             chosen = {"vision_all": batch.vision_mask_BV}
@@ -153,8 +167,24 @@ class Objective(nn.Module):
                 assert targets.attention_BHTV is not None
                 chosen["vision_focus"] = focus_mask(targets.attention_BHTV, batch.vision_mask_BV, recipe.focus_k)
             for name, mask in chosen.items():
-                terms[name] = vision_loss(student, teacher, mask, batch.vision_mask_BV, relative_to_variance=recipe.normalise)
+                loss_B = vision_loss(student, teacher, mask, batch.vision_mask_BV, relative_to_variance=recipe.normalise)
+                terms[name] = (loss_B, counts.seen)
         return terms
+
+    def _nothing_seen(self) -> torch.Tensor:
+        """Zero, with a zero gradient for the projector: of an image that no sample has."""
+        vision, model = self.student.config.vision_config, self.student.model
+        shape = (1, vision.num_channels, vision.image_size, vision.image_size)
+        with torch.no_grad():
+            features_NPC = model.encode_images(torch.zeros(shape, device=self.student.device))
+        nothing: torch.Tensor = model.project(features_NPC.to(self.student.dtype)).float().sum() * 0.0
+        return nothing
+
+
+def _samples_of(chosen_A: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Samples that a chosen answer belongs to, ``[B]`` of bool."""
+    found_B = torch.zeros(batch.samples, dtype=torch.int32, device=chosen_A.device)
+    return found_B.index_add_(0, batch.answer_samples_A, chosen_A.to(torch.int32)) > 0
 
 
 def term_weights(recipe: Recipe) -> dict[str, float]:

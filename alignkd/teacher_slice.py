@@ -14,6 +14,7 @@ Shapes: B samples, S positions, T text rows, V vision columns of a sample, N ima
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from transformers.utils.generic import maybe_autocast
 from alignkd.batch import Batch
 from alignkd.capture import has_attention, no_attention, text_to_vision, vision_tokens
 from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig, MobileVlmModel
+from alignkd.targets import Targets
 
 TOWER = "tower"
 _PREFIXES = {TOWER: "vision_tower.", "projector": "multi_modal_projector.", "text": "language_model."}
@@ -191,6 +193,14 @@ class TeacherSlice:
     def shares_tower(self) -> bool:
         """Whether it has no tower of its own: batches must then carry features instead of pixel values."""
         return self.model.vision_tower is None
+
+    @torch.no_grad()
+    def fill(self, student: MobileVlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
+        """See :class:`alignkd.objective.TargetSource`."""
+        if self.shares_tower and batch.images.dim() == 4:
+            batch = replace(batch, images=student.model.encode_images(batch.images))
+        attention_BHTV, vision_BVD = self.targets(batch, attention="attention" in needs)
+        return batch, replace(targets, attention_BHTV=attention_BHTV, vision_BVD=vision_BVD)
 
     @torch.no_grad()
     def targets(self, batch: Batch, *, attention: bool = True) -> tuple[torch.Tensor | None, torch.Tensor]:

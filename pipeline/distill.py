@@ -1,41 +1,60 @@
 """Stage two: train the student from the cache; the teacher is never loaded.
 
 1. Open the cache and refuse what does not fit the student. 2. Index the data file; every sample must have its row.
-3. Train with transformers' Trainer. 4. Write the student in Hugging Face form and in the official layout.
+3. Train with transformers' Trainer, on one process or many. 4. Write the student in Hugging Face form and in the official
+layout.
 """
 
 import json
-import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments, set_seed
+import torch.distributed as dist
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from alignkd.cache_store.reader import CacheReader
+from alignkd.logits import LogitCodec
 from alignkd.models.loading import load_vlm, save_vlm
 from alignkd.models.vlm import Vlm
-from alignkd.objective import Objective, TeacherShape
+from alignkd.objective import Objective, TargetSource, TeacherShape, term_weights
+from alignkd.online_teacher import OnlineTeacher
+from alignkd.pipeline.arguments import training_arguments, zero_stage
+from alignkd.pipeline.checkpoints import newest, step_of
 from alignkd.pipeline.features import cache_tower_features
+from alignkd.pipeline.fit import check_fit, check_out, check_same_run, check_targets, check_teacher
 from alignkd.pipeline.interrupt import Interrupted, StopFlag, stop_on_signals
-from alignkd.pipeline.loader import TrainingSet
+from alignkd.pipeline.lengths import check_budget, sample_lengths
+from alignkd.pipeline.loader import SHARDS_OPEN, TrainingSet
 from alignkd.pipeline.logits_io import open_codec, settings_of
+from alignkd.pipeline.lora import LoraSettings, add_lora, merge_lora
+from alignkd.pipeline.metrics import Metrics
 from alignkd.pipeline.optimizers import OptimizerName
+from alignkd.pipeline.order import BatchOrder
 from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer
+from alignkd.pipeline.processes import Processes, find_process
 from alignkd.pipeline.progress import bar
-from alignkd.pipeline.provenance import peak_memory_bytes, pick_device, write_run
+from alignkd.pipeline.provenance import parse_dtype, peak_memory_bytes, pick_device, write_run
+from alignkd.pipeline.ranks import Worker
 from alignkd.pipeline.samples import SampleFile
 from alignkd.pipeline.slice_io import SLICED, is_slice, open_slice
-from alignkd.pipeline.trainer import DistillTrainer, MetricsCheckpoint, RunCallback
+from alignkd.pipeline.tensorboard import TensorBoard
+from alignkd.pipeline.trainer import DistillTrainer, OptimizerSettings, RunCallback, Schedule
 from alignkd.prompts import TEMPLATES
 from alignkd.recipes import Recipe, describe
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What ``alignkd distill`` was asked to do. ``template`` and ``max_length`` default to the cache's."""
+    """What ``alignkd distill`` was asked to do. ``template`` and ``max_length`` default to the cache's.
+
+    ``batch_size`` and ``batch_tokens`` (padded positions) bound the samples of a process's micro-batch. With an
+    ``online_teacher`` a cache decides the samples and their order alone.
+    """
 
     student: str
     data: str
@@ -43,11 +62,15 @@ class DistillConfig:
     out: str
     recipe: Recipe
     cache: str | None = None
+    online_teacher: str | None = None
+    teacher_dtype: str | None = None
     template: str | None = None
     max_length: int | None = None
     epochs: float = 1.0
     max_steps: int | None = None
-    batch_size: int = 16
+    batch_size: int | None = None
+    batch_tokens: int | None = None
+    group_by_length: bool = False
     gradient_accumulation: int = 1
     learning_rate: float = 4e-5
     projector_learning_rate: float | None = None
@@ -58,9 +81,17 @@ class DistillConfig:
     seed: int = 0
     dtype: str = "float32"
     device: str | None = None
+    deepspeed: str | None = None
+    lora: bool = False
+    lora_rank: int = 64
+    lora_alpha: int = 128
+    lora_dropout: float = 0.0
     gradient_checkpointing: bool = False
     save_steps: int = 500
+    save_total_limit: int = 2
     log_steps: int = 10
+    report_to: tuple[str, ...] = ("tensorboard",)
+    term_gradients: bool = False
     workers: int | None = None
     resume: bool = False
     cache_tower_features: bool = False
@@ -68,243 +99,277 @@ class DistillConfig:
     max_rejected: int = 100
     feature_bytes: int = field(default=4 * 2**30)
 
-
-def check_fit(student: Vlm, found: Mapping[str, Any], config: DistillConfig) -> tuple[str, int]:
-    """Refuse a cache that this student, template or maximum length does not fit; the template and length to use.
-
-    Raises:
-        ValueError: names what differs, both values and the way out.
-    """
-    template = config.template or found["template"]
-    max_length = config.max_length or found["max_length"]
-    pairs = {
-        "vocabulary": (found["teacher"]["vocabulary"], student.vocabulary),
-        "vision tokens an image": (found["vision_tokens_per_image"], student.vision_tokens_per_image),
-        "tokenizer": (found["tokenizer"][:12], student.tokenizer_fingerprint()[:12]),
-        "image preprocessing": (found["image_preprocessing"][:12], student.images.fingerprint()[:12]),
-        "template": (found["template"], template),
-        "maximum length": (found["max_length"], max_length),
-    }
-    differing = [f"{name}: {was} in the cache, {now} here" for name, (was, now) in pairs.items() if was != now]
-    if differing:
-        raise ValueError(
-            f"the cache {config.cache} does not fit: {'; '.join(differing)}. Use a student and settings that match the"
-            " teacher's, or write another cache with alignkd cache-teacher"
-        )
-    return str(template), int(max_length)
-
-
-def check_targets(found: Mapping[str, Any], recipe: Recipe) -> None:
-    """Refuse a recipe whose targets the cache lacks, or logits cached at another temperature.
-
-    Raises:
-        ValueError: names the target, and the way out.
-    """
-    held = found["targets"]
-    lacking = sorted(name for name in recipe.needs if not held[name])
-    if lacking:
-        raise ValueError(
-            f"recipe {recipe.name!r} needs {', '.join(lacking)}, which the cache does not hold; choose another --recipe,"
-            f" or cache with --targets {','.join(sorted(recipe.needs))}"
-        )
-    # Hidden states serve any temperature: theirs is None.
-    if "logits" in recipe.needs and held["logits"]["temperature"] not in (None, recipe.temperature):
-        raise ValueError(
-            f"the cache holds logits at temperature {held['logits']['temperature']}, the recipe wants"
-            f" {recipe.temperature}: such targets of one temperature do not serve another; use --set"
-            f" temperature={held['logits']['temperature']} or cache with --temperature {recipe.temperature}"
-        )
+    @property
+    def samples_at_once(self) -> int | None:
+        """Samples a micro-batch; None where only positions bound them."""
+        return self.batch_size or (None if self.batch_tokens else 16)
 
 
 def distill(config: DistillConfig) -> dict[str, Any]:
-    """Train, save, and report figures of the run.
+    """Train, save, and report figures of the run; every process of a torchrun job calls it, and the first one reports.
 
     Raises:
         ValueError: bad input, or a cache that does not fit.
         Interrupted: a signal came; a checkpoint was written.
     """
+    process = find_process()
     with stop_on_signals() as stop:
-        return _distill(config, stop)
+        try:
+            return _Run(config, process, stop).distill()
+        finally:
+            if dist.is_initialized() and process.world_size > 1:
+                dist.destroy_process_group()
 
 
-def _distill(config: DistillConfig, stop: StopFlag) -> dict[str, Any]:
-    out = Path(config.out)
-    _check_out(out, config.resume)
-    reader = _open_cache(config)
-    set_seed(config.seed)
-    tower = Path(config.vision_tower) if config.vision_tower else None
-    student = load_vlm(config.student, device=pick_device(config.device), vision_tower=tower)
-    template, max_length, shape = _settle(student, reader, config)
-    needs, teacher_slice = config.recipe.needs, None
-    if reader is not None and is_slice(reader.fingerprint):
-        teacher_slice = open_slice(reader, student, needs, features_only=config.cache_tower_features)
-        needs -= SLICED
-    logit_codec = None
-    if reader is not None and "logits" in needs:
-        logit_codec = open_codec(settings_of(reader.fingerprint), reader.tensors, student.device)
-    preparer = Preparer.of(student, template=template, max_length=max_length, image_root=config.images)
-    data = TrainingSet(
-        SampleFile(config.data),
-        preparer,
-        student=student,
-        reader=reader,
-        needs=needs,
-        max_rejected=config.max_rejected,
-    )
-    objective = Objective(student, config.recipe, shape, teacher_slice, logit_codec)
-    if config.gradient_checkpointing:
-        objective.recompute_activations()
-    resolved = asdict(config) | {"template": template, "max_length": max_length, "recipe": describe(config.recipe)}
-    resolved |= {
-        "samples": len(data),
-        "data_keys": data.fingerprint(),
-        "cache_fingerprint": reader.fingerprint if reader else None,
-    }
-    if config.resume:
-        _check_same_run(out / "run.json", resolved)
-    write_run(out / "run.json", "distill", resolved)
-    if config.cache_tower_features:
-        cache_tower_features(student, data, limit_bytes=config.feature_bytes)
-    stop.check()
-    figures = _train(config, objective, data, out, stop)
-    student.model.eval()
-    save_vlm(student, out / "student")
-    save_vlm(student, out / "student-official", official=True)
-    figures["student"] = str(out / "student")
-    (out / "result.json").write_text(json.dumps(figures, indent=2) + "\n")
-    return figures
+@dataclass
+class _Run:
+    """One run of stage two, from its configuration on; parts are made when they are first asked for."""
 
+    config: DistillConfig
+    process: Worker
+    stop: StopFlag
 
-def _check_out(out: Path, resume: bool) -> None:
-    if not resume and (out / "metrics.jsonl").exists():
-        raise ValueError(f"--out {out} already holds a run; go on with --resume, or choose another folder")
+    def distill(self) -> dict[str, Any]:
+        config, out = self.config, self.out
+        check_out(out, resume=config.resume)
+        _check_options(config)
+        set_seed(config.seed)
+        assert self.reader is None or self.reader.fingerprint  # opened before the student, which takes longer
+        self._check_fit()
+        objective = self._objective()  # before LoRA and DeepSpeed change what the student's modules are
+        schedule = self._schedule()
+        arguments = training_arguments(config, out, self.process, steps=schedule.steps)
+        processes = Processes(self.process)
+        resolved = self._resolved(len(self.data), schedule)
+        if config.resume:
+            check_same_run(out / "run.json", resolved)
+        processes.wait()  # nobody writes before all have looked
+        if processes.first:
+            write_run(out / "run.json", "distill", resolved)
+        if config.cache_tower_features:
+            cache_tower_features(self.student, self.data, limit_bytes=config.feature_bytes)
+        self.stop.check()
+        figures = self._train(objective, arguments, schedule, processes)
+        self._save(processes, figures)
+        return figures if processes.first else {}
 
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
 
-_MAY_CHANGE = ("resume", "device", "workers", "save_steps", "log_steps", "max_rejected", "out", "images", "data", "cache")
-"""What a resumed run may be given anew: nothing that changes what is learned. Data and cache are compared by content."""
+    @cached_property
+    def reader(self) -> CacheReader | None:
+        config = self.config
+        if config.cache is None:
+            if config.recipe.needs and config.online_teacher is None:
+                raise ValueError(
+                    f"recipe {config.recipe.name!r} needs {', '.join(sorted(config.recipe.needs))} from a teacher: give"
+                    " --cache (or --online-teacher)"
+                )
+            return None
+        reader = CacheReader(config.cache)
+        if config.online_teacher is None:
+            check_targets(reader.fingerprint, config.recipe)
+        return reader
 
+    @cached_property
+    def device(self) -> str:
+        return pick_device(self.config.device, self.process.local_rank)
 
-def _check_same_run(path: Path, resolved: dict[str, Any]) -> None:
-    """Refuse to go on with a run of other settings.
+    @cached_property
+    def student(self) -> Vlm:
+        tower = Path(self.config.vision_tower) if self.config.vision_tower else None
+        return load_vlm(self.config.student, device=self.device, vision_tower=tower)
 
-    Raises:
-        ValueError: names each setting that differs, with both values.
-    """
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text())["configuration"]
-    now = json.loads(json.dumps(resolved, default=str))
-    differing = [
-        f"{name}: {before.get(name)!r} before, {value!r} now"
-        for name, value in now.items()
-        if name not in _MAY_CHANGE and before.get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"--resume: {path.parent} was run with other settings: {'; '.join(differing)}. Resume with the same ones, or"
-            " choose another --out"
-        )
-
-
-def _open_cache(config: DistillConfig) -> CacheReader | None:
-    if config.cache is None:
-        if config.recipe.needs:
-            raise ValueError(
-                f"recipe {config.recipe.name!r} needs {', '.join(sorted(config.recipe.needs))} from a teacher: give --cache"
-            )
-        return None
-    reader = CacheReader(config.cache)
-    check_targets(reader.fingerprint, config.recipe)
-    return reader
-
-
-def _settle(student: Vlm, reader: CacheReader | None, config: DistillConfig) -> tuple[str, int, TeacherShape | None]:
-    if reader is None:
-        template = config.template or student.default_template
+    @cached_property
+    def template(self) -> str:
+        found = self.reader.fingerprint["template"] if self.reader else self.student.default_template
+        template = self.config.template or str(found)
         if template not in TEMPLATES:
             raise ValueError(f"--template {template}: known are {', '.join(TEMPLATES)}")
-        return template, config.max_length or DEFAULT_MAX_LENGTH, None
-    found = reader.fingerprint
-    template, max_length = check_fit(student, found, config)
-    heads = 1 if found["targets"]["attention"] == "mean" else found["teacher"]["heads"]
-    return template, max_length, TeacherShape(heads, found["teacher"]["width"])
+        return template
 
+    @cached_property
+    def max_length(self) -> int:
+        return self.config.max_length or (int(self.reader.fingerprint["max_length"]) if self.reader else DEFAULT_MAX_LENGTH)
 
-def _train(config: DistillConfig, objective: Objective, data: TrainingSet, out: Path, stop: StopFlag) -> dict[str, Any]:
-    arguments = _arguments(config, out)
-    metrics_checkpoint = MetricsCheckpoint()
-    steps = _total_steps(config, len(data), arguments.world_size)
-    checkpoint = _last_checkpoint(out / "checkpoints") if config.resume else None
-    done = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
-    with bar(f"distill {config.recipe.name}", steps, "steps", done=done) as progress:
-        trainer = DistillTrainer(
-            objective,
-            arguments,
-            data,
-            projector_learning_rate=config.projector_learning_rate,
-            optimizer_name=config.optimizer,
-            muon_learning_rate=config.muon_learning_rate,
-            metrics_path=out / "metrics.jsonl",
-            callbacks=[RunCallback(progress, stop), metrics_checkpoint],
+    def _check_fit(self) -> None:
+        if self.reader is not None:
+            assert self.config.cache is not None
+            check_fit(self.student, self.reader.fingerprint, self.template, self.max_length, self.config.cache)
+
+    @cached_property
+    def data(self) -> TrainingSet:
+        config, needs = self.config, self.config.recipe.needs
+        if config.online_teacher is not None:
+            needs = frozenset()
+        elif self.reader is not None and is_slice(self.reader.fingerprint):
+            needs -= SLICED
+        return TrainingSet(
+            SampleFile(config.data),
+            Preparer.of(self.student, template=self.template, max_length=self.max_length, image_root=config.images),
+            student=self.student,
+            reader=self.reader,
+            needs=needs,
+            max_rejected=config.max_rejected,
         )
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
-        metrics_checkpoint.metrics = trainer.metrics
-        state = json.loads((checkpoint / MetricsCheckpoint.NAME).read_text()) if checkpoint is not None else {}
-        trainer.metrics.resume(state, done)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if stop and trainer.state.global_step < steps:
-            raise Interrupted(f"stopped by {stop.signal_name} at step {trainer.state.global_step}; go on with --resume")
-    totals = trainer.metrics.state_dict()
-    return {
-        "steps": trainer.state.global_step,
-        "samples": int(totals["samples"]),
-        "tokens": int(totals["tokens"]),
-        "seconds": round(totals["seconds"], 3),
-        "tokens_per_second": round(totals["tokens"] / totals["seconds"], 1),
-        "rejected": data.rejects.count,
-        "rejected_samples": data.rejects.reasons,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+
+    def _objective(self) -> Objective:
+        config = self.config
+        source, codec, shape = self._teacher_in_loop() if config.online_teacher is not None else self._teacher_in_cache()
+        objective = Objective(self.student, config.recipe, shape, source, codec, touches_all=self.process.world_size > 1)
+        if config.gradient_checkpointing:
+            objective.recompute_activations()
+        if config.lora:
+            if config.dtype != "float32":
+                self.student.model.to(parse_dtype(config.dtype))  # frozen weights need no better
+            self.peft_model = add_lora(self.student, LoraSettings(config.lora_rank, config.lora_alpha, config.lora_dropout))
+            self.student.freeze_tower()
+        return objective
+
+    def _teacher_in_cache(self) -> tuple[TargetSource | None, LogitCodec | None, TeacherShape | None]:
+        reader, needs = self.reader, self.config.recipe.needs
+        if reader is None:
+            return None, None, None
+        found, codec = reader.fingerprint, None
+        source = open_slice(reader, self.student, needs, features_only=self.config.cache_tower_features)
+        if "logits" in needs:
+            codec = open_codec(settings_of(found), reader.tensors, self.student.device)
+        heads = 1 if found["targets"]["attention"] == "mean" else found["teacher"]["heads"]
+        return source, codec, TeacherShape(heads, found["teacher"]["width"])
+
+    def _teacher_in_loop(self) -> tuple[TargetSource, LogitCodec, TeacherShape]:
+        config = self.config
+        assert config.online_teacher is not None
+        dtype = parse_dtype(config.teacher_dtype or config.dtype)
+        tower = Path(config.vision_tower) if config.vision_tower else None
+        teacher = load_vlm(config.online_teacher, dtype=dtype, device=self.device, vision_tower=tower)
+        check_teacher(self.student, teacher)
+        source = OnlineTeacher(teacher, self.student, features_only=config.cache_tower_features)
+        return source, source.logit_codec, TeacherShape(teacher.heads, teacher.hidden_size)
+
+    def _schedule(self) -> Schedule:
+        config, lengths = self.config, None
+        if config.group_by_length or config.batch_tokens is not None:
+            show = self.process.rank == 0
+            lengths = sample_lengths(self.data, self.student, self.out, workers=config.workers or 0, show=show)
+            if config.batch_tokens is not None:
+                check_budget(self.data, lengths, config.batch_tokens)
+        order = BatchOrder(
+            self.data.shard_of_sample,
+            seed=config.seed,
+            window=SHARDS_OPEN,
+            batch_size=config.samples_at_once,
+            lengths=lengths,
+            group_by_length=config.group_by_length,
+            batch_tokens=config.batch_tokens,
+        )
+        per_step = config.gradient_accumulation * self.process.world_size
+        return Schedule(order, config.max_steps or order.total_steps(config.epochs, per_step), per_step)
+
+    def _resolved(self, samples: int, schedule: Schedule) -> dict[str, Any]:
+        config, micro_batches = self.config, schedule.per_step
+        step: dict[str, Any] = {
+            "micro_batches": micro_batches,
+            "samples": config.samples_at_once,
+            "positions": config.batch_tokens,
+        }
+        if not config.group_by_length and config.batch_tokens is None:
+            assert config.samples_at_once is not None
+            step = {"samples": micro_batches * config.samples_at_once}  # however they are split
+        return {
+            **asdict(config),
+            "template": self.template,
+            "max_length": self.max_length,
+            "recipe": describe(config.recipe),
+            "step": step,
+            "steps": schedule.steps,
+            "samples": samples,
+            "data_keys": self.data.fingerprint(),
+            "cache_fingerprint": self.reader.fingerprint if self.reader else None,
+        }
+
+    def _train(self, objective: Objective, arguments: Any, schedule: Schedule, processes: Processes) -> dict[str, Any]:
+        config, out = self.config, self.out
+        found = newest(out / "checkpoints") if config.resume else None
+        checkpoint, state = found if found is not None else (None, {})
+        done = step_of(checkpoint) if checkpoint is not None else 0
+        self._check_processes(state)
+        metrics = Metrics(out / "metrics.jsonl", term_weights(config.recipe), writes=processes.first)
+        title = f"distill {config.recipe.name}"
+        with bar(title, schedule.steps, "steps", done=done, show=processes.first) as progress:
+            callback = RunCallback(progress)
+            trainer = DistillTrainer(
+                objective,
+                arguments,
+                self.data,
+                schedule=schedule,
+                done=done,
+                processes=processes,
+                optimizer=OptimizerSettings(config.optimizer, config.muon_learning_rate, config.projector_learning_rate),
+                metrics=metrics,
+                stop=self.stop,
+                term_gradients=config.term_gradients,
+                callbacks=[callback, *([TensorBoard(out / "tensorboard")] if "tensorboard" in config.report_to else [])],
+            )
+            callback.trainer = trainer
+            for unwanted in (PrinterCallback, ProgressCallback):
+                trainer.remove_callback(unwanted)
+            metrics.resume(state.get("metrics", {}), done)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if trainer.state.global_step < schedule.steps:
+                assert self.stop or trainer.stop_agreed
+                signal = self.stop.signal_name or "a signal to another process"
+                raise Interrupted(f"stopped by {signal} at step {trainer.state.global_step}; go on with --resume")
+        totals = metrics.state_dict(processes.reduce if processes.world_size > 1 else None)
+        return {
+            "steps": trainer.state.global_step,
+            "samples": int(totals["samples"]),
+            "tokens": int(totals["tokens"]),
+            "seconds": round(totals["seconds"], 3),
+            "tokens_per_second": round(totals["tokens"] / totals["seconds"], 1),
+            "processes": processes.world_size,
+            "rejected": self.data.rejects.count,
+            "rejected_samples": self.data.rejects.reasons,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+    def _check_processes(self, state: Mapping[str, Any]) -> None:
+        before = state.get("processes", self.process.world_size)
+        if self.config.deepspeed is not None and before != self.process.world_size:
+            raise ValueError(
+                f"--resume: the checkpoint was written by {before} processes, and DeepSpeed's can be read by as many only, not"
+                f" by {self.process.world_size}: resume with {before}"
+            )
+
+    def _save(self, processes: Processes, figures: dict[str, Any]) -> None:
+        student, out = self.student, self.out
+        gathered: Any = nullcontext()
+        if zero_stage(self.config.deepspeed) == 3:
+            from deepspeed.zero import GatheredParameters
+
+            gathered = GatheredParameters(list(student.model.parameters()))
+        with gathered:
+            if processes.first:
+                student.model.eval()
+                if self.config.lora:
+                    merge_lora(self.peft_model, out / "adapter")
+                save_vlm(student, out / "student")
+                save_vlm(student, out / "student-official", official=True)
+                figures["student"] = str(out / "student")
+                (out / "result.json").write_text(json.dumps(figures, indent=2) + "\n")
+        processes.wait()
 
 
-def _total_steps(config: DistillConfig, samples: int, processes: int) -> int:
-    if config.max_steps is not None:
-        return config.max_steps
-    per_epoch = math.ceil(math.ceil(samples / (config.batch_size * processes)) / config.gradient_accumulation)
-    return math.ceil(config.epochs * per_epoch)
+def _check_options(config: DistillConfig) -> None:
+    """Refuse options that contradict each other.
 
-
-def _arguments(config: DistillConfig, out: Path) -> TrainingArguments:
-    device = pick_device(config.device)
-    return TrainingArguments(
-        output_dir=str(out / "checkpoints"),
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps if config.max_steps is not None else -1,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=1.0,
-        seed=config.seed,
-        bf16=config.dtype == "bfloat16",
-        fp16=config.dtype == "float16",
-        use_cpu=device == "cpu",
-        logging_steps=config.log_steps,
-        logging_first_step=True,
-        save_steps=config.save_steps,
-        save_total_limit=2,
-        dataloader_num_workers=config.workers if config.workers is not None else (4 if device != "cpu" else 0),
-        remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=True,
-        ddp_broadcast_buffers=False,  # all of them are constants of the cache
-    )
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose last file was written."""
-    complete = [p for p in folder.glob("checkpoint-*") if (p / MetricsCheckpoint.NAME).is_file()]
-    return max(complete, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+    Raises:
+        ValueError: names them.
+    """
+    if config.deepspeed is not None and config.optimizer != "adamw":
+        raise ValueError(f"--optimizer {config.optimizer} does not run under --deepspeed; use adamw")
+    if config.term_gradients and zero_stage(config.deepspeed) == 3:
+        raise ValueError("--term-gradients needs every parameter on every process, which ZeRO-3 does not keep; use zero2")
+    if config.teacher_dtype is not None and config.online_teacher is None:
+        raise ValueError("--teacher-dtype is about --online-teacher, which is not given")

@@ -9,12 +9,12 @@ import torch
 from exact_logits import ExactTopK, exact_answers, reverse_kl
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import batch_of, mixture, sample, write_checkpoint
+from tiny_models import batch_of, flat, mixture, sample, write_checkpoint
+from torch.nn import functional
 
-from alignkd import objective as objective_module
 from alignkd.adapters import HeadConvolution, HeadMixture, WidthAdapter, make_head_map
 from alignkd.capture import capture
-from alignkd.losses import attention_loss, focus_mask, supervised_loss, vision_loss
+from alignkd.losses import attention_loss, focus_mask, vision_loss
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import module_fingerprint
 from alignkd.objective import TERMS, Objective, TeacherShape, term_weights
@@ -44,7 +44,7 @@ def run(tiny, teacher, recipe, samples=None):
     objective = Objective(tiny, recipe, shape_of(teacher), logit_codec=ExactTopK())
     objective.train()
     batch = batch_of(tiny, mixture(tiny) if samples is None else samples)
-    terms = objective(batch, targets_of(teacher, batch))
+    terms = flat(objective(batch, targets_of(teacher, batch)))
     terms["loss"].backward()
     return objective, terms
 
@@ -131,14 +131,17 @@ def test_every_term_is_the_function_of_its_name(tiny, teacher):
         masks = batch.text_mask_BT, batch.vision_mask_BV
         vision = objective.width_map.map(captured.vision_BVD), targets.vision_BVD
         focus = focus_mask(targets.attention_BHTV, masks[1], 2)
+        attended, seen = int((masks[0].any(1) & masks[1].any(1)).sum()), int(masks[1].any(1).sum())
         expected = {
-            "supervised": supervised_loss(logits, batch.answer_ids_A) / 17,
+            "supervised": functional.cross_entropy(logits, batch.answer_ids_A),
             "reverse_kl": reverse_kl(logits, *targets.answers.values()).mean(),
             "attention": attention_loss(
                 captured.attention_BHTV, objective.head_map(targets.attention_BHTV), *masks, relative_to_uniform=True
-            ),
-            "vision_all": vision_loss(*vision, masks[1], masks[1], relative_to_variance=True),
-            "vision_focus": vision_loss(*vision, focus, masks[1], relative_to_variance=True),
+            ).sum()
+            / attended,
+            "vision_all": vision_loss(*vision, masks[1], masks[1], relative_to_variance=True).sum()
+            / int(masks[1].any(1).sum()),
+            "vision_focus": vision_loss(*vision, focus, masks[1], relative_to_variance=True).sum() / seen,
         }
     assert set(terms) == {"loss", *expected}
     assert set(expected) == {name for name, weight in term_weights(recipe).items() if weight > 0}
@@ -164,7 +167,7 @@ def test_a_recipe_needs_no_target_but_those_it_names(tiny, teacher, name):
     objective = Objective(
         tiny, recipe, shape_of(teacher) if recipe.needs & {"attention", "vision"} else None, logit_codec=ExactTopK()
     )
-    terms = objective(batch, Targets(**chosen))
+    terms = flat(objective(batch, Targets(**chosen)))
     assert terms["loss"].isfinite()
     assert {t for t in TERMS if t in terms} == {t for t, weight in term_weights(recipe).items() if weight > 0}
 
@@ -178,26 +181,48 @@ def test_what_each_weight_needs():
     assert Recipe(vision=0, vision_focus=0.1).needs == set()
 
 
-@pytest.mark.parametrize("recipe", [RECIPES["sft"], RECIPES["logits-only"], RECIPES["align-kd"]], ids=lambda r: r.name)
-@pytest.mark.parametrize("at_once", [2, 5])
-def test_answers_in_chunks_give_the_same_loss_and_gradients(tiny, teacher, monkeypatch, recipe, at_once):
+def test_batches_of_a_step_add_up_to_one_large_batch(tiny, teacher):
+    """Terms, loss and gradients, whatever samples lie together: counts are of the whole step."""
+    recipe = RECIPES["align-kd"]
     torch.manual_seed(0)
-    objective, expected = run(tiny, teacher, recipe)
-    gradients = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
-    objective.zero_grad()
-    monkeypatch.setattr(objective_module, "_LOGITS_AT_ONCE", at_once * tiny.vocabulary)
-    sizes = []
-    hook = tiny.model.lm_head.register_forward_hook(lambda m, i, o: sizes.append(len(o)))
-    batch = batch_of(tiny, mixture(tiny))
-    found = objective(batch, targets_of(teacher, batch))
-    found["loss"].backward()
-    hook.remove()
-    assert max(sizes) <= at_once
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
-    for name, p in objective.named_parameters():
+    whole, expected = run(tiny, teacher, recipe)
+    gradients = {name: p.grad.clone() for name, p in whole.named_parameters() if p.grad is not None}
+    whole.zero_grad()
+    counts = batch_of(tiny, mixture(tiny)).counts()
+    parts = [mixture(tiny)[:1], mixture(tiny)[1:3], mixture(tiny)[3:]]
+    sums = dict.fromkeys(expected, 0.0)
+    for samples in parts:
+        batch = batch_of(tiny, samples)
+        terms = flat(whole(batch, targets_of(teacher, batch), counts))
+        terms["loss"].backward()
+        sums = {name: total + float(terms[name].detach()) for name, total in sums.items()}
+    assert sums == pytest.approx({name: float(value.detach()) for name, value in expected.items()}, rel=1e-5)
+    for name, p in whole.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_objective_that_touches_all_gives_every_trained_parameter_a_gradient(tiny, teacher):
+    samples = [sample(tiny, [1, 5, 6, 7, 8])]
+    objective = Objective(tiny, RECIPES["align-kd"], shape_of(teacher), logit_codec=ExactTopK(), touches_all=True).train()
+    batch = batch_of(tiny, samples)
+    objective(batch, targets_of(teacher, batch))["loss"].backward()
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
+    assert not names(objective, PROJECTOR) & moved(objective)
+
+
+@pytest.mark.parametrize("part", ["attention", "vision", "answers"])
+def test_a_sample_whose_term_is_not_finite_is_pointed_at(tiny, teacher, part):
+    objective = Objective(tiny, RECIPES["align-kd"], shape_of(teacher), logit_codec=ExactTopK())
+    batch = batch_of(tiny, mixture(tiny))
+    targets = targets_of(teacher, batch)
+    if part == "attention":
+        targets.attention_BHTV[1, 0, 0, 0] = torch.nan
+    elif part == "vision":
+        targets.vision_BVD[1, 0, 0] = torch.inf
+    else:
+        targets.answers["logprobs"][int((batch.answer_samples_A == 1).nonzero()[0]), 0] = torch.nan
+    assert objective(batch, targets)["bad_B"].tolist() == [i == 1 for i in range(batch.samples)]
 
 
 def test_padding_and_neighbours_change_no_alignment_term(tiny, teacher):
@@ -207,7 +232,7 @@ def test_padding_and_neighbours_change_no_alignment_term(tiny, teacher):
     def terms_of(chosen):
         batch = batch_of(tiny, chosen)
         with torch.no_grad():
-            return objective(batch, targets_of(teacher, batch))
+            return flat(objective(batch, targets_of(teacher, batch)))
 
     together, alone = terms_of(samples), [terms_of([s]) for s in samples]
     with_text = terms_of([*samples, sample(tiny, [1, 5, 6, 7, 8, 9], answers=2)])
@@ -247,7 +272,7 @@ def test_a_few_steps_bring_every_term_of_the_teacher_down(tiny, teacher):
     history = []
     for _ in range(15):
         optimizer.zero_grad()
-        terms = objective(batch, targets)
+        terms = flat(objective(batch, targets))
         terms["loss"].backward()
         optimizer.step()
         history.append({name: float(value.detach()) for name, value in terms.items()})
@@ -261,8 +286,8 @@ def test_a_head_mean_in_the_cache_asks_for_the_mean_map(tiny, teacher):
     batch = batch_of(tiny, mixture(tiny))
     full = targets_of(teacher, batch)
     mean = Targets(full.attention_BHTV.mean(1, keepdim=True))
-    by_mean = Objective(tiny, recipe, TeacherShape(1, teacher.hidden_size))(batch, mean)
-    by_heads = Objective(tiny, recipe, shape_of(teacher))(batch, full)
+    by_mean = flat(Objective(tiny, recipe, TeacherShape(1, teacher.hidden_size))(batch, mean))
+    by_heads = flat(Objective(tiny, recipe, shape_of(teacher))(batch, full))
     torch.testing.assert_close(by_mean["attention"], by_heads["attention"])
 
 
@@ -349,7 +374,7 @@ def attention_training(kind):
     adapter = make_head_map(kind, 6, 3)
     student = torch.full((2, 3, 4, 8), 0.1).requires_grad_()
     loss = train_alignment_alone(
-        adapter, student, lambda: attention_loss(student, adapter(teacher), text, vision, relative_to_uniform=False)
+        adapter, student, lambda: attention_loss(student, adapter(teacher), text, vision, relative_to_uniform=False).mean()
     )
     return (
         adapter(teacher).abs().mean().item() / teacher.mean().item(),
@@ -367,7 +392,7 @@ def vision_training(kind):
     student = torch.randn(2, 8, 6, generator=generator).requires_grad_()
 
     def loss_of():
-        return vision_loss(*adapter(student, teacher), vision, vision, relative_to_variance=False)
+        return vision_loss(*adapter(student, teacher), vision, vision, relative_to_variance=False).mean()
 
     loss = train_alignment_alone(adapter, student, loss_of)
     mapped_student, target = adapter(student, teacher)

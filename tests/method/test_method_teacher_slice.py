@@ -8,7 +8,7 @@ import pytest
 import torch
 from exact_logits import ExactTopK, exact_answers
 from test_method_golden import CASES, VALUES, prepared
-from tiny_models import IMAGE, batch_of, mixture, sample, write_checkpoint
+from tiny_models import IMAGE, batch_of, flat, mixture, sample, write_checkpoint
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from alignkd.capture import capture
@@ -192,7 +192,7 @@ def loss_and_gradients(student, teacher, recipe, batch, targets, part):
         heads = targets.attention_BHTV.shape[1]
     objective = Objective(student, recipe, TeacherShape(heads, teacher.hidden_size), part, ExactTopK()).train()
     objective.zero_grad()
-    outputs = objective(batch, targets)
+    outputs = flat(objective(batch, targets))
     outputs["loss"].backward()
     return outputs, {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
 

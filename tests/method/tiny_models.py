@@ -297,3 +297,8 @@ def eager_attention(vlm: Vlm, one: ModelInput) -> torch.Tensor:
     finally:
         model.set_attn_implementation({"text_config": before})
     return attention[:, batch.text_rows_BT[0]][:, :, batch.vision_columns_BV[0]]
+
+
+def flat(outcome: Any) -> dict[str, torch.Tensor]:
+    """What an objective gave: its loss, and each term by name."""
+    return {"loss": outcome["loss"], **outcome["terms"]}

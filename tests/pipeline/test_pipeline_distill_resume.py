@@ -19,8 +19,9 @@ from tiny_runs import (
 )
 
 from alignkd.cache_store.convert import convert
+from alignkd.pipeline.checkpoints import RECORD
 from alignkd.pipeline.interrupt import Interrupted
-from alignkd.pipeline.trainer import MetricsCheckpoint, RunCallback
+from alignkd.pipeline.trainer import RunCallback
 
 
 def sigterm_at(step, monkeypatch):
@@ -77,7 +78,7 @@ def test_a_killed_process_resumes_to_bit_identical_weights(run, data, cache, tmp
     arguments += ["--epochs", 4, "--batch-size", 2, "--learning-rate", "1e-3", "--log-steps", 1, "--save-steps", 1]
     arguments += ["--device", "cpu", "--workers", 0]
     running = door.start(*arguments)
-    wait_until(lambda: list(out.glob(f"checkpoints/checkpoint-*/{MetricsCheckpoint.NAME}")))
+    wait_until(lambda: list(out.glob(f"checkpoints/checkpoint-*/{RECORD}")))
     os.kill(running.pid, signal.SIGKILL)
     assert running.finish().code == -signal.SIGKILL
     assert 1 <= metrics(out)[-1]["step"] < 12
@@ -93,7 +94,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(run, data, cache, tmp_pa
         sigterm_at(4, patch)
         with pytest.raises(Interrupted):
             train(data, cache, out, save_steps=2)
-    (out / "checkpoints" / "checkpoint-4" / MetricsCheckpoint.NAME).unlink()
+    (out / "checkpoints" / "checkpoint-4" / RECORD).unlink()
     (out / "checkpoints" / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
     train(data, cache, out, save_steps=2, resume=True)
     assert student_sha256(out) == student_sha256(run)

@@ -35,7 +35,8 @@ from alignkd.pipeline.samples import SampleFile
 from alignkd.pipeline.targets_io import TargetSettings, collate_targets, run_teacher
 from alignkd.recipes import get_recipe
 
-FIGURES = {"step", "epoch", "samples", "tokens", "seconds", "loss", "grad_norm", "learning_rate", "peak_memory_bytes"}
+FIGURES = {"step", "epoch", "samples", "tokens", "answers", "seconds", "loss", "grad_norm", "learning_rate"}
+FIGURES |= {"tokens_per_second", "samples_per_second", "data_wait_share", "attention_contrast", "peak_memory_bytes"}
 
 
 def exact(**changes):
@@ -72,7 +73,7 @@ def loss_and_gradients(recipe, batch, targets, codec):
     outputs = objective(batch, targets)
     outputs["loss"].backward()
     gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
-    return {name: value.item() for name, value in outputs.items()}, gradients
+    return {name: value.item() for name, value in {"loss": outputs["loss"], **outputs["terms"]}.items()}, gradients
 
 
 @pytest.mark.parametrize(
@@ -129,12 +130,13 @@ def test_metrics_hold_every_term_weighted_and_unweighted_and_they_add_up(run):
     recipe = get_recipe("align-kd")
     weights = {"supervised": 1.0, "reverse_kl": 1.0, "attention": recipe.attention, "vision_all": 1.0, "vision_focus": 0.1}
     for number, line in enumerate(lines, start=1):
-        assert set(line) == FIGURES | set(weights) | {f"weighted/{name}" for name in weights}
+        assert set(line) == FIGURES | set(weights) | {f"{kind}/{name}" for kind in ("weighted", "share") for name in weights}
         assert all(np.isfinite(value) for value in line.values())
         for name, weight in weights.items():
             assert line[name] > 0
             assert line[f"weighted/{name}"] == pytest.approx(weight * line[name])
         assert line["loss"] == pytest.approx(sum(line[f"weighted/{name}"] for name in weights), rel=1e-4)
+        assert sum(line[f"share/{name}"] for name in weights) == pytest.approx(1)
         assert line["samples"] == 2 * number
         assert line["epoch"] == pytest.approx(number / 3, abs=1e-4)
     assert all(a["tokens"] < b["tokens"] and a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(lines))

@@ -120,8 +120,11 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+TIMED = ("seconds", "tokens_per_second", "samples_per_second", "data_wait_share", "peak_memory_bytes")
+
+
 def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_bytes")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
 
 
 def student_sha256(out: Path) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 DOOR = Path(sys.executable).parent / "alignkd"
-_PASSED_ON = ("AWS_", "FSSPEC_", "NO_PROXY", "SLURM_", "JOB_COMPLETION_INDEX", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+_PASSED_ON = ("AWS_", "FSSPEC_", "NO_PROXY", "SLURM_", "JOB_COMPLETION_INDEX", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
 
 
 @dataclass(frozen=True)

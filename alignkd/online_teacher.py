@@ -1,0 +1,71 @@
+"""The whole teacher in the training loop: targets as a cache would hold them, by the same capture, without any codec.
+
+What stage two is measured against: it needs the memory of both models and the time of both forward passes.
+
+Shapes: as in :mod:`alignkd.targets`.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from alignkd.batch import Batch
+from alignkd.capture import capture, enable_capture
+from alignkd.logits import LogitSettings
+from alignkd.logits.dense import Hidden
+from alignkd.models.mobilevlm import MobileVlm
+from alignkd.models.vlm import Vlm, module_fingerprint
+from alignkd.targets import Targets
+from alignkd.teacher_slice import describe_slice, same_features
+
+
+class OnlineTeacher:
+    """A :class:`~alignkd.objective.TargetSource` that runs the teacher over every batch.
+
+    No ``nn.Module``, so that it does not become part of a student's checkpoint. Where both towers are the same by hash, the
+    student's features serve both.
+    """
+
+    def __init__(self, teacher: Vlm, student: Vlm, *, features_only: bool = False) -> None:
+        """``features_only``: batches will carry the student's tower features, no pixel values.
+
+        Raises:
+            ValueError: the teacher's tower is another and needs the images.
+        """
+        self.teacher = teacher
+        teacher.model.requires_grad_(False).eval()
+        enable_capture(teacher.model)
+        described = describe_slice(student.model), describe_slice(teacher.model)
+        dtype = teacher.model.dtype
+        hashes = module_fingerprint(student.tower, dtype), module_fingerprint(teacher.tower, dtype)
+        self.shares_tower = same_features(*described) and hashes[0] == hashes[1]
+        if features_only and not self.shares_tower:
+            raise ValueError(
+                "--cache-tower-features keeps the features of the student's tower, but the teacher's tower is another and needs"
+                " the images: leave it out"
+            )
+
+    @property
+    def logit_codec(self) -> Hidden:
+        """Every logit of the teacher, from last hidden states as they are."""
+        head_ND = self.teacher.model.lm_head.weight.detach()
+        tensors = {
+            "output_head": head_ND,
+            "output_bias": head_ND.new_zeros(len(head_ND)),
+            "feature_scale": head_ND.new_ones(head_ND.shape[1]),
+        }
+        return Hidden(LogitSettings("hidden", hidden_bits=16), tensors)
+
+    @torch.no_grad()
+    def fill(self, student: MobileVlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
+        """See :class:`alignkd.objective.TargetSource`."""
+        if self.shares_tower and batch.images.dim() == 4:
+            batch = replace(batch, images=student.model.encode_images(batch.images))
+        with torch.autocast(batch.input_ids_BS.device.type, enabled=False):
+            captured = capture(self.teacher.model, batch, attention="attention" in needs)
+        return batch, replace(
+            targets,
+            attention_BHTV=captured.attention_BHTV,
+            vision_BVD=captured.vision_BVD.float() if "vision" in needs else None,
+            answers={"hidden": captured.hidden_AD} if "logits" in needs else {},
+        )

@@ -1,0 +1,154 @@
+"""Stage two on two processes: they learn what one with twice the batch learns, stop together, and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import IMAGES, STUDENT, metrics, student_sha256, train, wait_until
+
+from alignkd.pipeline.checkpoints import RECORD
+
+SHARDING = [[], ["--deepspeed", "zero1"], ["--deepspeed", "zero2"], ["--deepspeed", "zero3"]]
+NAMES = ["ddp", "zero1", "zero2", "zero3"]
+TERMS = ("loss", "supervised", "reverse_kl", "attention", "vision_all", "vision_focus")
+
+
+@contextmanager
+def launched(door, monkeypatch, *arguments, processes=2):
+    """The processes of one job, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with monkeypatch.context() as patch:
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port), ("WORLD_SIZE", processes)):
+            patch.setenv(name, str(value))
+        running = []
+        for rank in range(processes):
+            patch.setenv("RANK", str(rank))
+            patch.setenv("LOCAL_RANK", str(rank))
+            running.append(door.start(*arguments))
+    yield running
+
+
+def run_job(door, monkeypatch, *arguments, processes=2):
+    with launched(door, monkeypatch, *arguments, processes=processes) as running:
+        return [one.finish() for one in running]
+
+
+def distill_arguments(data, cache, out, *more):
+    arguments = ["distill", "--student", STUDENT, "--data", data, "--images", IMAGES, "--out", out, "--device", "cpu"]
+    arguments += ["--cache", cache] if cache else []
+    arguments += ["--epochs", 3, "--batch-size", 2, "--learning-rate", "1e-3", "--log-steps", 1, "--workers", 0, "--json"]
+    return [*arguments, *more]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, data, cache):
+    """One process with twice the batch: three epochs of two steps, of four samples and of two."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    train(data, cache, out, epochs=3.0, batch_size=4)
+    return out
+
+
+def assert_same_curve(found, expected):
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, wanted in zip(found, expected, strict=True):
+        for name in TERMS:
+            assert line[name] == pytest.approx(wanted[name], rel=2e-4, abs=1e-6), (line["step"], name)
+        for name in ("samples", "tokens", "epoch"):
+            assert line[name] == wanted[name], (line["step"], name)
+
+
+def assert_same_student(found, expected):
+    weights, wanted = (load_file(out / "student" / "model.safetensors") for out in (found, expected))
+    assert weights.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("sharding", SHARDING, ids=NAMES)
+def test_two_processes_learn_what_one_with_twice_the_batch_learns(door, monkeypatch, data, cache, alone, tmp_path, sharding):
+    """In the last step of an epoch one of the two has no sample left."""
+    out = tmp_path / "out"
+    first, second = run_job(door, monkeypatch, *distill_arguments(data, cache, out, *sharding))
+    assert first.code == 0, first.stderr
+    assert second.code == 0, second.stderr
+    assert json.loads(first.stdout)["processes"] == 2
+    assert second.stdout == ""
+    # Padding is the micro-batch's own.
+    expected = [{**line, "tokens": 0} for line in metrics(alone)]
+    assert_same_curve([{**line, "tokens": 0} for line in metrics(out)], expected)
+    assert_same_student(out, alone)
+
+
+def test_accumulated_batches_learn_what_one_large_batch_learns(data, cache, alone, tmp_path):
+    train(data, cache, tmp_path / "out", epochs=3.0, batch_size=1, gradient_accumulation=4)
+    expected = [{**line, "tokens": 0} for line in metrics(alone)]
+    assert_same_curve([{**line, "tokens": 0} for line in metrics(tmp_path / "out")], expected)
+    assert_same_student(tmp_path / "out", alone)
+
+
+@pytest.mark.parametrize("sharding", [SHARDING[0], SHARDING[2], SHARDING[3]], ids=["ddp", "zero2", "zero3"])
+def test_two_killed_processes_resume_to_the_same_student(door, monkeypatch, data, cache, tmp_path, sharding):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run_job(door, monkeypatch, *distill_arguments(data, cache, whole, *sharding))[0].code == 0
+    arguments = distill_arguments(data, cache, out, *sharding, "--save-steps", 1)
+    with launched(door, monkeypatch, *arguments) as running:
+        wait_until(lambda: list(out.glob(f"checkpoints/checkpoint-*/{RECORD}")), seconds=120)
+        for one in running:
+            os.kill(one.pid, signal.SIGKILL)
+        assert {one.finish().code for one in running} == {-signal.SIGKILL}
+    assert 1 <= metrics(out)[-1]["step"] < 6
+    resumed = run_job(door, monkeypatch, *arguments, "--resume")
+    assert resumed[0].code == 0, resumed[0].stderr
+    assert [line["step"] for line in metrics(out)] == list(range(1, 7))
+    assert student_sha256(out) == student_sha256(whole)
+
+
+def test_a_run_of_two_processes_resumes_on_one(door, monkeypatch, data, cache, alone, tmp_path):
+    out = tmp_path / "out"
+    with launched(door, monkeypatch, *distill_arguments(data, cache, out, "--save-steps", 1)) as running:
+        wait_until(lambda: list(out.glob(f"checkpoints/checkpoint-*/{RECORD}")), seconds=120)
+        os.kill(running[1].pid, signal.SIGTERM)  # one of them is told, and both stop
+        stopped = [one.finish() for one in running]
+    assert [one.code for one in stopped] == [75, 75], stopped[0].stderr
+    step = metrics(out)[-1]["step"]
+    assert 1 <= step < 6
+    train(data, cache, out, epochs=3.0, batch_size=4, resume=True)
+    expected = [{**line, "tokens": 0} for line in metrics(alone)]
+    assert_same_curve([{**line, "tokens": 0} for line in metrics(out)], expected)
+    assert_same_student(out, alone)
+
+
+def test_another_number_of_samples_a_step_is_no_resumption(data, cache, tmp_path, alone):
+    with pytest.raises(ValueError, match=r"step: .*samples.*4.* before, .*2.* now"):
+        train(data, cache, alone, epochs=3.0, batch_size=2, resume=True)
+
+
+def test_deepspeed_states_ask_for_as_many_processes_as_wrote_them(door, monkeypatch, data, cache, tmp_path):
+    out = tmp_path / "out"
+    arguments = distill_arguments(data, cache, out, "--deepspeed", "zero2", "--save-steps", 1)
+    assert run_job(door, monkeypatch, *arguments)[0].code == 0
+    more = ["--gradient-accumulation", 2, "--resume"]
+    (refused,) = run_job(door, monkeypatch, *arguments, *more, processes=1)
+    assert refused.code == 2
+    assert "written by 2 processes" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("sharding", [SHARDING[0], SHARDING[2]], ids=["ddp", "zero2"])
+def test_samples_without_images_stall_no_process(door, monkeypatch, data, cache, tmp_path, sharding):
+    """One process sees an image and the other none: both must meet in every layer."""
+    chosen = tmp_path / "chosen.json"
+    samples = json.loads(data.read_text())
+    chosen.write_text(json.dumps([s for s in samples if not s.get("image")] + [s for s in samples if s.get("image")][:1]))
+    arguments = distill_arguments(chosen, None, tmp_path / "out", "--recipe", "sft", "--max-length", 512, *sharding)
+    finished = run_job(door, monkeypatch, *arguments[:-2], *arguments[-2:], "--batch-size", 1)
+    assert [one.code for one in finished] == [0, 0], finished[0].stderr
