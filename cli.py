@@ -1,25 +1,19 @@
 """The door: click commands, no logic. Heavy imports happen inside the commands, so that ``--help`` answers at once."""
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from alignkd import __version__
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
+from alignkd.pipeline import options
 
 RESUMABLE = 75
-_DTYPES = click.Choice(["float32", "bfloat16", "float16"])
-_TEMPLATES = click.Choice(["plain", "v1"])
 _ATTENTION_CODECS = click.Choice(["sqrt8", "sqrt4", "float16", "int8-rows", "exact"])
 _VISION_CODECS = click.Choice(["int8-rows", "int4-blocks", "float16", "exact"])
-_FORMATS = click.Choice(["zarr", "webdataset"])
-# zarr 3, which the zarr format is, begins with Python 3.11.
-_DEFAULT_FORMAT = "zarr" if sys.version_info >= (3, 11) else "webdataset"
 
 
 class BadInput(click.ClickException):
@@ -47,30 +41,6 @@ class _Door(click.Group):
                 click.echo(str(error), err=True)
                 ctx.exit(RESUMABLE)
             raise
-
-
-def _options(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
-    def apply(command: _Command) -> _Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return apply
-
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on standard output.")
-_data = _options(
-    click.option("--data", required=True, help="LLaVA-format JSON or JSON lines."),
-    click.option("--images", help="Folder that image paths are relative to."),
-)
-_machine = _options(
-    click.option("--device", help="cpu, cuda, cuda:1 ... [default: the GPU where there is one]"),
-    click.option("--vision-tower", help="Local folder of the CLIP tower, where the checkpoint names none that is here."),
-)
-_template = click.option("--template", type=_TEMPLATES, help="Prompt template. [default: the model's]")
-_max_rejected = click.option(
-    "--max-rejected", default=100, show_default=True, help="Stop when more samples than this cannot be used."
-)
 
 
 @click.group(cls=_Door, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -126,13 +96,14 @@ def _size(count: float) -> str:
     return f"{count:,.1f} TB"
 
 
-@main.command("cache-teacher")
+@main.command("cache-teacher", cls=options.CommandWithSettings)
 @click.option("--teacher", required=True, help="Folder of the teacher's checkpoint.")
-@_data
+@options.data
 @click.option("--cache", required=True, help="Where the cache is written: a folder, or a URL such as s3://bucket/cache.")
-@_template
+@options.settings
+@options.template
 @click.option("--max-length", default=2048, help="Token ids a sample may have (an image counts as one); longer ones are cut.")
-@click.option("--format", "shard_format", type=_FORMATS, default=_DEFAULT_FORMAT, help="Shard format.")
+@click.option("--format", "shard_format", type=options.FORMATS, default=options.DEFAULT_FORMAT, help="Shard format.")
 @click.option("--targets", default="attention,vision,logits", help="Comma-separated targets to cache.")
 @click.option(
     "--attention", type=click.Choice(["per-head", "mean"]), default="per-head", help="Keep every head, or their mean."
@@ -143,9 +114,7 @@ def _size(count: float) -> str:
     default="targets",
     help="Keep attention and vision tokens of every sample, or once the part of the teacher they are recomputed from.",
 )
-@click.option(
-    "--slice-without-tower", is_flag=True, help="With --alignment slice: leave out the vision tower, which the student shares."
-)
+@options.switch("slice-without-tower", "With --alignment slice: leave out the vision tower, which the student shares.")
 @click.option(
     "--logits",
     type=click.Choice(["topk", "sampled", "sketch", "hidden"]),
@@ -161,18 +130,18 @@ def _size(count: float) -> str:
 @click.option("--vision-codec", type=_VISION_CODECS, default="int8-rows", help="How vision tokens are stored.")
 @click.option("--shard-samples", type=click.IntRange(min=1), default=512, help="Samples a shard: the unit of work and resume.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), default=16_384, help="Positions a forward pass, padding included.")
-@click.option("--dtype", type=_DTYPES, default="float32", help="Dtype of the teacher.")
-@_max_rejected
-@_machine
+@click.option("--dtype", type=options.DTYPES, default="float32", help="Dtype of the teacher.")
+@options.max_rejected
+@options.machine
 @click.option("--rank", type=click.IntRange(min=0), help="This worker. [default: from torchrun, SLURM or Kubernetes, else 0]")
 @click.option("--world-size", type=click.IntRange(min=1), help="Number of workers. [default: likewise, else 1]")
-@click.option("--steal", is_flag=True, help="When its own shards are done, take those that other workers have not done yet.")
+@options.switch("steal", "When its own shards are done, take those that other workers have not done yet.")
 @click.option("--host-threads", type=click.IntRange(min=1), default=4, help="Threads that read images ahead of the teacher.")
 @click.option("--engine", type=click.Choice(["process", "ray"]), default="process", help="Who hands out the shards.")
 @click.option("--ray-workers", type=click.IntRange(min=1), help="Ray actors, each with a teacher. [default: one a GPU, or one]")
 @click.option("--ray-address", help="Of a running Ray cluster. [default: the one Ray finds, or a local one]")
 @click.option("--dry-run", "only_estimate", is_flag=True, help="Plan, size and time from a few real samples; write nothing.")
-@_json
+@options.as_json
 def cache_teacher_command(
     targets: str,
     attention: str,
@@ -189,7 +158,7 @@ def cache_teacher_command(
     ray_address: str | None,
     only_estimate: bool,
     as_json: bool,
-    **options: Any,
+    **given: Any,
 ) -> None:
     """Stage one: run the teacher once and write its targets.
 
@@ -209,7 +178,7 @@ def cache_teacher_command(
         raise BadInput(f"--targets {targets}: known are {', '.join(TARGETS)}")
     answers = LogitSettings(logits, top_k, draws, sketch_bytes, int(hidden_bits), temperature)
     settings = TargetSettings(chosen, attention, answers, attention_codec, vision_codec)
-    config = CacheTeacherConfig(settings=settings, **options)
+    config = CacheTeacherConfig(settings=settings, **given)
     if only_estimate:
         from alignkd.pipeline.dry_run import dry_run
 
@@ -234,7 +203,7 @@ def cache() -> None:
 @click.option(
     "--rejected", "rejected_file", type=click.Path(), help="Write every rejected sample and its reason to a JSONL file."
 )
-@_json
+@options.as_json
 def cache_status(url: str, rejected_file: str | None, as_json: bool) -> None:
     """Progress: shards and samples done and left, bytes by field, rate, time left, rejected samples. It may be running.
 
@@ -255,7 +224,7 @@ def cache_status(url: str, rejected_file: str | None, as_json: bool) -> None:
 @cache.command("verify")
 @click.argument("url")
 @click.option("--quick", is_flag=True, help="Compare records and sizes only; no content digest.")
-@_json
+@options.as_json
 def cache_verify(url: str, quick: bool, as_json: bool) -> None:
     """Audit a cache; the last line is a digest of its content.
 
@@ -289,7 +258,7 @@ def cache_verify(url: str, quick: bool, as_json: bool) -> None:
     default=3600.0,
     help="Seconds; younger strays stay, as a running worker may be about to commit them.",
 )
-@_json
+@options.as_json
 def cache_repair(url: str, min_age: float, as_json: bool) -> None:
     """Drop everything that verify finds wrong, and sweep what crashes left; cache-teacher then rebuilds what is missing.
 
@@ -313,8 +282,10 @@ def cache_repair(url: str, min_age: float, as_json: bool) -> None:
 @cache.command("convert")
 @click.argument("source")
 @click.argument("target")
-@click.option("--format", "shard_format", type=_FORMATS, help="Format of the target. [default: the one the source is not]")
-@_json
+@click.option(
+    "--format", "shard_format", type=options.FORMATS, help="Format of the target. [default: the one the source is not]"
+)
+@options.as_json
 def cache_convert(source: str, target: str, shard_format: str | None, as_json: bool) -> None:
     """Copy a cache into the other shard format; the content sha256 stays the same. Resumes where it stopped.
 
@@ -333,7 +304,7 @@ def cache_convert(source: str, target: str, shard_format: str | None, as_json: b
 @click.option("--id", "sample_id", help="Decode the row of this sample.")
 @click.option("--save", help="Write the row's arrays to an .npz file.")
 @click.option("--plot", help="Draw the row's attention to a .png file.")
-@_json
+@options.as_json
 def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str | None, as_json: bool) -> None:
     """The specification and fingerprint, or one row decoded, in words and as a picture.
 
@@ -362,18 +333,25 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
     _print(row_figures(reader, row), as_json)
 
 
-@main.command("distill")
+@main.command("distill", cls=options.CommandWithSettings)
 @click.option("--student", required=True, help="Folder of the student's checkpoint.")
 @click.option("--cache", help="The cache that cache-teacher wrote. Not needed by recipes without a teacher (sft).")
-@_data
+@options.data
 @click.option("--out", required=True, help="Folder of the run.")
+@options.settings
 @click.option("--recipe", default="align-kd", help="align-kd, paper, sft, logits-only, or a FILE.yaml.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the recipe; may be repeated.")
-@_template
+@options.template
 @click.option("--max-length", type=click.IntRange(min=2), help="Token ids a sample may have. [default: the cache's]")
 @click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Passes over the data.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Optimizer steps, instead of --epochs.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Samples a step and device.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Samples a batch and device. [default: 16, or as many as --batch-tokens holds]",
+)
+@click.option("--batch-tokens", type=click.IntRange(min=1), help="Positions a batch and device, padding included.")
+@options.switch("group-by-length", "Batches of samples of like length: less padding.")
 @click.option("--gradient-accumulation", type=click.IntRange(min=1), default=1, help="Batches a step.")
 @click.option("--learning-rate", type=float, default=4e-5, help="Peak learning rate; cosine to zero.")
 @click.option("--projector-learning-rate", type=float, help="The projector's own. [default: --learning-rate]")
@@ -387,17 +365,35 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
 @click.option("--warmup", type=click.FloatRange(min=0, max=0.999), default=0.03, help="Share of the steps.")
 @click.option("--weight-decay", type=float, default=0.0, help="The optimizer's.")
 @click.option("--seed", type=int, default=0, help="Of the order, dropout and the adapters' start.")
-@click.option("--dtype", type=_DTYPES, default="float32", help="Dtype of the computation; weights stay in float32.")
-@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
-@click.option("--cache-tower-features", is_flag=True, help="Keep the frozen tower's features of all images in memory.")
+@click.option("--dtype", type=options.DTYPES, default="float32", help="Dtype of the computation; weights stay in float32.")
+@options.switch("gradient-checkpointing", "Less memory, a third more time.")
+@click.option("--deepspeed", metavar="NAME|FILE.json", help="ZeRO for many GPUs: zero1, zero2, zero3, or a FILE.json.")
+@options.switch(
+    "lora", "Train low-rank updates of the decoder's layers, with projector and adapters, and merge them at the end."
+)
+@click.option("--lora-rank", type=click.IntRange(min=1), default=64, help="Rank of the updates.")
+@click.option("--lora-alpha", type=click.IntRange(min=1), default=128, help="Alpha / rank multiplies the updates.")
+@click.option(
+    "--lora-dropout", type=click.FloatRange(min=0, max=1, max_open=True), default=0.0, help="Dropout before the updates."
+)
+@click.option(
+    "--online-teacher", metavar="DIR", help="Run this teacher in the loop instead of reading its targets from a cache."
+)
+@click.option("--teacher-dtype", type=options.DTYPES, help="Dtype of the online teacher. [default: --dtype]")
+@options.switch("cache-tower-features", "Keep the frozen tower's features of all images in memory.")
 @click.option("--save-steps", type=click.IntRange(min=1), default=500, help="Steps between checkpoints.")
+@click.option("--save-total-limit", type=click.IntRange(min=1), default=2, help="Checkpoints kept.")
 @click.option("--log-steps", type=click.IntRange(min=1), default=10, help="Steps between lines of metrics.jsonl.")
+@click.option(
+    "--report-to", multiple=True, default=("tensorboard",), help="Tracker, as transformers names it, or none; may be repeated."
+)
+@options.switch("term-gradients", "Show the gradient norm of each term in every log line.")
 @click.option("--workers", type=click.IntRange(min=0), help="Loader processes. [default: 4 with a GPU, else 0]")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
-@_max_rejected
-@_machine
-@_json
-def distill_command(recipe: str, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+@options.max_rejected
+@options.machine
+@options.as_json
+def distill_command(recipe: str, overrides: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Stage two: train the student from the cache; the teacher is never loaded.
 
     \b
@@ -413,21 +409,24 @@ def distill_command(recipe: str, overrides: tuple[str, ...], as_json: bool, **op
     chosen = get_recipe(recipe, {key: value for key, _, value in pairs})
     from alignkd.pipeline.distill import DistillConfig, distill
 
-    _print(distill(DistillConfig(recipe=chosen, **options)), as_json)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to standard output, which is for figures
+        figures = distill(DistillConfig(recipe=chosen, **given))
+    if figures:  # of several processes, the first one reports
+        _print(figures, as_json)
 
 
 @main.command("show")
 @click.option("--model", required=True, help="Folder of a checkpoint.")
-@_data
+@options.data
 @click.option("--id", help="Which sample. [default: the first]")
-@_template
+@options.template
 @click.option("--max-length", type=click.IntRange(min=2), default=2048, help="Token ids a sample may have.")
 @click.option("--save", help="Write the arrays to an .npz file.")
 @click.option("--plot", help="Draw the attention over the image to a .png file.")
-@click.option("--dtype", type=_DTYPES, default="float32", help="Dtype of the model.")
-@_machine
-@_json
-def show_command(as_json: bool, **options: Any) -> None:
+@click.option("--dtype", type=options.DTYPES, default="float32", help="Dtype of the model.")
+@options.machine
+@options.as_json
+def show_command(as_json: bool, **given: Any) -> None:
     """One sample as the model sees it: its tokens, and where the text looks.
 
     \b
@@ -436,7 +435,7 @@ def show_command(as_json: bool, **options: Any) -> None:
     """
     from alignkd.pipeline.show import ShowConfig, show
 
-    shown = show(ShowConfig(**options))
+    shown = show(ShowConfig(**given))
     if as_json:
         click.echo(json.dumps({**shown.figures, "tokens": shown.tokens}))
         return
@@ -449,17 +448,17 @@ def show_command(as_json: bool, **options: Any) -> None:
 
 @main.command("evaluate")
 @click.option("--model", required=True, help="Folder of a checkpoint.")
-@_data
+@options.data
 @click.option("--metric", type=click.Choice(["exact", "contains"]), default="exact", help="How answers are compared.")
 @click.option("--out", help="Folder for predictions and result.")
-@_template
+@options.template
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Questions at a time.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, help="Longest answer.")
-@click.option("--dtype", type=_DTYPES, default="float32", help="Dtype of the model.")
-@_max_rejected
-@_machine
-@_json
-def evaluate_command(as_json: bool, **options: Any) -> None:
+@click.option("--dtype", type=options.DTYPES, default="float32", help="Dtype of the model.")
+@options.max_rejected
+@options.machine
+@options.as_json
+def evaluate_command(as_json: bool, **given: Any) -> None:
     """Accuracy of a model on a question file, by generation.
 
     The last answer of each conversation is generated and compared with the one in the file.
@@ -470,15 +469,17 @@ def evaluate_command(as_json: bool, **options: Any) -> None:
     """
     from alignkd.pipeline.evaluate import EvaluateConfig, evaluate
 
-    _print(evaluate(EvaluateConfig(**options)), as_json)
+    _print(evaluate(EvaluateConfig(**given)), as_json)
 
 
 @main.command("demo")
 @click.option("--out", required=True, help="Folder for everything the demo makes.")
 @click.option("--seed", type=int, default=0, help="Of the teacher, the students and the choice of labelled images.")
-@click.option("--format", "shard_format", type=_FORMATS, default=_DEFAULT_FORMAT, help="Shard format of the cache.")
+@click.option(
+    "--format", "shard_format", type=options.FORMATS, default=options.DEFAULT_FORMAT, help="Shard format of the cache."
+)
 @click.option("--device", help="cpu, cuda ... [default: the GPU where there is one]")
-@_json
+@options.as_json
 def demo_command(out: str, seed: int, shard_format: str, device: str | None, as_json: bool) -> None:
     """The whole path on easy-VQA, from image-text pairs to a distilled student, with a report.
 
