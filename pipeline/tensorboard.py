@@ -31,10 +31,10 @@ class TensorBoard(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Trainer's hook after a log line."""
-        if self.writer is None:
+        """Trainer's hook after a log line; its summary of the run, which has no loss, is not one."""
+        if self.writer is None or not logs or "loss" not in logs:
             return
-        for name, value in (logs or {}).items():
+        for name, value in logs.items():
             if isinstance(value, (int, float)) and name != "step":
                 self.writer.add_scalar(name if "/" in name else f"train/{name}", value, state.global_step)
         self.writer.flush()

@@ -36,7 +36,9 @@ def scalars(folder):
 
 
 def test_names_with_a_group_keep_it_and_the_rest_is_one_group(folder):
-    run(folder, [1, 2]).on_train_end(None, state(2), None)
+    board = run(folder, [1, 2])
+    board.on_log(None, state(2), None, logs={"train_runtime": 3.0})
+    board.on_train_end(None, state(2), None)
     found = scalars(folder)
     assert set(found) == {"train/loss", "train/samples", "weighted/attention", "share/attention"}
     assert found["train/loss"] == [(1, 1.0), (2, 2.0)]
