@@ -365,7 +365,7 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
 @click.option("--warmup", type=click.FloatRange(min=0, max=0.999), default=0.03, help="Share of the steps.")
 @click.option("--weight-decay", type=float, default=0.0, help="The optimizer's.")
 @click.option("--seed", type=int, default=0, help="Of the order, dropout and the adapters' start.")
-@click.option("--dtype", type=options.DTYPES, default="float32", help="Dtype of the computation; weights stay in float32.")
+@click.option("--dtype", type=options.DTYPES, default="float32", help="Dtype of the computation, beside float32 weights.")
 @options.switch("gradient-checkpointing", "Less memory, a third more time.")
 @click.option("--deepspeed", metavar="NAME|FILE.json", help="ZeRO for many GPUs: zero1, zero2, zero3, or a FILE.json.")
 @options.switch(
