@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from alignkd.logits.answers import TeacherReader
 from alignkd.logits.divergences import DIVERGENCES
 
 
@@ -74,9 +75,13 @@ class Calibration:
 
 
 class LogitCodec(nn.Module, ABC):
-    """One form of logit targets. Its tensors are kept once per cache, and move with the module."""
+    """One form of logit targets. Its tensors are kept once per cache, and move with the module.
+
+    ``whole_vocabulary``: the targets give every token a log-probability of its own.
+    """
 
     kind: ClassVar[str]
+    whole_vocabulary: ClassVar[bool] = False
 
     def __init__(self, settings: LogitSettings, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -114,6 +119,13 @@ class LogitCodec(nn.Module, ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of student and teacher, ``[A, X]`` each; see :mod:`alignkd.logits.divergences`."""
 
+    @abstractmethod
+    def teacher(self, values: Mapping[str, torch.Tensor]) -> TeacherReader:
+        """What :meth:`outcomes` makes of the targets, a slice of answers at a time; what slices share is prepared once.
+
+        Matrix products are in the dtype of autocast where this is called under autocast.
+        """
+
     def divergence(
         self, name: str, logits_AN: torch.Tensor, values: Mapping[str, torch.Tensor], temperature: float
     ) -> torch.Tensor:
@@ -126,6 +138,11 @@ def at_temperature(logits_AN: torch.Tensor, temperature: float) -> torch.Tensor:
     if logits_AN.dtype in (torch.bfloat16, torch.float16):
         logits_AN = logits_AN.float()
     return (logits_AN / temperature).log_softmax(dim=1)
+
+
+def part_of(values: Mapping[str, torch.Tensor], part: slice) -> dict[str, torch.Tensor]:
+    """The values of some answers."""
+    return {name: value[part] for name, value in values.items()}
 
 
 def rank_dtype(vocabulary: int) -> str:

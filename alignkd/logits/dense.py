@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from alignkd.logits.base import Calibration, FieldShape, LogitCodec, LogitSettings, at_temperature
+from alignkd.logits.answers import TeacherAnswers, TeacherReader
+from alignkd.logits.base import Calibration, FieldShape, LogitCodec, LogitSettings, at_temperature, part_of
 from alignkd.logits.sketch import Sketch, fit_sketch
 from alignkd.logits.topk import TopK, Values, kept_fields
 
@@ -18,6 +19,7 @@ class Sketched(TopK):
     """Top-k, and a sketch that gives the tail its shape: its mass and the kept tokens stay exact."""
 
     kind = "sketch"
+    whole_vocabulary = True
 
     @classmethod
     def tensor_names(cls) -> tuple[str, ...]:
@@ -55,6 +57,11 @@ class Sketched(TopK):
         tail_AN = tail_AN + (tail_A - tail_AN.logsumexp(dim=1))[:, None]
         return at_temperature(logits_AN, temperature), tail_AN.scatter(1, ids_AK, logprobs_AK)
 
+    def teacher(self, values: Values) -> TeacherReader:
+        """The kept tokens, and a tail with a shape."""
+        decode = self.sketch.decoder()
+        return lambda part: TeacherAnswers(*self.kept(part_of(values, part)), decode(values["sketch"][part]))
+
 
 class Hidden(LogitCodec):
     """The last hidden state, and the teacher's output head kept once: every logit, at any temperature.
@@ -64,6 +71,7 @@ class Hidden(LogitCodec):
     """
 
     kind = "hidden"
+    whole_vocabulary = True
     output_head: torch.Tensor
     output_bias: torch.Tensor
     feature_scale: torch.Tensor
@@ -102,3 +110,19 @@ class Hidden(LogitCodec):
         """The whole vocabulary."""
         teacher_AN = torch.nn.functional.linear(values["hidden"].to(self.output_head.dtype), self.output_head, self.output_bias)
         return at_temperature(logits_AN, temperature), at_temperature(teacher_AN, temperature)
+
+    def teacher(self, values: Mapping[str, torch.Tensor]) -> TeacherReader:
+        """No token on its own: all of the mass has the shape of the logits."""
+        head_ND, bias_N, kind = self.output_head, self.output_bias, self.output_head.device.type
+        if torch.is_autocast_enabled(kind):
+            head_ND, bias_N = (t.to(torch.get_autocast_dtype(kind)) for t in (head_ND, bias_N))
+
+        def read(part: slice) -> TeacherAnswers:
+            hidden_AD = values["hidden"][part].to(head_ND.dtype)
+            ids_AX = torch.empty(len(hidden_AD), 0, dtype=torch.long, device=hidden_AD.device)
+            none_AX = torch.empty(ids_AX.shape, device=hidden_AD.device)
+            with torch.autocast(kind, enabled=False):
+                logits_AN = torch.nn.functional.linear(hidden_AD, head_ND, bias_N)
+            return TeacherAnswers(ids_AX, none_AX, none_AX.sum(dim=1), logits_AN)
+
+        return read

@@ -1,13 +1,14 @@
 """The likeliest tokens and the mass of all others; and, drawn at random, some of the others.
 
-Shapes: A answers, K kept tokens, J draws, N vocabulary, X outcomes.
+Shapes: A answers, K kept tokens, J draws, N vocabulary, X outcomes, or known tokens without the bucket.
 """
 
 from collections.abc import Mapping
 
 import torch
 
-from alignkd.logits.base import Calibration, FieldShape, LogitCodec, LogitSettings, at_temperature, rank_dtype
+from alignkd.logits.answers import Draws, TeacherAnswers, TeacherReader
+from alignkd.logits.base import Calibration, FieldShape, LogitCodec, LogitSettings, at_temperature, part_of, rank_dtype
 from alignkd.logits.kept import (
     LOWEST_CODE,
     choose,
@@ -86,6 +87,10 @@ class TopK(LogitCodec):
         ids_AK, logprobs_AK, tail_A = self.kept(values)
         return bucketed(at_temperature(logits_AN, temperature), ids_AK, logprobs_AK, tail_A)
 
+    def teacher(self, values: Values) -> TeacherReader:
+        """The kept tokens and one bucket."""
+        return lambda part: TeacherAnswers(*self.kept(part_of(values, part)))
+
 
 class Sampled(TopK):
     """A few likeliest tokens, and draws from the rest, unbiased: forward KL and its gradient are right on average.
@@ -130,9 +135,15 @@ class Sampled(TopK):
 
     def outcomes(self, logits_AN: torch.Tensor, values: Values, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The kept tokens, the drawn ones, and one bucket."""
-        ids_AK, logprobs_AK, tail_A = self.kept(values)
-        if ids_AK.shape[1] == logits_AN.shape[1]:  # there was nothing to draw from
+        if values["topk_rank_steps"].shape[1] == logits_AN.shape[1]:  # there was nothing to draw from
             return super().outcomes(logits_AN, values, temperature)
+        ids_AX, logprobs_AX, left_A = self._known(values)
+        student_AX, teacher_AX = bucketed(at_temperature(logits_AN, temperature), ids_AX, logprobs_AX, left_A)
+        return student_AX.masked_fill(teacher_AX == -torch.inf, -torch.inf), teacher_AX
+
+    def _known(self, values: Values) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Kept tokens, then drawn ones, and the log mass of all others; -inf for what is drawn again."""
+        ids_AK, logprobs_AK, tail_A = self.kept(values)
         steps_AJ, codes_AJ = values["draw_rank_steps"].long(), values["draw_logprob_codes"]
         again_AJ = steps_AJ == 0
         again_AJ[:, 0] = False
@@ -142,9 +153,29 @@ class Sampled(TopK):
         left_A = (tail_A.exp() - drawn_AJ.exp().sum(dim=1)).clamp(min=1e-4 * tail_A.exp()).log()
         known_AX = torch.cat([logprobs_AK, drawn_AJ, left_A[:, None]], dim=1).log_softmax(dim=1)
         ids_AX = torch.cat([ids_AK, decode_ids(steps_AJ, self.id_of_rank)], dim=1)
-        student_AN = at_temperature(logits_AN, temperature)
-        student_AX, teacher_AX = bucketed(student_AN, ids_AX, known_AX[:, :-1], known_AX[:, -1])
-        return student_AX.masked_fill(teacher_AX == -torch.inf, -torch.inf), teacher_AX
+        return ids_AX, known_AX[:, :-1], known_AX[:, -1]
+
+    def teacher(self, values: Values) -> TeacherReader:
+        """The kept tokens, the drawn ones, and one bucket."""
+        if values["topk_rank_steps"].shape[1] == len(self.id_of_rank):  # there was nothing to draw from
+            return super().teacher(values)
+        return lambda part: self._with_draws(part_of(values, part))
+
+    def _with_draws(self, values: Values) -> TeacherAnswers:
+        _, logprobs_AK, tail_A = self.kept(values)
+        drawn_AJ = decode_logprobs(values["draw_logprob_codes"])
+        ids_AX, known_AX, left_A = self._known(values)
+        k, draws = logprobs_AK.shape[1], drawn_AJ.shape[1]
+        same_AJX = ids_AX[:, k:, None] == ids_AX[:, None, :]
+        # Draw j stands at k + j: it is a repeat where its id stands before that.
+        again_AJ = same_AJX.tril(k - 1).any(dim=2)
+        repeats_AX = torch.cat([torch.zeros_like(ids_AX[:, :k], dtype=torch.bool), again_AJ], dim=1)
+        of_draws_AX = same_AJX.sum(dim=1) * (tail_A.exp() / draws)[:, None]
+        weights_AX = torch.cat([logprobs_AK.exp(), torch.zeros_like(drawn_AJ)], dim=1) + of_draws_AX
+        negentropy_A = (logprobs_AK.exp() * logprobs_AK).sum(dim=1) + tail_A.exp() * drawn_AJ.mean(dim=1)
+        return TeacherAnswers(
+            ids_AX, known_AX, left_A, draws=Draws(repeats_AX, weights_AX.masked_fill(repeats_AX, 0.0), negentropy_A)
+        )
 
 
 def kept_fields(vocabulary: int) -> dict[str, FieldShape]:

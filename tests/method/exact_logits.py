@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from alignkd.logits import DIVERGENCES, LogitCodec, LogitSettings
+from alignkd.logits.answers import TeacherAnswers
 from alignkd.logits.base import at_temperature
 from alignkd.logits.topk import bucketed
 
@@ -45,6 +46,9 @@ class ExactTopK(LogitCodec):
 
     def outcomes(self, logits_AN, values, temperature):
         return bucketed(at_temperature(logits_AN, temperature), values["ids"], values["logprobs"], values["tail"])
+
+    def teacher(self, values):
+        return lambda part: TeacherAnswers(*(values[name][part] for name in ("ids", "logprobs", "tail")))
 
 
 def exact_answers(teacher, hidden_AD, k=20):
