@@ -28,7 +28,7 @@ class HeadMixture(nn.Module):
 
     def forward(self, attention_BHTV: torch.Tensor) -> torch.Tensor:
         """Mix heads."""
-        return torch.einsum("sh,bhtv->bstv", self.logits.softmax(dim=1), attention_BHTV)
+        return torch.einsum("sh,bhtv->bstv", self.logits.float().softmax(dim=1), attention_BHTV.float())
 
 
 class HeadConvolution(nn.Module):
@@ -42,7 +42,8 @@ class HeadConvolution(nn.Module):
 
     def forward(self, attention_BHTV: torch.Tensor) -> torch.Tensor:
         """Combine heads: ``[B, Ht, T, V] -> [B, Hs, T, V]``."""
-        return torch.einsum("sh,bhtv->bstv", self.weight, attention_BHTV) + self.bias[:, None, None]
+        mixed_BHTV = torch.einsum("sh,bhtv->bstv", self.weight.float(), attention_BHTV.float())
+        return mixed_BHTV + self.bias.float()[:, None, None]
 
 
 class HeadMean(nn.Module):
@@ -86,7 +87,7 @@ class WidthAdapter(nn.Module):
     def forward(self, student_BVD: torch.Tensor, teacher_BVD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both sides at one width."""
         if self.kind == "lift":
-            return self.map(student_BVD), teacher_BVD
+            return self.map(student_BVD.to(self.map.weight.dtype)), teacher_BVD
         if self.kind == "projection":
             return student_BVD, self.map(teacher_BVD.to(self.map.weight.dtype))
         if teacher_BVD.shape[-1] >= student_BVD.shape[-1]:

@@ -114,6 +114,8 @@ class Objective(nn.Module):
         if self.source is not None:
             with torch.no_grad():
                 batch, targets = self.source.fill(self.student, batch, targets, recipe.needs)
+        # Where others see an image: parameters that are gathered from all processes are gathered in the same order by all.
+        unseen = self._nothing_seen() if self.touches_all and not batch.images.numel() else None
         captured = capture(self.student, batch, attention=recipe.attention > 0)
         weights = term_weights(recipe)
         answers = self._answer_terms(recipe, captured, batch, targets, counts)
@@ -125,8 +127,7 @@ class Objective(nn.Module):
             # A term of weight 0 stays out: 0 times an overflow would still poison the sum.
             loss = loss + weights[name] * term if weights[name] > 0 else loss
             sums[name], bad_B = term.detach(), bad_B | ~value_B.detach().isfinite()
-        if self.touches_all and not batch.images.numel():
-            loss = loss + self._nothing_seen()
+        loss = loss if unseen is None else loss + unseen
         attention_BHTV = targets.attention_BHTV if self.head_map is not None and recipe.attention > 0 else None
         return Outcome(loss=loss * counts.processes, terms=sums, bad_B=bad_B, attention_BHTV=attention_BHTV)
 

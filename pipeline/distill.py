@@ -346,9 +346,9 @@ class _Run:
         student, out = self.student, self.out
         gathered: Any = nullcontext()
         if zero_stage(self.config.deepspeed) == 3:
-            from deepspeed.zero import GatheredParameters
+            import deepspeed
 
-            gathered = GatheredParameters(list(student.model.parameters()))
+            gathered = deepspeed.zero.GatheredParameters(list(student.model.parameters()))
         with gathered:
             if processes.first:
                 student.model.eval()

@@ -107,6 +107,8 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
             worker_init_fn=leave_signals_to_parent,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             prefetch_factor=4 if workers else None,
+            # Its workers' seeds must not be missing from the random numbers of a resumed run.
+            generator=torch.Generator().manual_seed(self.args.seed),
         )
 
     def get_batch_samples(

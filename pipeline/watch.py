@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 
+from alignkd.logits import DIVERGENCES
 from alignkd.objective import term_weights
 from alignkd.recipes import Recipe
 
 LINES = 10
 """Log lines in a row that make a warning."""
+
+_PARTS = {name: (name,) for name in ("supervised", *DIVERGENCES, "attention")} | {"vision": ("vision_all", "vision_focus")}
+"""Weights of a recipe, and the logged terms that each sets: the focus is a small part of L_V by design."""
 
 NEGLIGIBLE, DOMINANT = 0.01, 0.90
 """Shares of the weighted loss below and above which a term is worth a word."""
@@ -29,7 +33,7 @@ class Watch:
 
     def __init__(self, recipe: Recipe, *, lines: int = LINES) -> None:
         self.recipe, self.lines = recipe, lines
-        self.active = tuple(name for name, weight in term_weights(recipe).items() if weight > 0)
+        self.active = tuple(name for name in _PARTS if getattr(recipe, name) > 0)
         self._lasting: dict[tuple[str, str], int] = {}
 
     def __call__(self, line: Mapping[str, Any]) -> list[str]:
@@ -41,9 +45,9 @@ class Watch:
             return []
         found = []
         for name in self.active:
-            share = line.get(f"share/{name}", math.nan)
-            field = _field(name)
-            weight = f"its weight (--set {field}=..., now {getattr(self.recipe, field):g})"
+            shares = [line[f"share/{part}"] for part in _PARTS[name] if f"share/{part}" in line]
+            share = sum(shares) if shares else math.nan
+            weight = f"its weight (--set {name}=..., now {getattr(self.recipe, name):g})"
             when = f"of the loss in {self.lines} log lines (now {share:.2%}, step {line['step']})"
             if self._lasts("negligible", name, share < NEGLIGIBLE):
                 found.append(
@@ -60,7 +64,7 @@ class Watch:
         contrast = line.get("attention_contrast", math.nan)
         if not self._lasts("uniform", "attention", contrast < UNIFORM):
             return []
-        terms = [name for name in ("attention", "vision_focus") if name in self.active] or ["attention"]
+        terms = [name for name in ("attention", "vision_focus") if term_weights(self.recipe)[name] > 0] or ["attention"]
         return [
             f"the teacher's attention over vision tokens was uniform in {self.lines} log lines (relative variance"
             f" {contrast:.1e}, step {line['step']}): there is nothing to learn from it. Look at the teacher with alignkd show"
@@ -72,11 +76,6 @@ class Watch:
         key = (kind, name)
         self._lasting[key] = self._lasting.get(key, 0) + 1 if holds else 0
         return self._lasting[key] == self.lines
-
-
-def _field(term: str) -> str:
-    """The recipe's field that sets a term's weight."""
-    return {"vision_all": "vision"}.get(term, term)
 
 
 class NotFinite(ValueError):  # noqa: N818 - the name says what is the matter

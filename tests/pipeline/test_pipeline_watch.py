@@ -26,14 +26,18 @@ def test_a_balanced_run_brings_no_warning():
 
 
 @pytest.mark.parametrize(
-    ("term", "field", "value"),
-    [("attention", "attention", "0.1"), ("vision_all", "vision", "1"), ("vision_focus", "vision_focus", "0.1")],
+    ("term", "shares", "value"),
+    [("attention", {"attention": 0.0099}, "0.1"), ("vision", {"vision_all": 0.009, "vision_focus": 0.0009}, "1")],
 )
-def test_a_term_that_stays_negligible_is_named_with_its_field_and_weight_at_the_tenth_line(term, field, value):
-    [(number, text)] = warnings(Watch(RECIPES["align-kd"]), 30, **{f"share__{term}": 0.0099})
+def test_a_term_that_stays_negligible_is_named_with_its_field_and_weight_at_the_tenth_line(term, shares, value):
+    [(number, text)] = warnings(Watch(RECIPES["align-kd"]), 30, **{f"share__{name}": share for name, share in shares.items()})
     assert number == 10
     assert text.startswith(f"{term} was below 1% of the loss in 10 log lines (now 0.99%, step 10)")
-    assert f"--set {field}=..., now {value})" in text
+    assert f"--set {term}=..., now {value})" in text
+
+
+def test_the_focus_may_be_as_small_a_part_of_the_vision_term_as_its_weight_makes_it():
+    assert warnings(Watch(RECIPES["align-kd"]), 30, share__vision_focus=0.005) == []
 
 
 def test_a_term_that_stays_dominant_is_named_at_the_tenth_line():
