@@ -1,11 +1,14 @@
 """Features of the frozen vision tower, computed once for every image of a training set and kept in memory.
 
 They are what the tower would give in every epoch. Worth it where the tower is a large part of the step and the images are
-few: it takes images x patches x tower width numbers.
+few: it takes images x patches x tower width numbers, once, however many processes load samples.
+
+Shapes: N images, P patches, C tower width.
 """
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -15,6 +18,22 @@ from alignkd.pipeline.prepare import Preparer, SampleError
 from alignkd.pipeline.progress import bar
 
 _BATCH = 64
+
+
+class SharedFeatures(dict[str, tuple[str, torch.Tensor]]):
+    """Features by image reference, each with its file's SHA-256: rows of one tensor ``[N, P, C]``.
+
+    A forked process sees the same memory. One that is spawned is sent the tensor, which torch moves to shared memory: once,
+    where a thousand tensors would each take an open file.
+    """
+
+    def __init__(self, references: Sequence[str], digests: Sequence[str], features_NPC: torch.Tensor) -> None:
+        rows = zip(references, zip(digests, features_NPC, strict=True), strict=True)
+        super().__init__(rows)
+        self.features_NPC = features_NPC
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SharedFeatures, (list(self), [digest for digest, _ in self.values()], self.features_NPC)
 
 
 def cache_tower_features(vlm: Vlm, data: TrainingSet, *, limit_bytes: int) -> None:
@@ -32,11 +51,17 @@ def cache_tower_features(vlm: Vlm, data: TrainingSet, *, limit_bytes: int) -> No
             f"--cache-tower-features needs {needed / 2**30:.1f} GiB for {len(references):,} images, more than the"
             f" {limit_bytes / 2**30:.1f} GiB allowed; leave it out"
         )
+    features_NPC, digests = torch.empty(0), dict[str, str]()
     with bar("tower features", len(references), "images") as progress:
         for start in range(0, len(references), _BATCH):
             chunk = references[start : start + _BATCH]
-            data.preparer.features |= tower_features(vlm, data.preparer, chunk)
+            for reference, (digest, values_PC) in tower_features(vlm, data.preparer, chunk).items():
+                if not digests:
+                    features_NPC = values_PC.new_empty(len(references), *values_PC.shape)
+                features_NPC[len(digests)] = values_PC
+                digests[reference] = digest
             progress.advance(len(chunk))
+    data.preparer.features = SharedFeatures(list(digests), list(digests.values()), features_NPC[: len(digests)])
 
 
 @torch.no_grad()

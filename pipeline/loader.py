@@ -1,13 +1,14 @@
 """Feed stage two: samples and the rows that belong to them, checked against each other one by one."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from alignkd.batch import ModelInput, collate
 from alignkd.cache_store.reader import CacheReader, MissingRow
@@ -15,7 +16,9 @@ from alignkd.cache_store.row import Row, Stored
 from alignkd.cache_store.shard import CorruptShard
 from alignkd.models.mobilevlm import IMAGE_TOKEN_ID
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.interrupt import leave_signals_to_parent
 from alignkd.pipeline.logits_io import logit_fields, settings_of
+from alignkd.pipeline.parcel import Parcel
 from alignkd.pipeline.prepare import Prepared, Preparer, SampleError
 from alignkd.pipeline.rejects import Rejects
 from alignkd.pipeline.samples import Sample, SampleFile
@@ -24,6 +27,9 @@ from alignkd.targets import Targets
 
 SHARDS_OPEN = 8
 """Shards a worker keeps in memory, and shards whose samples are mixed with each other."""
+
+BATCHES_AHEAD = 4
+"""Micro-batches that each worker holds ready: enough for the moment in which new shards are opened."""
 
 _FIELDS = {"attention": "attention", "vision": "vision_tokens"}
 
@@ -36,6 +42,7 @@ class MisalignedRow(ValueError):  # noqa: N818 - the name says what is the matte
 class Item:
     """A prepared sample with what it needs of the cache, as it is stored."""
 
+    sample_id: str
     input: ModelInput
     stored: dict[str, Stored]
 
@@ -129,7 +136,7 @@ class TrainingSet(Dataset["Item | Failure"]):
         return self.samples[int(self.indices[position])]
 
     def __getitems__(self, positions: list[int]) -> list[Item | Failure]:
-        """A batch; the shards it needs are fetched side by side."""
+        """A batch, which may be empty; the shards it needs are fetched side by side."""
         if self.reader is not None and self.fields:
             self.reader.prefetch(self.shard_of_sample[positions].tolist())
         return [self[position] for position in positions]
@@ -139,7 +146,7 @@ class TrainingSet(Dataset["Item | Failure"]):
         try:
             prepared = self.preparer(sample)
             if self.reader is None or not self.fields:
-                return Item(prepared.input, {})
+                return Item(sample.id or sample.key, prepared.input, {})
             row = self.reader.row(sample.key, {"input_ids", "labels"})
             stored = self.reader.stored(sample.key, self.fields)
             check_row(sample, prepared, row, stored, self.vision_tokens_per_image)
@@ -147,14 +154,17 @@ class TrainingSet(Dataset["Item | Failure"]):
             return Failure(sample.key, sample.id or sample.key, str(error), fatal=False)
         except (MisalignedRow, CorruptShard) as error:
             return Failure(sample.key, sample.id or sample.key, str(error), fatal=True)
-        return Item(prepared.input, dict(stored))
+        return Item(sample.id or sample.key, prepared.input, dict(stored))
 
     def collate(self, items: Sequence[Item | Failure]) -> dict[str, Any]:
-        """Items to ``{"batch", "targets", "failures"}``; ``batch`` is None when every sample failed."""
+        """Items to ``{"batch", "targets", "failures", "ids"}``; ``batch`` is None when every sample failed, or there is none.
+
+        ``ids`` of the samples in the batch, in its order.
+        """
         good = [item for item in items if isinstance(item, Item)]
         failures = [item for item in items if isinstance(item, Failure)]
         if not good:
-            return {"batch": None, "targets": None, "failures": failures}
+            return Parcel(batch=None, targets=None, failures=failures, ids=[])
         batch = collate(
             [item.input for item in good],
             vision_tokens_per_image=self.vision_tokens_per_image,
@@ -163,7 +173,42 @@ class TrainingSet(Dataset["Item | Failure"]):
         targets = Targets()
         if self.fields:
             targets = collate_targets([item.stored for item in good], batch)
-        return {"batch": batch, "targets": targets, "failures": failures}
+        return Parcel(batch=batch, targets=targets, failures=failures, ids=[item.sample_id for item in good])
+
+
+class TrainingLoader(DataLoader[Any]):
+    """Collated micro-batches, read ahead by processes, and taken from them by a thread while a step runs.
+
+    Args:
+        data: the samples.
+        batches: positions in ``data`` of one micro-batch after the other; an empty list gives a batch of None.
+        workers: processes; with 0 the one that trains reads each batch when it asks for it.
+        pin_memory: batches come in page-locked memory.
+    """
+
+    def __init__(self, data: TrainingSet, batches: Sampler[list[int]], *, workers: int, pin_memory: bool) -> None:
+        super().__init__(
+            data,
+            batch_sampler=batches,
+            collate_fn=data.collate,
+            num_workers=workers,
+            worker_init_fn=leave_signals_to_parent,
+            prefetch_factor=BATCHES_AHEAD if workers else None,
+            pin_memory=pin_memory,
+        )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        return _received(batches) if self.num_workers else batches
+
+
+def _received(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same; the next one is being received while the last one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="receive") as thread:
+        coming = thread.submit(next, batches, None)
+        while (received := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield received
 
 
 def check_row(sample: Sample, prepared: Prepared, row: Row, stored: Mapping[str, Stored], vision_tokens_per_image: int) -> None:
