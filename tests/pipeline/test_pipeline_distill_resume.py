@@ -6,6 +6,9 @@ import json
 import multiprocessing
 import os
 import signal
+import time
+from contextlib import suppress
+from random import Random
 
 import pytest
 from tiny_runs import (
@@ -19,7 +22,7 @@ from tiny_runs import (
 )
 
 from alignkd.cache_store.convert import convert
-from alignkd.pipeline.checkpoints import RECORD
+from alignkd.pipeline.checkpoints import RECORD, newest, seal
 from alignkd.pipeline.interrupt import Interrupted
 from alignkd.pipeline.trainer import RunCallback
 
@@ -35,9 +38,8 @@ def sigterm_at(step, monkeypatch):
     monkeypatch.setattr(RunCallback, "on_step_end", on_step_end)
 
 
-@pytest.mark.parametrize("step", [5, 6])
+@pytest.mark.parametrize("step", range(1, 12))
 def test_a_run_stopped_at_any_step_resumes_to_bit_identical_weights_and_metrics(run, data, cache, tmp_path, monkeypatch, step):
-    """Step 5 lies within an epoch, step 6 ends one."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         sigterm_at(step, patch)
@@ -86,6 +88,51 @@ def test_a_killed_process_resumes_to_bit_identical_weights(run, data, cache, tmp
     assert resumed.code == 0, resumed.stderr
     assert student_sha256(out) == student_sha256(run)
     assert [line["step"] for line in metrics(out)] == list(range(1, 13))
+
+
+def test_twenty_random_kills_lose_no_step_and_change_no_bit(run, data, cache, tmp_path, door):
+    """Whatever the run is doing: loading, learning, writing a checkpoint or removing one."""
+    random = Random(0)
+    kills = runs = 0
+    while kills < 20:
+        out = tmp_path / str(runs)
+        arguments = ["distill", "--student", STUDENT, "--cache", cache, "--data", data, "--images", IMAGES, "--out", out]
+        arguments += ["--epochs", 4, "--batch-size", 2, "--learning-rate", "1e-3", "--log-steps", 1, "--save-steps", 1]
+        arguments += ["--device", "cpu", "--workers", 0, "--resume"]
+        finished = False
+        while not finished:
+            running = door.start(*arguments)
+            if kills < 20:
+                time.sleep(random.uniform(0.5, 3.0))
+                with suppress(ProcessLookupError):
+                    os.kill(running.pid, signal.SIGKILL)
+            ended = running.finish()
+            assert ended.code in (0, -signal.SIGKILL), ended.stderr
+            finished, kills = ended.code == 0, kills + (ended.code != 0)
+        assert student_sha256(out) == student_sha256(run)
+        assert without_time(metrics(out)) == without_time(metrics(run))
+        runs += 1
+
+
+@pytest.mark.parametrize("damage", ["a file is missing", "a file is shorter", "the record is cut", "no record"])
+def test_only_a_whole_checkpoint_is_picked_up(tmp_path, damage):
+    for step in (2, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        (folder / "global_step").mkdir(parents=True)
+        for name in ("model.safetensors", "global_step/rank_1.pt"):
+            (folder / name).write_bytes(b"weights")
+        seal(folder, {"step": step})
+    assert newest(tmp_path) == (tmp_path / "checkpoint-10", {"step": 10})
+    last = tmp_path / "checkpoint-10"
+    if damage == "a file is missing":
+        (last / "global_step/rank_1.pt").unlink()
+    elif damage == "a file is shorter":
+        (last / "model.safetensors").write_bytes(b"weigh")
+    elif damage == "the record is cut":
+        (last / RECORD).write_bytes((last / RECORD).read_bytes()[:-5])
+    else:
+        (last / RECORD).unlink()
+    assert newest(tmp_path) == (tmp_path / "checkpoint-2", {"step": 2})
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(run, data, cache, tmp_path, monkeypatch):
