@@ -382,7 +382,7 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
 @click.option("--teacher-dtype", type=options.DTYPES, help="Dtype of the online teacher. [default: --dtype]")
 @options.switch("cache-tower-features", "Keep the frozen tower's features of all images in memory.")
 @click.option("--save-steps", type=click.IntRange(min=1), default=500, help="Steps between checkpoints.")
-@click.option("--save-total-limit", type=click.IntRange(min=1), default=2, help="Checkpoints kept.")
+@click.option("--save-total-limit", type=click.IntRange(min=2), default=2, help="Checkpoints kept.")
 @click.option("--log-steps", type=click.IntRange(min=1), default=10, help="Steps between lines of metrics.jsonl.")
 @click.option(
     "--report-to", multiple=True, default=("tensorboard",), help="Tracker, as transformers names it, or none; may be repeated."

@@ -6,6 +6,7 @@ A folder without one, or whose files are not as it says, was cut short.
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         if state is not None:
             return checkpoint, state
     return None
+
+
+def sweep(folder: Path) -> None:
+    """Remove what is not whole: Trainer counts folders, and would keep such a one in place of a whole one."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if _state(checkpoint) is None:
+            shutil.rmtree(checkpoint)
 
 
 def step_of(checkpoint: Path) -> int:

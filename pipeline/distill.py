@@ -24,7 +24,7 @@ from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective, TargetSource, TeacherShape, term_weights
 from alignkd.online_teacher import OnlineTeacher
 from alignkd.pipeline.arguments import training_arguments, zero_stage
-from alignkd.pipeline.checkpoints import newest, step_of
+from alignkd.pipeline.checkpoints import newest, step_of, sweep
 from alignkd.pipeline.features import cache_tower_features
 from alignkd.pipeline.fit import check_fit, check_out, check_same_run, check_targets, check_teacher
 from alignkd.pipeline.interrupt import Interrupted, StopFlag, stop_on_signals
@@ -295,6 +295,9 @@ class _Run:
         checkpoint, state = found if found is not None else (None, {})
         done = step_of(checkpoint) if checkpoint is not None else 0
         self._check_processes(state)
+        processes.wait()
+        if processes.first:
+            sweep(out / "checkpoints")
         metrics = Metrics(out / "metrics.jsonl", term_weights(config.recipe), writes=processes.first)
         title = f"distill {config.recipe.name}"
         with bar(title, schedule.steps, "steps", done=done, show=processes.first) as progress:
