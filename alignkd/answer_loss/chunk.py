@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from alignkd.answer_loss.forms import FORMS, sides_of
+from alignkd.answer_loss.forms import FORMS, Sides
 from alignkd.answer_loss.rows import DenseTeacher, Labels, Normaliser, Rows, Softmax, wide
 from alignkd.logits.answers import Draws, TeacherAnswers
 
@@ -163,7 +163,7 @@ def _divergences(
     mass_CX = student_CX.exp()
     mass_CX[:, :-1].masked_fill_(repeats_CX, 0.0)
     student_CX = student_CX.masked_fill(teacher_CX == -torch.inf, -torch.inf)
-    sides = sides_of(student_CX, teacher_CX)
+    sides = Sides(student_CX, teacher_CX)
     found, moved_CX = {}, torch.zeros_like(mass_CX)
     for name, weight in terms.divergences.items():
         if name == "forward_kl" and teacher.draws is not None:

@@ -12,51 +12,50 @@ Shapes: C answers, X outcomes.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import logsigmoid
 
 
-@dataclass(frozen=True)
 class Sides:
-    """Probabilities of student and teacher, and the log of their ratio."""
+    """Log-probabilities ``[C, X]`` of student and teacher, and what the divergences make of them."""
 
-    q_CX: torch.Tensor
-    p_CX: torch.Tensor
-    ratio_CX: torch.Tensor
+    def __init__(self, student_CX: torch.Tensor, teacher_CX: torch.Tensor) -> None:
+        self.ratio_CX = student_CX - teacher_CX
+        self.q_CX = student_CX.exp()
+        self._teacher_CX = teacher_CX
+
+    def p(self) -> torch.Tensor:
+        """The teacher's probabilities; not every divergence wants them."""
+        return self._teacher_CX.exp()
 
 
 Form = Callable[[Sides], tuple[torch.Tensor, torch.Tensor]]
-"""To losses ``[C]`` and slopes ``[C, X]``."""
-
-BIG = 1e30
-"""In place of infinity beside a probability that may be zero: their product is then zero, not NaN."""
-
-
-def sides_of(student_CX: torch.Tensor, teacher_CX: torch.Tensor) -> Sides:
-    """From log-probabilities, which are overwritten; the ratio of what is impossible for both is one."""
-    neither_CX = (student_CX == -torch.inf) & (teacher_CX == -torch.inf)
-    ratio_CX = (student_CX - teacher_CX).masked_fill_(neither_CX, 0.0)
-    return Sides(student_CX.exp_(), teacher_CX.exp_(), ratio_CX)
+"""To losses ``[C]`` and slopes ``[C, X]``, a tensor of its own."""
 
 
 def reverse_kl(sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
     """``F = Q log(Q / P)``."""
-    terms_CX = sides.q_CX * sides.ratio_CX.clamp(min=-BIG)
-    return terms_CX.sum(dim=1), terms_CX + sides.q_CX
+    terms_CX = times(sides.q_CX, sides.ratio_CX)
+    return terms_CX.sum(dim=1), terms_CX.add_(sides.q_CX)
 
 
 def forward_kl(sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
     """``F = P log(P / Q)``."""
-    return -(sides.p_CX * sides.ratio_CX.clamp(max=BIG)).sum(dim=1), -sides.p_CX
+    p_CX = sides.p()
+    return -times(p_CX, sides.ratio_CX).sum(dim=1), p_CX.neg_()
 
 
 def jensen_shannon(sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
     """``F = (Q log(Q / M) + P log(P / M)) / 2`` with ``M = (P + Q) / 2``."""
-    half_q_CX = sides.q_CX * (logsigmoid(sides.ratio_CX) + math.log(2)).clamp(min=-BIG) / 2
-    half_p_CX = sides.p_CX * (logsigmoid(-sides.ratio_CX) + math.log(2)).clamp(min=-BIG) / 2
+    half_q_CX = times(sides.q_CX / 2, logsigmoid(sides.ratio_CX) + math.log(2))
+    half_p_CX = times(sides.p() / 2, logsigmoid(-sides.ratio_CX) + math.log(2))
     return (half_q_CX + half_p_CX).sum(dim=1), half_q_CX
+
+
+def times(probability_CX: torch.Tensor, log_CX: torch.Tensor) -> torch.Tensor:
+    """The product; zero where the probability is, whatever the log is there."""
+    return (probability_CX * log_CX).masked_fill_(probability_CX == 0, 0.0)
 
 
 FORMS: dict[str, Form] = {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "jensen_shannon": jensen_shannon}

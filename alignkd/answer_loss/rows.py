@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from alignkd.answer_loss.forms import FORMS, sides_of
+from alignkd.answer_loss.forms import FORMS, Sides
 
 _ELEMENTS = 2**19
 
@@ -98,11 +98,11 @@ def normaliser(logits_CN: torch.Tensor, temperature: float) -> Normaliser:
     """See :class:`Rows`."""
     tops, logs = [], []
     for rows in _few(logits_CN):
-        scaled_RN = wide(logits_CN[rows]) / temperature
+        scaled_RN = _over(wide(logits_CN[rows]), temperature)
         top_R = scaled_RN.amax(dim=1)
         top_R = torch.where(top_R == -torch.inf, 0.0, top_R)
         tops.append(top_R)
-        logs.append(scaled_RN.sub_(top_R[:, None]).exp_().sum(dim=1).log())
+        logs.append((scaled_RN - top_R[:, None]).exp_().sum(dim=1).log())
     return Normaliser(torch.cat(tops), torch.cat(logs))
 
 
@@ -110,9 +110,9 @@ def mix_(logits_CN: torch.Tensor, parts: Sequence[Softmax], labels: Labels | Non
     """See :class:`Rows`."""
     for rows in _few(logits_CN):
         found_RN = wide(logits_CN[rows])
-        mixed_RN = torch.zeros_like(found_RN)
-        for part in parts:
-            mixed_RN.addcmul_(_exp(found_RN, part, rows), part.scale_C[rows, None])
+        mixed_RN = _scaled(found_RN, parts[0], rows)
+        for part in parts[1:]:
+            mixed_RN += _scaled(found_RN, part, rows)
         if labels is not None:
             ids_R1 = labels.ids_C[rows, None]
             taken_R1 = (found_RN.gather(1, ids_R1) > -torch.inf) * -labels.weight
@@ -132,29 +132,34 @@ def compare_(
     losses = []
     for rows in _few(logits_CN):
         found_RN, temperature = wide(logits_CN[rows]), student.temperature
-        student_RN = student.normaliser[rows].logprobs(found_RN / temperature)
-        teacher_RN = teacher.normaliser[rows].logprobs(teacher.logits_CN[rows].to(found_RN.dtype) / temperature)
-        sides = sides_of(student_RN, teacher_RN)
-        total_RN = torch.zeros_like(found_RN)
+        student_RN = student.normaliser[rows].logprobs(_over(found_RN, temperature))
+        teacher_RN = teacher.normaliser[rows].logprobs(_over(teacher.logits_CN[rows].to(found_RN.dtype), temperature))
+        sides, changes = Sides(student_RN, teacher_RN), []
         for name, weight in weights.items():
             loss_R, slope_RN = FORMS[name](sides)
             losses.append(loss_R)
             if weight and gradient:
-                slope_RN = torch.addcmul(slope_RN, sides.q_CX, slope_RN.sum(dim=1, keepdim=True), value=-1)
-                total_RN.add_(slope_RN, alpha=weight / temperature)
+                sums_R1 = slope_RN.sum(dim=1, keepdim=True)
+                changes.append(slope_RN.addcmul_(sides.q_CX, sums_R1, value=-1).mul_(weight / temperature))
         if gradient and supervised is not None:
             part, labels = supervised
-            total_RN.addcmul_(_exp(found_RN, part, rows), part.scale_C[rows, None])
             ids_R1 = labels.ids_C[rows, None]
-            total_RN.scatter_add_(1, ids_R1, torch.full_like(ids_R1, -labels.weight, dtype=total_RN.dtype))
+            taken_R1 = torch.full_like(ids_R1, -labels.weight, dtype=found_RN.dtype)
+            changes.append(_scaled(found_RN, part, rows).scatter_add_(1, ids_R1, taken_R1))
         if gradient:
-            logits_CN[rows] = total_RN
+            logits_CN[rows] = sum(changes[1:], start=changes[0])
     names = len(weights)
     return torch.stack([torch.cat(losses[i::names]) for i in range(names)])
 
 
-def _exp(logits_RN: torch.Tensor, part: Softmax, rows: slice) -> torch.Tensor:
-    return part.normaliser[rows].logprobs(logits_RN / part.temperature).exp_()
+def _scaled(logits_RN: torch.Tensor, part: Softmax, rows: slice) -> torch.Tensor:
+    top_R1, log_R1, scale_R1 = (t[rows, None] for t in (part.normaliser.top_C, part.normaliser.log_C, part.scale_C))
+    return (_over(logits_RN, part.temperature) - top_R1).exp_().mul_(scale_R1 * (-log_R1).exp())
+
+
+def _over(logits_RN: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Divided; itself where the temperature is one."""
+    return logits_RN if temperature == 1 else logits_RN / temperature
 
 
 def _few(logits_CN: torch.Tensor) -> Iterator[slice]:

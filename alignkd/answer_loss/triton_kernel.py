@@ -15,7 +15,7 @@ import triton.language as tl
 from alignkd.answer_loss import forms
 from alignkd.answer_loss.rows import DenseTeacher, Labels, Normaliser, Softmax
 
-_BIG = tl.constexpr(forms.BIG)
+_LOWEST = tl.constexpr(-1e30)
 _LOG_2 = tl.constexpr(math.log(2))
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
 _REPORTED, _WEIGHTED = 1, 2
@@ -82,7 +82,7 @@ def _softmax(part: Softmax) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, f
 @triton.jit
 def _normaliser_kernel(logits, stride, top_out, log_out, temperature, N, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    lowest = tl.full([], -_BIG, tl.float32)  # instead of -inf, which would leave NaN where a row begins with it
+    lowest = tl.full([], _LOWEST, tl.float32)  # instead of -inf, which would leave NaN where a row begins with it
     top, total = lowest, tl.zeros([], tl.float32)
     for start in range(0, N, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -166,25 +166,29 @@ def _terms(
     REVERSE: tl.constexpr, FORWARD: tl.constexpr, JENSEN: tl.constexpr,
 ):  # fmt: skip
     """The student's probabilities, each divergence and the weighted slope, as in :mod:`alignkd.answer_loss.forms`."""
-    neither = (student == float("-inf")) & (teacher == float("-inf"))
-    ratio = tl.where(neither, 0.0, student - teacher)
+    ratio = student - teacher
     q, p = tl.exp(student), tl.exp(teacher)
     slope = tl.zeros_like(q)
     reverse, forward, jensen = slope, slope, slope
     if REVERSE > 0:
-        reverse = q * tl.maximum(ratio, -_BIG, propagate_nan=_NAN)
+        reverse = _times(q, ratio)
     if REVERSE == 2:
         slope += reverse_weight * (reverse + q)
     if FORWARD > 0:
-        forward = -p * tl.minimum(ratio, _BIG, propagate_nan=_NAN)
+        forward = -_times(p, ratio)
     if FORWARD == 2:
         slope -= forward_weight * p
     if JENSEN > 0:
-        half_q = q * tl.maximum(_logsigmoid(ratio) + _LOG_2, -_BIG, propagate_nan=_NAN) / 2
-        jensen = half_q + p * tl.maximum(_logsigmoid(-ratio) + _LOG_2, -_BIG, propagate_nan=_NAN) / 2
+        half_q = _times(q, _logsigmoid(ratio) + _LOG_2) / 2
+        jensen = half_q + _times(p, _logsigmoid(-ratio) + _LOG_2) / 2
         if JENSEN == 2:
             slope += jensen_weight * half_q
     return q, reverse, forward, jensen, slope
+
+
+@triton.jit
+def _times(probability, log):
+    return tl.where(probability == 0, 0.0, probability * log)
 
 
 @triton.jit
