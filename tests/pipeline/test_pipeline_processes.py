@@ -45,7 +45,21 @@ def run_job(door, monkeypatch, *arguments, processes=2):
 def distill_arguments(data, cache, out, *more):
     arguments = ["distill", "--student", STUDENT, "--data", data, "--images", IMAGES, "--out", out, "--device", "cpu"]
     arguments += ["--cache", cache] if cache else []
-    arguments += ["--epochs", 3, "--batch-size", 2, "--learning-rate", "1e-3", "--log-steps", 1, "--workers", 0, "--json"]
+    arguments += [
+        "--epochs",
+        3,
+        "--batch-size",
+        2,
+        "--learning-rate",
+        "1e-3",
+        "--projector-learning-rate",
+        "3e-3",
+        "--log-steps",
+        1,
+        "--workers",
+        0,
+        "--json",
+    ]
     return [*arguments, *more]
 
 
@@ -66,7 +80,7 @@ def sharding(request, tmp_path):
 def alone(tmp_path_factory, data, cache):
     """One process with twice the batch: three epochs of two steps, of four samples and of two."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    train(data, cache, out, epochs=3.0, batch_size=4)
+    train(data, cache, out, epochs=3.0, batch_size=4, projector_learning_rate=3e-3)
     return out
 
 
@@ -114,7 +128,7 @@ def test_half_precision_stays_near_single(door, monkeypatch, data, cache, alone,
 
 
 def test_accumulated_batches_learn_what_one_large_batch_learns(data, cache, alone, tmp_path):
-    train(data, cache, tmp_path / "out", epochs=3.0, batch_size=1, gradient_accumulation=4)
+    train(data, cache, tmp_path / "out", epochs=3.0, batch_size=1, gradient_accumulation=4, projector_learning_rate=3e-3)
     expected = [{**line, "tokens": 0} for line in metrics(alone)]
     assert_same_curve([{**line, "tokens": 0} for line in metrics(tmp_path / "out")], expected)
     assert_same_student(tmp_path / "out", alone)
@@ -146,7 +160,7 @@ def test_a_run_of_two_processes_resumes_on_one(door, monkeypatch, data, cache, a
     assert [one.code for one in stopped] == [75, 75], stopped[0].stderr
     step = metrics(out)[-1]["step"]
     assert 1 <= step < 6
-    train(data, cache, out, epochs=3.0, batch_size=4, resume=True)
+    train(data, cache, out, epochs=3.0, batch_size=4, projector_learning_rate=3e-3, resume=True)
     expected = [{**line, "tokens": 0} for line in metrics(alone)]
     assert_same_curve([{**line, "tokens": 0} for line in metrics(out)], expected)
     assert_same_student(out, alone)
@@ -154,7 +168,7 @@ def test_a_run_of_two_processes_resumes_on_one(door, monkeypatch, data, cache, a
 
 def test_another_number_of_samples_a_step_is_no_resumption(data, cache, tmp_path, alone):
     with pytest.raises(ValueError, match=r"step: .*samples.*4.* before, .*2.* now"):
-        train(data, cache, alone, epochs=3.0, batch_size=2, resume=True)
+        train(data, cache, alone, epochs=3.0, batch_size=2, projector_learning_rate=3e-3, resume=True)
 
 
 def test_deepspeed_states_ask_for_as_many_processes_as_wrote_them(door, monkeypatch, data, cache, tmp_path):
