@@ -1,7 +1,8 @@
 """Feed stage two: samples and the rows that belong to them, checked against each other one by one."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ from alignkd.pipeline.targets_io import collate_targets
 from alignkd.targets import Targets
 
 SHARDS_OPEN = 8
-"""Shards a worker keeps in memory, and shards whose samples are mixed with each other."""
+"""Shards whose samples are mixed with each other: a worker has to keep as many in memory."""
 
 BATCHES_AHEAD = 4
 """Micro-batches that each worker holds ready: enough for the moment in which new shards are opened."""
@@ -58,6 +59,17 @@ class Failure:
     sample_id: str
     reason: str
     fatal: bool
+
+
+class Positions(list[int]):
+    """A micro-batch with the shards that those after it need, for a worker to open while there is time."""
+
+    def __init__(self, positions: Iterable[int], coming: Sequence[int]) -> None:
+        super().__init__(positions)
+        self.coming = coming
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Positions, (list(self), self.coming)
 
 
 class TrainingSet(Dataset["Item | Failure"]):
@@ -136,9 +148,11 @@ class TrainingSet(Dataset["Item | Failure"]):
         return self.samples[int(self.indices[position])]
 
     def __getitems__(self, positions: list[int]) -> list[Item | Failure]:
-        """A batch, which may be empty; the shards it needs are fetched side by side."""
+        """A batch, which may be empty; the shards it needs are fetched side by side, and those of :class:`Positions` begun."""
         if self.reader is not None and self.fields:
             self.reader.prefetch(self.shard_of_sample[positions].tolist())
+            if isinstance(positions, Positions) and self.reader.max_shards >= 2 * SHARDS_OPEN:
+                self.reader.prefetch(positions.coming)
         return [self[position] for position in positions]
 
     def __getitem__(self, position: int) -> Item | Failure:
@@ -176,8 +190,44 @@ class TrainingSet(Dataset["Item | Failure"]):
         return Parcel(batch=batch, targets=targets, failures=failures, ids=[item.sample_id for item in good])
 
 
+class _Announced(Sampler[list[int]]):
+    """The same micro-batches, each with the shards of all that follow within half a window of samples.
+
+    No more than half, so that two windows of shards are the most that a reader has to hold.
+    """
+
+    def __init__(self, batches: Sampler[list[int]], shard_of_sample: np.ndarray) -> None:
+        self.batches, self.shard_of_sample = batches, shard_of_sample
+        self.ahead = SHARDS_OPEN * len(shard_of_sample) // len(np.unique(shard_of_sample)) // 2
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        waiting, samples = deque[list[int]](), Counter[int]()
+        for positions in self.batches:
+            waiting.append(positions)
+            samples.update(self._shards(positions))
+            while samples.total() > self.ahead:
+                yield self._announce(waiting.popleft(), samples)
+        while waiting:
+            yield self._announce(waiting.popleft(), samples)
+
+    def _announce(self, positions: list[int], samples: Counter[int]) -> Positions:
+        """Take a micro-batch out of the ``samples`` a shard that wait, and name the shards of the others."""
+        samples -= Counter(self._shards(positions))
+        return Positions(positions, list(samples))
+
+    def _shards(self, positions: list[int]) -> list[int]:
+        shards: list[int] = self.shard_of_sample[positions].tolist()
+        return shards
+
+
 class TrainingLoader(DataLoader[Any]):
     """Collated micro-batches, read ahead by processes, and taken from them by a thread while a step runs.
+
+    Shards of the next window are opened during this one if the reader may hold both: ``max_shards`` of at least
+    ``2 * SHARDS_OPEN``.
 
     Args:
         data: the samples.
@@ -189,7 +239,7 @@ class TrainingLoader(DataLoader[Any]):
     def __init__(self, data: TrainingSet, batches: Sampler[list[int]], *, workers: int, pin_memory: bool) -> None:
         super().__init__(
             data,
-            batch_sampler=batches,
+            batch_sampler=_Announced(batches, data.shard_of_sample),
             collate_fn=data.collate,
             num_workers=workers,
             worker_init_fn=leave_signals_to_parent,

@@ -15,7 +15,7 @@ from tiny_runs import IMAGES, SAMPLES, write_data
 
 from alignkd.cache_store.reader import CacheReader
 from alignkd.pipeline.features import SharedFeatures, cache_tower_features
-from alignkd.pipeline.loader import TrainingLoader, TrainingSet
+from alignkd.pipeline.loader import SHARDS_OPEN, Positions, TrainingLoader, TrainingSet
 from alignkd.pipeline.order import BatchOrder, StepSampler
 from alignkd.pipeline.parcel import Parcel
 from alignkd.pipeline.prepare import Preparer
@@ -67,6 +67,36 @@ def test_workers_give_the_batches_that_their_own_process_would(student_vlm, data
 def test_micro_batches_that_an_epochs_last_step_lacks_come_as_none(student_vlm, data, cache, workers):
     found = read(training_set(student_vlm, data, cache), workers)
     assert [collated["batch"] is None for collated in found] == [False, False, False, True] * 2
+
+
+@pytest.mark.parametrize("start", [0, 14])
+def test_shards_are_announced_half_a_window_before_they_are_needed_and_never_of_more_than_two_windows(
+    student_vlm, data, cache, start
+):
+    whole = training_set(student_vlm, data, cache)
+    whole.shard_of_sample = shards = np.repeat(np.arange(4 * SHARDS_OPEN), 16)
+    order = BatchOrder(shards, seed=0, window=SHARDS_OPEN, batch_size=8)  # 16 micro-batches a window, 64 an epoch
+    sampler = StepSampler(order, steps=100, world_size=1, rank=0, accumulation=1, start_step=start)
+    announced = list(TrainingLoader(whole, sampler, workers=0, pin_memory=False).batch_sampler)
+    assert [list(positions) for positions in announced] == list(sampler)
+    window_of_shard = {int(shards[i]): turn // 16 for turn, batch in enumerate(order.epoch(0)) for i in batch}
+    for turn, positions in enumerate(announced[: 56 - start], start):  # after which the next epoch's are announced
+        coming = {int(shards[i]) for batch in order.epoch(0)[turn + 1 : turn + 8] for i in batch}
+        assert coming <= set(positions.coming)
+        assert {window_of_shard[shard] for shard in positions.coming} <= {turn // 16, (turn + 8) // 16}
+    assert announced[-1].coming == []
+
+
+@pytest.mark.parametrize(("room", "begun"), [(2 * SHARDS_OPEN, {0, 2}), (2 * SHARDS_OPEN - 1, {0})])
+def test_announced_shards_are_opened_where_the_reader_has_room_for_two_windows(student_vlm, data, cache, room, begun):
+    whole = training_set(student_vlm, data, cache)
+    whole.reader.max_shards = room
+    fetched, real = set(), whole.reader._future
+    whole.reader._future = lambda number: fetched.add(number) or real(number)
+    (first,) = (int(i) for i in np.flatnonzero(whole.shard_of_sample == 0)[:1])
+    items = whole.__getitems__(pickle.loads(pickle.dumps(Positions([first], [2]))))
+    assert fetched == begun
+    assert [item.sample_id for item in items] == [whole.sample(first).id]
 
 
 def test_the_ids_of_a_batch_are_in_its_order_without_those_that_failed(student_vlm, tmp_path, cache):
