@@ -167,7 +167,7 @@ class _Run:
                     " --cache (or --online-teacher)"
                 )
             return None
-        reader = CacheReader(config.cache)
+        reader = CacheReader(config.cache, max_shards=2 * SHARDS_OPEN)  # of this window of samples, and of the next
         if config.online_teacher is None:
             check_targets(reader.fingerprint, config.recipe)
         return reader

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from alignkd.batch import ModelInput, collate
@@ -234,9 +235,12 @@ class TrainingLoader(DataLoader[Any]):
         batches: positions in ``data`` of one micro-batch after the other; an empty list gives a batch of None.
         workers: processes; with 0 the one that trains reads each batch when it asks for it.
         pin_memory: batches come in page-locked memory.
+        seed: of the workers; the random numbers of the run stay as they are, so that a resumed one has the same.
     """
 
-    def __init__(self, data: TrainingSet, batches: Sampler[list[int]], *, workers: int, pin_memory: bool) -> None:
+    def __init__(
+        self, data: TrainingSet, batches: Sampler[list[int]], *, workers: int, pin_memory: bool, seed: int = 0
+    ) -> None:
         super().__init__(
             data,
             batch_sampler=_Announced(batches, data.shard_of_sample),
@@ -245,6 +249,7 @@ class TrainingLoader(DataLoader[Any]):
             worker_init_fn=leave_signals_to_parent,
             prefetch_factor=BATCHES_AHEAD if workers else None,
             pin_memory=pin_memory,
+            generator=torch.Generator().manual_seed(seed),
         )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]

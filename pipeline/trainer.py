@@ -15,8 +15,8 @@ from alignkd.batch import Counts
 from alignkd.gradient_norms import term_gradient_norms
 from alignkd.objective import Objective, Outcome
 from alignkd.pipeline.checkpoints import seal
-from alignkd.pipeline.interrupt import StopFlag, leave_signals_to_parent
-from alignkd.pipeline.loader import Item, MisalignedRow, TrainingSet
+from alignkd.pipeline.interrupt import StopFlag
+from alignkd.pipeline.loader import Item, MisalignedRow, TrainingLoader, TrainingSet
 from alignkd.pipeline.metrics import Metrics
 from alignkd.pipeline.optimizers import OptimizerName, make_optimizer
 from alignkd.pipeline.order import BatchOrder, StepSampler
@@ -98,17 +98,12 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's batches; they move to the device in :meth:`_prepare_inputs`."""
-        workers = self.args.dataloader_num_workers
-        return DataLoader(
+        return TrainingLoader(
             self.data,
-            batch_sampler=self._get_train_sampler(),
-            collate_fn=self.data.collate,
-            num_workers=workers,
-            worker_init_fn=leave_signals_to_parent,
+            self._get_train_sampler(),
+            workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            prefetch_factor=4 if workers else None,
-            # Its workers' seeds must not be missing from the random numbers of a resumed run.
-            generator=torch.Generator().manual_seed(self.args.seed),
+            seed=self.args.seed,
         )
 
     def get_batch_samples(
