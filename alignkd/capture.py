@@ -10,23 +10,25 @@ Everything is differentiable. ``output_attentions`` would instead keep every lay
 Shapes: B samples, S positions, H heads, d head width, T text rows, V vision columns, N images, A answers, D model width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import repeat_kv
+from transformers.utils.generic import maybe_autocast
 
 from alignkd.batch import Batch
 from alignkd.models.mobilevlm import MobileVlm, MobileVlmModel
 
 _KERNEL = "alignkd_capture"
-_MAX_SCORES = 2**26
-"""Scores held at a time (256 MB in float32): longer prompts are captured in chunks of rows, recomputed in backward."""
+_MAX_SCORES = 2**24
+"""Scores held at a time (64 MB in float32): longer prompts are captured in chunks of rows."""
 
 
 @dataclass
@@ -133,39 +135,80 @@ def text_to_vision(query_BHTd: torch.Tensor, key_BHSd: torch.Tensor, batch: Batc
 
     Queries are those of the text rows alone, keys those of all positions: the softmax denominator is exact.
     """
+    kind = query_BHTd.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        query_BHTd, key_BHSd = query_BHTd.to(dtype), key_BHSd.to(dtype)
+    attention_BHTV: torch.Tensor = _TextToVision.apply(query_BHTd, key_BHSd, batch, scaling)  # type: ignore[no-untyped-call]
+    return attention_BHTV
+
+
+class _TextToVision(torch.autograd.Function):
+    """Rows in chunks: all keys' scores of a chunk are there once in either pass, and none in between."""
+
+    @staticmethod
+    def forward(ctx: Any, query_BHTd: torch.Tensor, key_BHSd: torch.Tensor, batch: Batch, scaling: float) -> torch.Tensor:
+        samples, heads, rows, _ = query_BHTd.shape
+        attention_BHTV = query_BHTd.new_empty(samples, heads, rows, batch.vision_columns_BV.shape[1], dtype=torch.float32)
+        denominator_BHT1 = attention_BHTV.new_empty(samples, heads, rows, 1)
+        with maybe_autocast(query_BHTd.device.type, enabled=False):
+            for part in _row_chunks(query_BHTd, key_BHSd):
+                scores_BHTS = _scores(query_BHTd[:, :, part], key_BHSd, part, batch, scaling)
+                shown_BHTV = scores_BHTS.gather(3, _columns(batch, scores_BHTS))
+                top_BHT1 = scores_BHTS.amax(dim=3, keepdim=True)
+                mass_BHT1 = scores_BHTS.sub_(top_BHT1).exp_().sum(dim=3, keepdim=True)
+                denominator_BHT1[:, :, part] = mass_BHT1.log_().add_(top_BHT1)
+                shown_BHTV.sub_(denominator_BHT1[:, :, part]).exp_()
+                torch.mul(shown_BHTV, _real(batch, part), out=attention_BHTV[:, :, part])
+        ctx.save_for_backward(query_BHTd, key_BHSd, denominator_BHT1, attention_BHTV)
+        ctx.batch, ctx.scaling = batch, scaling
+        return attention_BHTV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHTV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """With p the probabilities: the score of each key changes by -p times the sum of gradient x p over the columns, and
+        that of each column by its own gradient x p on top.
+        """
+        query_BHTd, key_BHSd, denominator_BHT1, attention_BHTV = ctx.saved_tensors
+        batch, query_grad_BHTd = ctx.batch, torch.empty_like(query_BHTd)
+        key_grad_BHSd = torch.zeros_like(key_BHSd, dtype=torch.float32)
+        with maybe_autocast(query_BHTd.device.type, enabled=False):
+            for part in _row_chunks(query_BHTd, key_BHSd):
+                moved_BHTV = grad_BHTV[:, :, part] * attention_BHTV[:, :, part]
+                change_BHTS = _scores(query_BHTd[:, :, part], key_BHSd, part, batch, ctx.scaling)
+                change_BHTS.sub_(denominator_BHT1[:, :, part]).exp_().mul_(-moved_BHTV.sum(dim=3, keepdim=True))
+                change_BHTS.scatter_add_(3, _columns(batch, change_BHTS), moved_BHTV)
+                scaled_BHTS = change_BHTS.mul_(ctx.scaling).to(key_BHSd.dtype)
+                query_grad_BHTd[:, :, part] = scaled_BHTS @ key_BHSd
+                key_grad_BHSd += scaled_BHTS.transpose(2, 3) @ query_BHTd[:, :, part]
+        return query_grad_BHTd, key_grad_BHSd.to(key_BHSd.dtype), None, None
+
+
+def _row_chunks(query_BHTd: torch.Tensor, key_BHSd: torch.Tensor) -> Iterator[slice]:
     samples, heads, rows, _ = query_BHTd.shape
     chunk = max(1, _MAX_SCORES // (samples * heads * key_BHSd.shape[2]))
-    parts = []
-    for start in range(0, rows, chunk):
-        part = slice(start, start + chunk)
-        row_BT = batch.text_rows_BT[:, part]
-        arguments = (query_BHTd[:, :, part], key_BHSd, row_BT, batch.attention_mask_BS, batch.vision_columns_BV, scaling)
-        if rows > chunk and torch.is_grad_enabled():
-            parts.append(checkpoint(_attention_rows, *arguments, use_reentrant=False))
-        else:
-            parts.append(_attention_rows(*arguments))
-    attention_BHTV = torch.cat(parts, dim=2)
-    real_BTV = batch.text_mask_BT[:, :, None] & batch.vision_mask_BV[:, None, :]
-    return attention_BHTV * real_BTV[:, None]
+    return (slice(start, start + chunk) for start in range(0, rows, chunk))
 
 
-def _attention_rows(
-    query_BHTd: torch.Tensor,
-    key_BHSd: torch.Tensor,
-    row_BT: torch.Tensor,
-    real_BS: torch.Tensor,
-    column_BV: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    heads, positions = key_BHSd.shape[1:3]
-    scores_BHTS = (query_BHTd @ key_BHSd.transpose(2, 3)).float() * scaling
-    key_position = torch.arange(positions, device=row_BT.device)
-    visible_BTS = (key_position <= row_BT[:, :, None]) & real_BS[:, None, :]
-    denominator_BHT1 = scores_BHTS.masked_fill(~visible_BTS[:, None], -torch.inf).logsumexp(3, keepdim=True)
-    index_BHTV = column_BV[:, None, None, :].expand(-1, heads, row_BT.shape[1], -1)
-    probability_BHTV = (scores_BHTS.gather(3, index_BHTV) - denominator_BHT1).exp()
-    # A text row between two images does not see the later one.
-    return probability_BHTV * (column_BV[:, None, None, :] <= row_BT[:, None, :, None])
+def _scores(query_BHTd: torch.Tensor, key_BHSd: torch.Tensor, part: slice, batch: Batch, scaling: float) -> torch.Tensor:
+    """Scores of a chunk of rows in float32, -inf where a row does not see a position."""
+    key_position = torch.arange(key_BHSd.shape[2], device=key_BHSd.device)
+    visible_BTS = (key_position <= batch.text_rows_BT[:, part, None]) & batch.attention_mask_BS[:, None, :]
+    scores_BHTS = (query_BHTd @ key_BHSd.transpose(2, 3)).float().mul_(scaling)
+    return scores_BHTS.masked_fill_(~visible_BTS[:, None], -torch.inf)
+
+
+def _columns(batch: Batch, scores_BHTS: torch.Tensor) -> torch.Tensor:
+    """Where the vision columns of each row are."""
+    return batch.vision_columns_BV[:, None, None, :].expand(*scores_BHTS.shape[:3], -1)
+
+
+def _real(batch: Batch, part: slice) -> torch.Tensor:
+    """``[B, 1, T, V]`` of bool: neither row nor column is padding, and a row between two images does not see the later one."""
+    row_BT1, column_B1V = batch.text_rows_BT[:, part, None], batch.vision_columns_BV[:, None, :]
+    real_BTV = batch.text_mask_BT[:, part, None] & batch.vision_mask_BV[:, None, :] & (column_B1V <= row_BT1)
+    return real_BTV[:, None]
 
 
 AttentionInterface.register(_KERNEL, _attend)

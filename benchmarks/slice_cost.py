@@ -11,86 +11,68 @@ On a GPU, at the true size: --scale 1 --batch 8 --device cuda --dtype bfloat16
 """
 
 import argparse
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
+from shapes import (
+    AFTER,
+    ANSWERS,
+    BEFORE,
+    STUDENT,
+    TEACHER,
+    VOCABULARY,
+    batch_of,
+    built_on,
+    config,
+    describe_teacher,
+    make_slice,
+    make_vlm,
+    scaled,
+    token_ids,
+)
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.utils.generic import maybe_autocast
 
-from alignkd.batch import Batch, ModelInput, collate
+from alignkd.batch import Batch
 from alignkd.cache_store.formats import get_format
 from alignkd.cache_store.row import Row
 from alignkd.cache_store.shard import encode_row, pack
 from alignkd.cache_store.spec import CacheSpec
 from alignkd.logits import LogitSettings
 from alignkd.logits.topk import TopK
-from alignkd.models.mobilevlm import IMAGE_TOKEN_ID, MobileVlm, MobileVlmConfig
-from alignkd.models.vlm import Vlm
+from alignkd.models.mobilevlm import IMAGE_TOKEN_ID, MobileVlm
 from alignkd.objective import Objective, TeacherShape
 from alignkd.pipeline.provenance import parse_dtype, pick_device, versions
 from alignkd.pipeline.targets_io import TargetSettings
 from alignkd.prompts import IGNORE
 from alignkd.recipes import get_recipe
 from alignkd.targets import Targets
-from alignkd.teacher_slice import TOWER, TeacherSlice, describe_slice, slice_sizes
+from alignkd.teacher_slice import TOWER, slice_sizes
 
-VOCABULARY, BEFORE, AFTER, ANSWERS, KEPT = 32_000, 40, 200, 100, 64
+KEPT = 64
 SAMPLES = 665_000
-TEACHER = {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32}
-STUDENT = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16}
-TOWER_SHAPE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-
-
-def scaled(shape: dict[str, int], scale: int) -> dict[str, int]:
-    """Widths and heads divided, so that heads keep their width; layers and positions stay."""
-    return {name: size if name == "num_hidden_layers" else size // scale for name, size in shape.items()}
-
-
-def config(shape: dict[str, int], scale: int) -> MobileVlmConfig:
-    vision = CLIPVisionConfig(**scaled(TOWER_SHAPE, scale), image_size=336, patch_size=14)
-    text = LlamaConfig(**scaled(shape, scale), vocab_size=VOCABULARY, pad_token_id=0)
-    return MobileVlmConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), vision_feature_layer=-2)
-
-
-@contextlib.contextmanager
-def built_on(device: str) -> Iterator[None]:
-    with torch.device(device):
-        yield
 
 
 class Case:
     """Student, slices and one batch of a shape, on a device."""
 
     def __init__(self, scale: int, samples: int, device: str, dtype: torch.dtype) -> None:
-        with built_on("meta"):
-            teacher = MobileVlm(config(TEACHER, scale))
-        description = describe_slice(teacher)
-        self.sizes = slice_sizes(description)
-        flat = {group: torch.empty(size, dtype=dtype, device=device) for group, size in self.sizes.items()}
-        for tensor in flat.values():
-            tensor.normal_(std=0.02)
-        self.own_tower = TeacherSlice(description, flat, device=device)
-        del flat[TOWER]
-        self.shared = TeacherSlice(description, flat, device=device)
-        torch.manual_seed(0)
-        with built_on(device):
-            student = MobileVlm(config(STUDENT, scale))
-        vlm = Vlm(student.eval(), tokenizer=None, images=None, folder=Path())  # type: ignore[arg-type]
+        self.own_tower = make_slice(scale, device, dtype, tower=True)
+        self.shared = make_slice(scale, device, dtype)
+        vlm = make_vlm(STUDENT, scale, device)
         heads, width = scaled(TEACHER, scale)["num_attention_heads"], scaled(TEACHER, scale)["hidden_size"]
         ids = torch.arange(VOCABULARY, dtype=torch.int32, device=device)
         codec = TopK(LogitSettings("topk", top_k=KEPT), {"id_of_rank": ids})
         self.objective = Objective(vlm, get_recipe("align-kd"), TeacherShape(heads, width), logit_codec=codec).train()
-        self.batch = batch_of(samples).to(device)
+        host = batch_of(samples)
+        self.counts, self.batch = host.counts(), host.to(device)
         self.targets = targets_of(self.batch, heads, width)
         with torch.no_grad():
-            features = student.model.encode_images(self.batch.images)
+            features = vlm.model.model.encode_images(self.batch.images)
         self.with_features = replace(self.batch, images=features)
         kind = torch.device(device).type
         self.autocast = maybe_autocast(kind, dtype, enabled=dtype != torch.float32)
@@ -98,7 +80,7 @@ class Case:
     def step(self) -> None:
         self.objective.zero_grad()
         with self.autocast:
-            loss = self.objective(self.batch, self.targets)["loss"]
+            loss = self.objective(self.batch, self.targets, self.counts)["loss"]
         loss.backward()
 
     def slice_shared(self) -> None:
@@ -106,22 +88,6 @@ class Case:
 
     def slice_own_tower(self) -> None:
         self.own_tower.targets(self.batch)
-
-
-def batch_of(samples: int) -> Batch:
-    generator = np.random.default_rng(0)
-    inputs = []
-    for _ in range(samples):
-        ids = np.concatenate([token_ids(generator, BEFORE), [IMAGE_TOKEN_ID], token_ids(generator, AFTER)])
-        labels = np.where(np.arange(len(ids)) < len(ids) - ANSWERS, IGNORE, ids)
-        inputs.append(ModelInput(ids, labels, torch.randn(1, 3, 336, 336)))
-    return collate(inputs, vision_tokens_per_image=144, pad_token_id=0)
-
-
-def token_ids(generator: np.random.Generator, count: int) -> np.ndarray:
-    """Ids as frequent as words are: by Zipf's law."""
-    weights = 1 / np.arange(3, VOCABULARY)
-    return generator.choice(np.arange(3, VOCABULARY), count, p=weights / weights.sum())
 
 
 def targets_of(batch: Batch, heads: int, width: int) -> Targets:
@@ -191,7 +157,7 @@ def measure(arguments: argparse.Namespace) -> None:
 def count_bytes() -> None:
     with built_on("meta"):
         teacher = MobileVlm(config(TEACHER, 1))
-    sizes = slice_sizes(describe_slice(teacher))
+    sizes = slice_sizes(describe_teacher(1))
     whole = sum(parameter.numel() for parameter in teacher.parameters())
     print(f"\n| kept once a cache, 16 bits | MB | share of {whole / 1e9:.2f} G parameters | bytes a sample of {SAMPLES:,} |")
     print("|---|---|---|---|")

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from transformers.utils.generic import maybe_autocast
 
 from alignkd.answer_loss import rows as torch_rows
 from alignkd.answer_loss.chunk import SUPERVISED, Terms, chunk_terms_
@@ -170,7 +171,7 @@ class _FusedAnswerLoss(torch.autograd.Function):
         inputs, dtype = (hidden_AD, head_ND, bias_N), _product_dtype(hidden_AD)
         asked = [work.gradient and needed for needed in ctx.needs_input_grad[:3]]
         gradients = [torch.zeros_like(x) if x is not None and a else None for x, a in zip(inputs, asked, strict=True)]
-        with torch.autocast(hidden_AD.device.type, enabled=False):
+        with maybe_autocast(hidden_AD.device.type, enabled=False):
             bias = None if bias_N is None else bias_N.to(dtype)
             losses_TA = _Head(hidden_AD.to(dtype), head_ND.to(dtype), bias, *gradients).losses(work)
         weighted = [w * loss_A.sum() for w, loss_A in zip(work.terms.weights.values(), losses_TA, strict=True) if w]
@@ -197,7 +198,7 @@ class _FusedAnswerLoss(torch.autograd.Function):
 def _product_dtype(hidden_AD: torch.Tensor) -> torch.dtype:
     """What autocast would make of a matrix product of these."""
     kind = hidden_AD.device.type
-    if torch.is_autocast_enabled(kind) and hidden_AD.dtype != torch.float64:
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and hidden_AD.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return hidden_AD.dtype
 

@@ -295,12 +295,25 @@ def test_rows_captured_in_chunks_give_the_same_values_and_gradients(tiny, monkey
     expected = gradients_of_everything(tiny, mixture(tiny))
     monkeypatch.setattr(capture_module, "_MAX_SCORES", at_once)
     calls = []
-    original = capture_module._attention_rows
-    monkeypatch.setattr(capture_module, "_attention_rows", lambda *a: calls.append(a[2].shape[1]) or original(*a))
+    original = capture_module._scores
+    monkeypatch.setattr(capture_module, "_scores", lambda *a: calls.append(a[2]) or original(*a))
     values = run(tiny, mixture(tiny))[1].attention_BHTV
     assert len(calls) > 1
     torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-7)
     assert_same_gradients(gradients_of_everything(tiny, mixture(tiny)), expected)
+
+
+def test_between_the_passes_no_scores_of_all_keys_are_kept(tiny):
+    one = sample(tiny, [1, 60, IMAGE, *range(61, 90)])
+    batch = batch_of(tiny, [one])
+    rows, positions, heads = batch.text_rows_BT.shape[1], batch.input_ids_BS.shape[1], tiny.heads
+    query = torch.randn(1, heads, rows, 4, requires_grad=True)
+    key = torch.randn(1, heads, positions, 4, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        attention = capture_module.text_to_vision(query, key, batch, 0.5)
+    assert attention.requires_grad
+    assert sum(t.numel() for t in kept) < rows * positions * heads
 
 
 def test_half_precision_autocast_runs_and_stays_near_full_precision(tiny):
