@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 from transformers.utils.generic import maybe_autocast
 
 from alignkd.batch import Batch
-from alignkd.models.mobilevlm import MobileVlm, MobileVlmModel
+from alignkd.models.vlm import Vlm
 
 _KERNEL = "alignkd_capture"
 _MAX_SCORES = 2**24
@@ -53,50 +53,53 @@ class _Tap:
     attention_BHTV: torch.Tensor | None = field(default=None)
 
 
-def enable_capture(model: MobileVlm) -> None:
-    """Let the language model's attention go through the capturing kernel; outputs are unchanged."""
-    model.set_attn_implementation({"text_config": _KERNEL})
+def enable_capture(vlm: Vlm) -> None:
+    """Let the language model's attention go through the capturing kernel; outputs are unchanged.
+
+    Raises:
+        ValueError: its attention is no plain softmax of scaled scores.
+    """
+    text = vlm.text_config
+    if (cap := getattr(text, "attn_logit_softcapping", None)) is not None:
+        raise ValueError(
+            f"{vlm.folder}: its attention scores are capped at {cap} (attn_logit_softcapping), which no fast kernel does"
+        )
+    if text._attn_implementation != _KERNEL:
+        vlm.model.set_attn_implementation({"text_config": _KERNEL})
 
 
-def first_attention(model: MobileVlm) -> nn.Module:
+def first_attention(vlm: Vlm) -> nn.Module:
     """The attention module of the first decoder layer."""
-    module: nn.Module = model.model.language_model.layers[0].self_attn
+    module: nn.Module = vlm.decoder.layers[0].self_attn
     return module
 
 
-def capture(model: MobileVlm, batch: Batch, *, attention: bool = True) -> Captured:
-    """Run the model once over a batch and gather what Align-KD compares.
-
-    ``batch.images`` are pixel values ``[N, 3, h, w]`` or, where the frozen tower already ran, features ``[N, P, C]``.
-    """
-    tokens_NVD, vision_BVD = vision_tokens(model.model, batch)
+def capture(vlm: Vlm, batch: Batch, *, attention: bool = True) -> Captured:
+    """Run the model once over a batch and gather what Align-KD compares."""
+    vision = vlm.see(batch)
     tap = _Tap(batch) if attention and has_attention(batch) else None
-    if tap is not None and model.config.text_config._attn_implementation != _KERNEL:
-        enable_capture(model)
+    if tap is not None:
+        enable_capture(vlm)
     # Passed down to the attention function with the call itself, so that gradient checkpointing, which runs the layer
     # again during backward, meets the same operations, and no later call meets them.
-    hidden_BSD = model.model.decode(
-        batch.input_ids_BS, batch.attention_mask_BS, tokens_NVD, batch.vision_positions, alignkd_tap=tap
-    )
+    hidden_BSD = vlm.decode(batch, vision, **({} if tap is None else {"alignkd_tap": tap}))
     if tap is not None:
         assert tap.attention_BHTV is not None, "the first layer did not run through the capturing kernel"
         captured = tap.attention_BHTV
     else:
-        captured = no_attention(batch, model.config.text_config.num_attention_heads)
+        captured = no_attention(batch, vlm.heads)
     hidden_AD = hidden_BSD.flatten(0, 1).index_select(0, batch.answer_positions_A)
+    vision_BVD = by_sample(None if vision is None else vision.tokens_MD, batch, vlm.hidden_size, vlm.dtype)
     return Captured(captured if attention else None, vision_BVD, hidden_AD)
 
 
-def vision_tokens(model: MobileVlmModel, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Projected tokens of the N images ``[N, V, D]`` (None without images), and by sample, zero where padded, ``[B, V, D]``."""
-    width = model.config.text_config.hidden_size
+def by_sample(tokens_MD: torch.Tensor | None, batch: Batch, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Vision tokens of the batch's images by sample, zero where padded, ``[B, V, D]``."""
     samples, columns = batch.vision_columns_BV.shape
-    if not batch.images.numel():
-        return None, torch.zeros(samples, columns, width, dtype=model.dtype, device=batch.input_ids_BS.device)
-    features_NPC = batch.images if batch.images.dim() == 3 else model.encode_images(batch.images)
-    tokens_NVD = model.project(features_NPC.to(model.dtype))
-    flat = tokens_NVD.new_zeros(samples * columns, width)
-    return tokens_NVD, flat.index_copy(0, batch.vision_slots, tokens_NVD.flatten(0, 1)).view(samples, columns, width)
+    if tokens_MD is None:
+        return torch.zeros(samples, columns, width, dtype=dtype, device=batch.input_ids_BS.device)
+    flat = tokens_MD.new_zeros(samples * columns, width)
+    return flat.index_copy(0, batch.vision_slots, tokens_MD).view(samples, columns, width)
 
 
 def has_attention(batch: Batch) -> bool:
@@ -123,23 +126,36 @@ def _attend(
     if tap is not None:
         groups = query.shape[1] // key.shape[1]
         row_BHTd = tap.batch.text_rows_BT[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        probabilities = text_to_vision(query.gather(2, row_BHTd), repeat_kv(key, groups), tap.batch, kwargs["scaling"])
+        query_BHTd, key_BHSd = query.gather(2, row_BHTd), repeat_kv(key, groups)
+        probabilities = text_to_vision(query_BHTd, key_BHSd, tap.batch, kwargs["scaling"], attention_mask)
         if tap.attention_BHTV is None:
             tap.attention_BHTV = probabilities
     output: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output
 
 
-def text_to_vision(query_BHTd: torch.Tensor, key_BHSd: torch.Tensor, batch: Batch, scaling: float) -> torch.Tensor:
+def text_to_vision(
+    query_BHTd: torch.Tensor,
+    key_BHSd: torch.Tensor,
+    batch: Batch,
+    scaling: float,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Attention probabilities of text rows and vision columns, ``[B, H, T, V]`` in float32, zero where padded.
 
     Queries are those of the text rows alone, keys those of all positions: the softmax denominator is exact.
+    ``attention_mask``: True where a position is seen, ``[B, 1, S, S]``; each row sees all up to itself where it is None.
     """
+    seen_BTS = None
+    if attention_mask is not None:
+        assert attention_mask.dtype == torch.bool, "the mask function of this kernel gives booleans"
+        row_BTS = batch.text_rows_BT[:, :, None].expand(-1, -1, attention_mask.shape[3])
+        seen_BTS = attention_mask[:, 0].expand(batch.samples, -1, -1).gather(1, row_BTS)
     kind = query_BHTd.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         query_BHTd, key_BHSd = query_BHTd.to(dtype), key_BHSd.to(dtype)
-    attention_BHTV: torch.Tensor = _TextToVision.apply(query_BHTd, key_BHSd, batch, scaling)  # type: ignore[no-untyped-call]
+    attention_BHTV: torch.Tensor = _TextToVision.apply(query_BHTd, key_BHSd, seen_BTS, batch, scaling)  # type: ignore[no-untyped-call]
     return attention_BHTV
 
 
@@ -147,20 +163,27 @@ class _TextToVision(torch.autograd.Function):
     """Rows in chunks: all keys' scores of a chunk are there once in either pass, and none in between."""
 
     @staticmethod
-    def forward(ctx: Any, query_BHTd: torch.Tensor, key_BHSd: torch.Tensor, batch: Batch, scaling: float) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        query_BHTd: torch.Tensor,
+        key_BHSd: torch.Tensor,
+        seen_BTS: torch.Tensor | None,
+        batch: Batch,
+        scaling: float,
+    ) -> torch.Tensor:
         samples, heads, rows, _ = query_BHTd.shape
         attention_BHTV = query_BHTd.new_empty(samples, heads, rows, batch.vision_columns_BV.shape[1], dtype=torch.float32)
         denominator_BHT1 = attention_BHTV.new_empty(samples, heads, rows, 1)
         with maybe_autocast(query_BHTd.device.type, enabled=False):
             for part in _row_chunks(query_BHTd, key_BHSd):
-                scores_BHTS = _scores(query_BHTd[:, :, part], key_BHSd, part, batch, scaling)
+                scores_BHTS = _scores(query_BHTd[:, :, part], key_BHSd, _seen(seen_BTS, part, batch), scaling)
                 shown_BHTV = scores_BHTS.gather(3, _columns(batch, scores_BHTS))
                 top_BHT1 = scores_BHTS.amax(dim=3, keepdim=True)
                 mass_BHT1 = scores_BHTS.sub_(top_BHT1).exp_().sum(dim=3, keepdim=True)
                 denominator_BHT1[:, :, part] = mass_BHT1.log_().add_(top_BHT1)
                 shown_BHTV.sub_(denominator_BHT1[:, :, part]).exp_()
                 torch.mul(shown_BHTV, _real(batch, part), out=attention_BHTV[:, :, part])
-        ctx.save_for_backward(query_BHTd, key_BHSd, denominator_BHT1, attention_BHTV)
+        ctx.save_for_backward(query_BHTd, key_BHSd, seen_BTS, denominator_BHT1, attention_BHTV)
         ctx.batch, ctx.scaling = batch, scaling
         return attention_BHTV
 
@@ -170,19 +193,19 @@ class _TextToVision(torch.autograd.Function):
         """With p the probabilities: the score of each key changes by -p times the sum of gradient x p over the columns, and
         that of each column by its own gradient x p on top.
         """
-        query_BHTd, key_BHSd, denominator_BHT1, attention_BHTV = ctx.saved_tensors
+        query_BHTd, key_BHSd, seen_BTS, denominator_BHT1, attention_BHTV = ctx.saved_tensors
         batch, query_grad_BHTd = ctx.batch, torch.empty_like(query_BHTd)
         key_grad_BHSd = torch.zeros_like(key_BHSd, dtype=torch.float32)
         with maybe_autocast(query_BHTd.device.type, enabled=False):
             for part in _row_chunks(query_BHTd, key_BHSd):
                 moved_BHTV = grad_BHTV[:, :, part] * attention_BHTV[:, :, part]
-                change_BHTS = _scores(query_BHTd[:, :, part], key_BHSd, part, batch, ctx.scaling)
+                change_BHTS = _scores(query_BHTd[:, :, part], key_BHSd, _seen(seen_BTS, part, batch), ctx.scaling)
                 change_BHTS.sub_(denominator_BHT1[:, :, part]).exp_().mul_(-moved_BHTV.sum(dim=3, keepdim=True))
                 change_BHTS.scatter_add_(3, _columns(batch, change_BHTS), moved_BHTV)
                 scaled_BHTS = change_BHTS.mul_(ctx.scaling).to(key_BHSd.dtype)
                 query_grad_BHTd[:, :, part] = scaled_BHTS @ key_BHSd
                 key_grad_BHSd += scaled_BHTS.transpose(2, 3) @ query_BHTd[:, :, part]
-        return query_grad_BHTd, key_grad_BHSd.to(key_BHSd.dtype), None, None
+        return query_grad_BHTd, key_grad_BHSd.to(key_BHSd.dtype), None, None, None
 
 
 def _row_chunks(query_BHTd: torch.Tensor, key_BHSd: torch.Tensor) -> Iterator[slice]:
@@ -191,12 +214,18 @@ def _row_chunks(query_BHTd: torch.Tensor, key_BHSd: torch.Tensor) -> Iterator[sl
     return (slice(start, start + chunk) for start in range(0, rows, chunk))
 
 
-def _scores(query_BHTd: torch.Tensor, key_BHSd: torch.Tensor, part: slice, batch: Batch, scaling: float) -> torch.Tensor:
+def _seen(seen_BTS: torch.Tensor | None, part: slice, batch: Batch) -> torch.Tensor:
+    """Positions that a chunk of rows sees, ``[B, T, S]`` of bool."""
+    if seen_BTS is not None:
+        return seen_BTS[:, part]
+    key_position = torch.arange(batch.input_ids_BS.shape[1], device=batch.input_ids_BS.device)
+    return (key_position <= batch.text_rows_BT[:, part, None]) & batch.attention_mask_BS[:, None, :]
+
+
+def _scores(query_BHTd: torch.Tensor, key_BHSd: torch.Tensor, seen_BTS: torch.Tensor, scaling: float) -> torch.Tensor:
     """Scores of a chunk of rows in float32, -inf where a row does not see a position."""
-    key_position = torch.arange(key_BHSd.shape[2], device=key_BHSd.device)
-    visible_BTS = (key_position <= batch.text_rows_BT[:, part, None]) & batch.attention_mask_BS[:, None, :]
     scores_BHTS = (query_BHTd @ key_BHSd.transpose(2, 3)).float().mul_(scaling)
-    return scores_BHTS.masked_fill_(~visible_BTS[:, None], -torch.inf)
+    return scores_BHTS.masked_fill_(~seen_BTS[:, None], -torch.inf)
 
 
 def _columns(batch: Batch, scores_BHTS: torch.Tensor) -> torch.Tensor:

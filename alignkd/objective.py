@@ -15,7 +15,6 @@ from alignkd.batch import Batch, Counts
 from alignkd.capture import Captured, capture, enable_capture
 from alignkd.logits import DIVERGENCES, LogitCodec
 from alignkd.losses import attention_loss, focus_mask, vision_loss
-from alignkd.models.mobilevlm import MobileVlm
 from alignkd.models.vlm import Vlm
 from alignkd.recipes import Recipe
 from alignkd.targets import Targets
@@ -26,7 +25,7 @@ TERMS = ("supervised", *DIVERGENCES, "attention", "vision_all", "vision_focus")
 class TargetSource(Protocol):
     """What computes targets for each batch, instead of a cache's rows: a teacher's slice, or the whole teacher."""
 
-    def fill(self, student: MobileVlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
+    def fill(self, student: Vlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
         """Add the targets of ``needs`` that it gives; where both share a tower, the batch then carries its features."""
 
 
@@ -71,6 +70,7 @@ class Objective(nn.Module):
         touches_all: bool = False,
     ) -> None:
         super().__init__()
+        self.vlm = student
         self.student = student.model
         self.recipe = recipe
         self.source = source
@@ -87,17 +87,17 @@ class Objective(nn.Module):
             self.width_map = WidthAdapter(teacher.width, student.hidden_size, recipe.width_map)
         self.to(student.device)
         student.freeze_tower()
-        enable_capture(self.student)
+        enable_capture(student)
 
     def train(self, mode: bool = True) -> "Objective":
         """Set training mode everywhere but in the frozen tower."""
         super().train(mode)
-        self.student.model.vision_tower.eval()
+        self.vlm.tower.eval()
         return self
 
     def recompute_activations(self) -> None:
         """Recompute decoder layers in backward, always non-reentrant: the reentrant kind silently zeroes gradients."""
-        decoder, kwargs = self.student.model.language_model, {"use_reentrant": False}
+        decoder, kwargs = self.vlm.decoder, {"use_reentrant": False}
         if hasattr(decoder, "activation_checkpointing_enable"):
             decoder.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
         else:
@@ -113,10 +113,10 @@ class Objective(nn.Module):
         counts = counts or batch.counts()
         if self.source is not None:
             with torch.no_grad():
-                batch, targets = self.source.fill(self.student, batch, targets, recipe.needs)
+                batch, targets = self.source.fill(self.vlm, batch, targets, recipe.needs)
         # Where others see an image: parameters that are gathered from all processes are gathered in the same order by all.
-        unseen = self._nothing_seen() if self.touches_all and not batch.images.numel() else None
-        captured = capture(self.student, batch, attention=recipe.attention > 0)
+        unseen = self.vlm.nothing_seen() if self.touches_all and not batch.images.numel() else None
+        captured = capture(self.vlm, batch, attention=recipe.attention > 0)
         weights = term_weights(recipe)
         answers = self._answer_terms(recipe, captured, batch, targets, counts)
         sums = {name: total / max(counts.answers, 1) for name, total in answers.sums.items()}
@@ -136,13 +136,14 @@ class Objective(nn.Module):
         weights = term_weights(recipe)
         return answer_terms(
             captured.hidden_AD,
-            self.student.lm_head.weight,
+            self.vlm.head.weight,
             batch.answer_ids_A,
             weights={name: weights[name] for name in ("supervised", *recipe.divergences)},
             codec=self.logit_codec,
             values=targets.answers if recipe.divergences else {},
             temperature=recipe.temperature,
             divisor=max(counts.answers, 1),
+            bias_N=self.vlm.head.bias,
         )
 
     def _alignment_terms(
@@ -171,15 +172,6 @@ class Objective(nn.Module):
                 loss_B = vision_loss(student, teacher, mask, batch.vision_mask_BV, relative_to_variance=recipe.normalise)
                 terms[name] = (loss_B, counts.seen)
         return terms
-
-    def _nothing_seen(self) -> torch.Tensor:
-        """Zero, with a zero gradient for the projector: of an image that no sample has."""
-        vision, model = self.student.config.vision_config, self.student.model
-        shape = (1, vision.num_channels, vision.image_size, vision.image_size)
-        with torch.no_grad():
-            features_NPC = model.encode_images(torch.zeros(shape, device=self.student.device))
-        nothing: torch.Tensor = model.project(features_NPC.to(self.student.dtype)).float().sum() * 0.0
-        return nothing
 
 
 def _samples_of(chosen_A: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -13,7 +13,6 @@ from alignkd.batch import Batch
 from alignkd.capture import capture, enable_capture
 from alignkd.logits import LogitSettings
 from alignkd.logits.dense import Hidden
-from alignkd.models.mobilevlm import MobileVlm
 from alignkd.models.vlm import Vlm, module_fingerprint
 from alignkd.targets import Targets
 from alignkd.teacher_slice import describe_slice, same_features
@@ -34,11 +33,8 @@ class OnlineTeacher:
         """
         self.teacher = teacher
         teacher.model.requires_grad_(False).eval()
-        enable_capture(teacher.model)
-        described = describe_slice(student.model), describe_slice(teacher.model)
-        dtype = teacher.model.dtype
-        hashes = module_fingerprint(student.tower, dtype), module_fingerprint(teacher.tower, dtype)
-        self.shares_tower = same_features(*described) and hashes[0] == hashes[1]
+        enable_capture(teacher)
+        self.shares_tower = _same_tower(student, teacher)
         if features_only and not self.shares_tower:
             raise ValueError(
                 "--cache-tower-features keeps the features of the student's tower, but the teacher's tower is another and needs"
@@ -48,24 +44,32 @@ class OnlineTeacher:
     @property
     def logit_codec(self) -> Hidden:
         """Every logit of the teacher, from last hidden states as they are."""
-        head_ND = self.teacher.model.lm_head.weight.detach()
+        head_ND, bias_N = self.teacher.head.weight.detach(), self.teacher.head.bias
         tensors = {
             "output_head": head_ND,
-            "output_bias": head_ND.new_zeros(len(head_ND)),
+            "output_bias": head_ND.new_zeros(len(head_ND)) if bias_N is None else bias_N.detach(),
             "feature_scale": head_ND.new_ones(head_ND.shape[1]),
         }
         return Hidden(LogitSettings("hidden", hidden_bits=16), tensors)
 
     @torch.no_grad()
-    def fill(self, student: MobileVlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
+    def fill(self, student: Vlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
         """See :class:`alignkd.objective.TargetSource`."""
         if self.shares_tower and batch.images.dim() == 4:
-            batch = replace(batch, images=student.model.encode_images(batch.images))
+            batch = replace(batch, images=student.model.model.encode_images(batch.images))
         with torch.autocast(batch.input_ids_BS.device.type, enabled=False):
-            captured = capture(self.teacher.model, batch, attention="attention" in needs)
+            captured = capture(self.teacher, batch, attention="attention" in needs)
         return batch, replace(
             targets,
             attention_BHTV=captured.attention_BHTV,
             vision_BVD=captured.vision_BVD.float() if "vision" in needs else None,
             answers={"hidden": captured.hidden_AD} if "logits" in needs else {},
         )
+
+
+def _same_tower(student: Vlm, teacher: Vlm) -> bool:
+    if not (student.caches_tower and teacher.caches_tower):
+        return False
+    same = same_features(describe_slice(student.model), describe_slice(teacher.model))
+    dtype = teacher.dtype
+    return same and module_fingerprint(student.tower, dtype) == module_fingerprint(teacher.tower, dtype)

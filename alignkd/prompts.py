@@ -14,10 +14,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from alignkd.models.mobilevlm import IMAGE_TOKEN_ID
-
-Template = Literal["plain", "v1"]
+Template = Literal["v1", "plain"]
 TEMPLATES: tuple[str, ...] = get_args(Template)
+
+IMAGE_TOKEN_ID = -200
+"""The id that stands for an image in ``input_ids``: outside the vocabulary, as in LLaVA's and MobileVLM's training code."""
 
 IGNORE = -100
 IMAGE_TAG = "<image>"
@@ -33,6 +34,16 @@ _ANSWER_MARK = " ASSISTANT: "
 
 class PromptError(ValueError):
     """A conversation does not fit its template."""
+
+
+def check_template(template: str, known: Sequence[str]) -> None:
+    """Refuse a template that a model does not know.
+
+    Raises:
+        ValueError: names those it knows.
+    """
+    if template not in known:
+        raise ValueError(f"--template {template}: known are {', '.join(known)}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ code that captured them in stage one.
    the same frozen tower shares its features.
 3. :class:`TeacherSlice` puts them together again, without a copy.
 
-Shapes: B samples, S positions, T text rows, V vision columns of a sample, N images, H heads, d head width, D teacher width.
+Shapes: B samples, S positions, T text rows, V vision columns of a sample, M vision tokens of a batch, H heads,
+d head width, D teacher width.
 """
 
 from collections.abc import Mapping
@@ -31,8 +32,9 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import maybe_autocast
 
 from alignkd.batch import Batch
-from alignkd.capture import has_attention, no_attention, text_to_vision, vision_tokens
+from alignkd.capture import by_sample, has_attention, no_attention, text_to_vision
 from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig, MobileVlmModel
+from alignkd.models.vlm import Vlm
 from alignkd.targets import Targets
 
 TOWER = "tower"
@@ -73,13 +75,18 @@ _MAX_SIZES = {"num_hidden_layers": 256, "projector_grid": 256}
 _MAX_SIZE = 2**20
 
 
-def check_sliceable(model: MobileVlm) -> None:
+def check_sliceable(vlm: Vlm) -> None:
     """Refuse a teacher whose first-layer attention needs more than embeddings, norm, q, k and static rotary positions.
 
     Raises:
         ValueError: names what was found instead.
     """
-    text, config = model.model.language_model, model.config.text_config
+    if not isinstance(vlm.model, MobileVlm):
+        raise ValueError(
+            f"--alignment slice knows the MobileVLM family alone, not {vlm.family}: its targets depend on parts that no"
+            " slice keeps. Cache the targets themselves: --alignment targets"
+        )
+    text, config = vlm.model.model.language_model, vlm.text_config
     attention = text.layers[0].self_attn
     expected = [
         (attention, LlamaAttention),
@@ -123,15 +130,15 @@ def slice_sizes(description: Mapping[str, Any]) -> dict[str, int]:
     return {group: sum(shape.numel() for shape in shapes[group].values()) for group in GROUPS}
 
 
-def slice_tensors(model: MobileVlm, *, tower: bool) -> dict[str, torch.Tensor]:
+def slice_tensors(vlm: Vlm, *, tower: bool) -> dict[str, torch.Tensor]:
     """Each group of the slice as one flat tensor ``[parameters]`` on the host, in the model's dtype; the tower if asked for.
 
     Raises:
         ValueError: the model cannot be sliced, or holds numbers that are not finite.
     """
-    check_sliceable(model)
-    _, shapes = _read(describe_slice(model))
-    state = model.model.state_dict()
+    check_sliceable(vlm)
+    _, shapes = _read(describe_slice(vlm.model))
+    state = vlm.model.model.state_dict()
     return {group: _flat(group, shapes[group], state) for group in GROUPS if tower or group != TOWER}
 
 
@@ -195,10 +202,10 @@ class TeacherSlice:
         return self.model.vision_tower is None
 
     @torch.no_grad()
-    def fill(self, student: MobileVlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
+    def fill(self, student: Vlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
         """See :class:`alignkd.objective.TargetSource`."""
         if self.shares_tower and batch.images.dim() == 4:
-            batch = replace(batch, images=student.model.encode_images(batch.images))
+            batch = replace(batch, images=student.model.model.encode_images(batch.images))
         attention_BHTV, vision_BVD = self.targets(batch, attention="attention" in needs)
         return batch, replace(targets, attention_BHTV=attention_BHTV, vision_BVD=vision_BVD)
 
@@ -207,18 +214,20 @@ class TeacherSlice:
         """``attention_BHTV`` (None where not asked for) and ``vision_BVD``, both float32; nothing waits for the device."""
         assert self.shares_tower == (batch.images.dim() == 3) or not batch.images.numel()
         with maybe_autocast(batch.input_ids_BS.device.type, enabled=False):
-            tokens_NVD, vision_BVD = vision_tokens(self.model, batch)
-            attention_BHTV = self._attention(batch, tokens_NVD) if attention else None
+            tokens_NVD = self.model.see(batch.images)
+            tokens_MD = None if tokens_NVD is None else tokens_NVD.flatten(0, 1)
+            vision_BVD = by_sample(tokens_MD, batch, self.model.config.text_config.hidden_size, self.model.dtype)
+            attention_BHTV = self._attention(batch, tokens_MD) if attention else None
         return attention_BHTV, vision_BVD.float()
 
-    def _attention(self, batch: Batch, tokens_NVD: torch.Tensor | None) -> torch.Tensor:
+    def _attention(self, batch: Batch, tokens_MD: torch.Tensor | None) -> torch.Tensor:
         heads: int = self.model.config.text_config.num_attention_heads
-        attention_BHTV = self._text_to_vision(batch, tokens_NVD) if has_attention(batch) else no_attention(batch, heads)
+        attention_BHTV = self._text_to_vision(batch, tokens_MD) if has_attention(batch) else no_attention(batch, heads)
         return attention_BHTV.mean(dim=1, keepdim=True) if self.head_mean else attention_BHTV
 
-    def _text_to_vision(self, batch: Batch, tokens_NVD: torch.Tensor | None) -> torch.Tensor:
+    def _text_to_vision(self, batch: Batch, tokens_MD: torch.Tensor | None) -> torch.Tensor:
         layer = self.model.language_model.layers[0]
-        hidden_BSD = layer.input_layernorm(self.model.embed(batch.input_ids_BS, tokens_NVD, batch.vision_positions))
+        hidden_BSD = layer.input_layernorm(self.model.embed(batch.input_ids_BS, tokens_MD, batch.vision_positions))
         row_BTD = batch.text_rows_BT[:, :, None].expand(-1, -1, hidden_BSD.shape[2])
         position_1S = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)[None]
         query_BHTd = self._rotated(layer.self_attn.q_proj(hidden_BSD.gather(1, row_BTD)), batch.text_rows_BT)

@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from alignkd.models.images import ImagePreprocessor
 from alignkd.models.loading import load_tokenizer, save_vlm
 from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
-from alignkd.models.vlm import Vlm
+from alignkd.models.mobilevlm_family import MobileVlmFamily
 from alignkd.pipeline.cache_teacher import WorkerJob
 from alignkd.pipeline.interrupt import StopFlag
 from alignkd.pipeline.provenance import parse_dtype, pick_device, versions
@@ -60,7 +60,8 @@ def write_teacher(folder: Path, arguments: argparse.Namespace) -> None:
     torch.set_default_dtype(torch.float32)
     settings = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}, "resample": 3}
     settings |= {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
-    save_vlm(Vlm(model, load_tokenizer(TOKENIZER), ImagePreprocessor(settings, "pad"), TOKENIZER), folder, official=True)
+    vlm = MobileVlmFamily(model, load_tokenizer(TOKENIZER), TOKENIZER, ImagePreprocessor(settings, "pad"))
+    save_vlm(vlm, folder, official=True)
 
 
 def write_data(folder: Path, samples: int) -> Path:

@@ -108,7 +108,7 @@ def read_demo(folder: Path, tokens: int, calibration_tokens: int) -> Data:
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
         while sum(len(labels) for _, _, labels in found) < count:
             inputs = [preparer(samples[order.pop()]).input for _ in range(64)]
-            batch = collate(inputs, vision_tokens_per_image=teacher.vision_tokens_per_image, pad_token_id=0)
+            batch = collate(inputs, tokens_per_placeholder=teacher.vision_tokens_per_image, pad_token_id=0)
             model = teacher.model.model
             embeddings_BSD = model.embed(batch.input_ids_BS, vision_tokens(model, batch)[0], batch.vision_positions)
             out = model.language_model(

@@ -19,10 +19,11 @@ from alignkd.batch import Batch, ModelInput, collate
 from alignkd.cache_store.codecs import get_codec
 from alignkd.cache_store.row import Stored
 from alignkd.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
-from alignkd.models.mobilevlm import IMAGE_TOKEN_ID, MobileVlm, MobileVlmConfig
+from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
+from alignkd.models.mobilevlm_family import MobileVlmFamily
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.targets_io import TargetSettings, collate_targets
-from alignkd.prompts import IGNORE
+from alignkd.prompts import IGNORE, IMAGE_TOKEN_ID
 from alignkd.targets import Targets
 from alignkd.teacher_slice import TOWER, TeacherSlice, describe_slice, slice_sizes
 
@@ -56,7 +57,7 @@ def make_vlm(shape: dict[str, int], scale: int, device: str, dtype: torch.dtype 
     torch.manual_seed(0)
     with built_on(device):
         model = MobileVlm(config(shape, scale)).to(dtype)
-    return Vlm(model.eval(), tokenizer=None, images=None, folder=Path())  # type: ignore[arg-type]
+    return MobileVlmFamily(model.eval(), tokenizer=None, folder=Path(), images=None)  # type: ignore[arg-type]
 
 
 def describe_teacher(scale: int) -> dict[str, dict[str, Any]]:
@@ -81,7 +82,7 @@ def batch_of(samples: int, *, before: int = BEFORE, after: int = AFTER, answers:
         ids = np.concatenate([token_ids(generator, before), [IMAGE_TOKEN_ID], token_ids(generator, after)])
         labels = np.where(np.arange(len(ids)) < len(ids) - answers, IGNORE, ids)
         inputs.append(ModelInput(ids, labels, torch.randn(1, 3, 336, 336, generator=pixels)))
-    return collate(inputs, vision_tokens_per_image=VISION_TOKENS, pad_token_id=0)
+    return collate(inputs, tokens_per_placeholder=VISION_TOKENS, pad_token_id=0)
 
 
 def token_ids(generator: np.random.Generator, count: int) -> np.ndarray:

@@ -44,11 +44,11 @@ from alignkd.cache_store.shard import encode_row, pack
 from alignkd.cache_store.spec import CacheSpec
 from alignkd.logits import LogitSettings
 from alignkd.logits.topk import TopK
-from alignkd.models.mobilevlm import IMAGE_TOKEN_ID, MobileVlm
+from alignkd.models.mobilevlm import MobileVlm
 from alignkd.objective import Objective, TeacherShape
 from alignkd.pipeline.provenance import parse_dtype, pick_device, versions
 from alignkd.pipeline.targets_io import TargetSettings
-from alignkd.prompts import IGNORE
+from alignkd.prompts import IGNORE, IMAGE_TOKEN_ID
 from alignkd.recipes import get_recipe
 from alignkd.targets import Targets
 from alignkd.teacher_slice import TOWER, slice_sizes

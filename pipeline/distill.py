@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from alignkd.cache_store.reader import CacheReader
 from alignkd.logits import LogitCodec
 from alignkd.models.loading import load_vlm, save_vlm
+from alignkd.models.mobilevlm_family import MobileVlmFamily
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective, TargetSource, TeacherShape, term_weights
 from alignkd.online_teacher import OnlineTeacher
@@ -44,7 +45,7 @@ from alignkd.pipeline.samples import SampleFile
 from alignkd.pipeline.slice_io import SLICED, is_slice, open_slice
 from alignkd.pipeline.tensorboard import TensorBoard
 from alignkd.pipeline.trainer import DistillTrainer, OptimizerSettings, RunCallback, Schedule
-from alignkd.prompts import TEMPLATES
+from alignkd.prompts import check_template
 from alignkd.recipes import Recipe, describe
 
 
@@ -185,8 +186,7 @@ class _Run:
     def template(self) -> str:
         found = self.reader.fingerprint["template"] if self.reader else self.student.default_template
         template = self.config.template or str(found)
-        if template not in TEMPLATES:
-            raise ValueError(f"--template {template}: known are {', '.join(TEMPLATES)}")
+        check_template(template, self.student.templates)
         return template
 
     @cached_property
@@ -358,7 +358,8 @@ class _Run:
                 if self.config.lora:
                     merge_lora(self.peft_model, out / "adapter")
                 save_vlm(student, out / "student")
-                save_vlm(student, out / "student-official", official=True)
+                if isinstance(student, MobileVlmFamily):
+                    save_vlm(student, out / "student-official", official=True)
                 figures["student"] = str(out / "student")
                 (out / "result.json").write_text(json.dumps(figures, indent=2) + "\n")
         processes.wait()

@@ -131,7 +131,7 @@ def _options(stage: StageOne, made: Sequence[Row], stored: Mapping[str, float]) 
 
 def _sliceable(stage: StageOne) -> bool:
     try:
-        check_sliceable(stage.teacher.model)
+        check_sliceable(stage.teacher)
     except ValueError:
         return False
     return True

@@ -7,18 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from alignkd.batch import ModelInput, collate
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.features import tower_features
-from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer, SampleError, check_text
+from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer, SampleError
 from alignkd.pipeline.progress import bar
 from alignkd.pipeline.provenance import parse_dtype, pick_device, write_run
 from alignkd.pipeline.rejects import Rejects
 from alignkd.pipeline.samples import Sample, SampleFile
-from alignkd.prompts import TEMPLATES, PromptError, encode_question
 
 
 def exact(prediction: str, answer: str) -> bool:
@@ -55,9 +54,7 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class _Question:
     sample: Sample
-    input_ids: np.ndarray
-    images: torch.Tensor
-    """Tower features ``[n, P, C]``."""
+    input: ModelInput
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -80,8 +77,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     tower = Path(config.vision_tower) if config.vision_tower else None
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
     template = config.template or vlm.default_template
-    if template not in TEMPLATES:
-        raise ValueError(f"--template {template}: known are {', '.join(TEMPLATES)}")
     preparer = Preparer.of(vlm, template=template, max_length=DEFAULT_MAX_LENGTH, image_root=config.images)
     rejects = Rejects(config.max_rejected)
     lines: list[dict[str, Any]] = []
@@ -90,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             indices = range(start, min(start + config.batch_size, len(samples)))
             questions = _questions(vlm, [samples[i] for i in indices], preparer, rejects)
             if questions:
-                predictions = answer(vlm, questions, config.max_new_tokens)
+                predictions = answer(vlm, [question.input for question in questions], config.max_new_tokens)
                 lines += [_line(q.sample, p, METRICS[config.metric]) for q, p in zip(questions, predictions, strict=True)]
             progress.advance(len(indices))
     correct = sum(line["correct"] for line in lines)
@@ -110,51 +105,39 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects: Rejects) -> list[_Question]:
-    # Benchmarks ask many questions about one image: the tower sees it once a batch, not once a question.
     preparer.features = {}
-    preparer.features = tower_features(vlm, preparer, list(dict.fromkeys(ref for s in samples for ref in s.images)))
+    if vlm.caches_tower:  # benchmarks ask many questions about one image: the tower sees it once a batch
+        preparer.features = tower_features(vlm, preparer, list(dict.fromkeys(ref for s in samples for ref in s.images)))
     questions = []
     for sample in samples:
         try:
-            check_text(sample)
-            ids = encode_question(
-                sample.turns, template=preparer.template, tokenizer=preparer.tokenizer, has_image=bool(sample.images)
-            )
-            images, _ = preparer.load_images(sample.images)
-        except (PromptError, SampleError) as error:
+            questions.append(_Question(sample, preparer.question(sample)))
+        except SampleError as error:
             rejects.add(sample.id or sample.key, str(error))
-            continue
-        questions.append(_Question(sample, ids, images))
     return questions
 
 
 @torch.inference_mode()
-def answer(vlm: Vlm, questions: Sequence[Any], max_new_tokens: int) -> list[str]:
-    """Greedy answers of a batch; each question has ``input_ids`` (one placeholder an image) and
-    ``images`` (pixel values or tower features)."""
-    expanded = [
-        np.repeat(q.input_ids, np.where(q.input_ids == vlm.image_token_id, vlm.vision_tokens_per_image, 1)) for q in questions
-    ]
-    longest = max(len(ids) for ids in expanded)
-    input_ids = torch.full((len(expanded), longest), int(vlm.tokenizer.pad_token_id))
-    mask = torch.zeros_like(input_ids)
-    for i, ids in enumerate(expanded):  # padded on the left, so that generation goes on from the prompt
-        input_ids[i, longest - len(ids) :] = torch.from_numpy(ids)
-        mask[i, longest - len(ids) :] = 1
-    images = [q.images for q in questions if len(q.images)]
-    # A batch of text alone must not name pixel values at all: generation would send None through the tower.
-    pixels = {"pixel_values": torch.cat(images).to(vlm.device, vlm.model.dtype)} if images else {}
+def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
+    """Greedy answers of a batch."""
+    batch = collate(
+        questions,
+        tokens_per_placeholder=vlm.tokens_per_placeholder,
+        pad_token_id=vlm.pad_token_id,
+        image_token_id=vlm.image_token_id,
+        pad_left=True,  # so that generation goes on from the prompt
+    ).to(vlm.device)
     output = vlm.model.generate(
-        input_ids=input_ids.to(vlm.device),
-        attention_mask=mask.to(vlm.device),
-        **pixels,
+        input_ids=batch.input_ids_BS,
+        attention_mask=batch.attention_mask_BS.long(),
+        **vlm.generation_inputs(batch),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        eos_token_id=vlm.tokenizer.eos_token_id,
-        pad_token_id=vlm.tokenizer.pad_token_id,
+        eos_token_id=vlm.end_token_ids,
+        pad_token_id=vlm.pad_token_id,
     )
-    new_ids = output[:, longest:].tolist()
+    new_ids = output[:, batch.input_ids_BS.shape[1] :].tolist()
     return [vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new_ids]
 
 

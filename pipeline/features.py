@@ -6,12 +6,13 @@ few: it takes images x patches x tower width numbers, once, however many process
 Shapes: N images, P patches, C tower width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 
+from alignkd.models.placeholder_encoder import Picture
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.loader import TrainingSet
 from alignkd.pipeline.prepare import Preparer, SampleError
@@ -20,28 +21,32 @@ from alignkd.pipeline.progress import bar
 _BATCH = 64
 
 
-class SharedFeatures(dict[str, tuple[str, torch.Tensor]]):
+class SharedFeatures(dict[str, tuple[str, Picture]]):
     """Features by image reference, each with its file's SHA-256: rows of one tensor ``[N, P, C]``.
 
     A forked process sees the same memory. One that is spawned is sent the tensor, which torch moves to shared memory: once,
     where a thousand tensors would each take an open file.
     """
 
-    def __init__(self, references: Sequence[str], digests: Sequence[str], features_NPC: torch.Tensor) -> None:
-        rows = zip(references, zip(digests, features_NPC, strict=True), strict=True)
-        super().__init__(rows)
+    def __init__(self, about: Mapping[str, tuple[str, tuple[int, int]]], features_NPC: torch.Tensor) -> None:
+        """``about``: of each reference the file's SHA-256 and the image's size."""
+        rows = zip(about.items(), features_NPC, strict=True)
+        super().__init__({name: (digest, Picture(values_PC, size)) for (name, (digest, size)), values_PC in rows})
         self.features_NPC = features_NPC
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SharedFeatures, (list(self), [digest for digest, _ in self.values()], self.features_NPC)
+        about = {name: (digest, picture.size) for name, (digest, picture) in self.items()}
+        return SharedFeatures, (about, self.features_NPC)
 
 
 def cache_tower_features(vlm: Vlm, data: TrainingSet, *, limit_bytes: int) -> None:
     """Fill ``data.preparer.features``; its samples then carry features ``[n, P, C]`` instead of pixel values.
 
     Raises:
-        ValueError: they would take more than ``limit_bytes``.
+        ValueError: they would take more than ``limit_bytes``, or the family has no such features.
     """
+    if not vlm.caches_tower:
+        raise ValueError(f"--cache-tower-features: the {vlm.family} family's images differ in shape; leave it out")
     references = sorted({reference for i in range(len(data)) for reference in data.sample(i).images})
     vision = vlm.model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
@@ -51,21 +56,21 @@ def cache_tower_features(vlm: Vlm, data: TrainingSet, *, limit_bytes: int) -> No
             f"--cache-tower-features needs {needed / 2**30:.1f} GiB for {len(references):,} images, more than the"
             f" {limit_bytes / 2**30:.1f} GiB allowed; leave it out"
         )
-    features_NPC, digests = torch.empty(0), dict[str, str]()
+    features_NPC, about = torch.empty(0), dict[str, tuple[str, tuple[int, int]]]()
     with bar("tower features", len(references), "images") as progress:
         for start in range(0, len(references), _BATCH):
             chunk = references[start : start + _BATCH]
-            for reference, (digest, values_PC) in tower_features(vlm, data.preparer, chunk).items():
-                if not digests:
-                    features_NPC = values_PC.new_empty(len(references), *values_PC.shape)
-                features_NPC[len(digests)] = values_PC
-                digests[reference] = digest
+            for reference, (digest, picture) in tower_features(vlm, data.preparer, chunk).items():
+                if not about:
+                    features_NPC = picture.values.new_empty(len(references), *picture.values.shape)
+                features_NPC[len(about)] = picture.values
+                about[reference] = digest, picture.size
             progress.advance(len(chunk))
-    data.preparer.features = SharedFeatures(list(digests), list(digests.values()), features_NPC[: len(digests)])
+    data.preparer.features = SharedFeatures(about, features_NPC[: len(about)])
 
 
 @torch.no_grad()
-def tower_features(vlm: Vlm, preparer: Preparer, references: Sequence[str]) -> dict[str, tuple[str, torch.Tensor]]:
+def tower_features(vlm: Vlm, preparer: Preparer, references: Sequence[str]) -> dict[str, tuple[str, Picture]]:
     """Features ``[P, C]`` of images by reference, each with its file's SHA-256.
 
     An unreadable image is absent: the sample that uses it is then named and counted.
@@ -77,8 +82,8 @@ def tower_features(vlm: Vlm, preparer: Preparer, references: Sequence[str]) -> d
             with suppress(SampleError):
                 loaded[reference] = preparer.load_images((reference,))
         if loaded:
-            pixels = torch.cat([images for images, _ in loaded.values()]).to(vlm.device)
+            pixels = torch.stack([images[0].values for images, _ in loaded.values()]).to(vlm.device)
             encoded = vlm.model.model.encode_images(pixels).cpu()
-            for (reference, (_, digest)), values in zip(loaded.items(), encoded, strict=True):
-                features[reference] = (digest, values.clone())
+            for (reference, (images, digest)), values in zip(loaded.items(), encoded, strict=True):
+                features[reference] = (digest, Picture(values.clone(), images[0].size))
     return features

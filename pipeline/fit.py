@@ -45,7 +45,7 @@ def describe(teacher: Vlm) -> dict[str, Any]:
         "teacher": {"vocabulary": teacher.vocabulary, "heads": teacher.heads, "width": teacher.hidden_size},
         "vision_tokens_per_image": teacher.vision_tokens_per_image,
         "tokenizer": teacher.tokenizer_fingerprint(),
-        "image_preprocessing": teacher.images.fingerprint(),
+        "image_preprocessing": teacher.image_fingerprint(),
     }
 
 
@@ -54,7 +54,7 @@ def _pairs(student: Vlm, found: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]
         "vocabulary": (found["teacher"]["vocabulary"], student.vocabulary),
         "vision tokens an image": (found["vision_tokens_per_image"], student.vision_tokens_per_image),
         "tokenizer": (found["tokenizer"][:12], student.tokenizer_fingerprint()[:12]),
-        "image preprocessing": (found["image_preprocessing"][:12], student.images.fingerprint()[:12]),
+        "image preprocessing": (found["image_preprocessing"][:12], student.image_fingerprint()[:12]),
     }
 
 

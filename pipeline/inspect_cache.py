@@ -12,6 +12,7 @@ from alignkd.logits.topk import TopK
 from alignkd.pipeline.logits_io import open_codec, settings_of
 from alignkd.pipeline.pictures import attention_figure, save_figure
 from alignkd.pipeline.slice_io import is_slice
+from alignkd.regions import region, stack
 
 _RECOMPUTED = "stage two recomputes attention and vision tokens from the teacher's slice, which the cache holds once"
 
@@ -85,5 +86,6 @@ def plot_row(reader: CacheReader, row: Row, path: str) -> None:
     side = round(tokens**0.5)
     images = arrays["attention_HTV"].shape[2] // tokens
     pictures = [np.full((side * 8, side * 8, 3), 0.5)] * images
-    figure = attention_figure(pictures, arrays["attention_HTV"], (side, side), f"{row.sample_id}: cached teacher attention")
+    regions_R8 = stack([region(image, (side, side)) for image in range(images)])
+    figure = attention_figure(pictures, arrays["attention_HTV"], regions_R8, f"{row.sample_id}: cached teacher attention")
     save_figure(figure, path)

@@ -74,10 +74,9 @@ class _Lengths(Dataset["list[int]"]):
     def _length(self, position: int) -> int:
         sample = self.data.sample(position)
         try:
-            ids = self.data.preparer.text(sample).input_ids
+            return self.data.preparer.text(sample).length
         except SampleError:
             return 0  # the loader names it when its turn comes
-        return len(ids) + len(sample.images) * (self.data.vision_tokens_per_image - 1)
 
 
 def _count(data: TrainingSet, workers: int, show: bool) -> np.ndarray:
@@ -95,9 +94,10 @@ def _digest(data: TrainingSet, student: Vlm) -> str:
     about = [
         data.fingerprint(),
         student.tokenizer_fingerprint(),
-        preparer.template,
-        preparer.max_length,
-        data.vision_tokens_per_image,
+        preparer.encoder.template,
+        preparer.encoder.max_length,
+        student.image_fingerprint(),
+        student.vision_tokens_per_image,
     ]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 

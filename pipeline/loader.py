@@ -16,7 +16,6 @@ from alignkd.batch import ModelInput, collate
 from alignkd.cache_store.reader import CacheReader, MissingRow
 from alignkd.cache_store.row import Row, Stored
 from alignkd.cache_store.shard import CorruptShard
-from alignkd.models.mobilevlm import IMAGE_TOKEN_ID
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.interrupt import leave_signals_to_parent
 from alignkd.pipeline.logits_io import logit_fields, settings_of
@@ -25,6 +24,7 @@ from alignkd.pipeline.prepare import Prepared, Preparer, SampleError
 from alignkd.pipeline.rejects import Rejects
 from alignkd.pipeline.samples import Sample, SampleFile
 from alignkd.pipeline.targets_io import collate_targets
+from alignkd.prompts import IMAGE_TOKEN_ID
 from alignkd.targets import Targets
 
 SHARDS_OPEN = 8
@@ -87,8 +87,8 @@ class TrainingSet(Dataset["Item | Failure"]):
         max_rejected: int,
     ) -> None:
         self.samples, self.preparer, self.reader = samples, preparer, reader
-        self.vision_tokens_per_image = student.vision_tokens_per_image
-        self.pad_token_id = int(student.tokenizer.pad_token_id)
+        self.tokens_per_placeholder = student.tokens_per_placeholder
+        self.image_token_id, self.pad_token_id = student.image_token_id, student.pad_token_id
         self.fields = [_FIELDS[need] for need in sorted(needs - {"logits"})]
         if "logits" in needs:
             assert reader is not None
@@ -164,7 +164,7 @@ class TrainingSet(Dataset["Item | Failure"]):
                 return Item(sample.id or sample.key, prepared.input, {})
             row = self.reader.row(sample.key, {"input_ids", "labels"})
             stored = self.reader.stored(sample.key, self.fields)
-            check_row(sample, prepared, row, stored, self.vision_tokens_per_image)
+            check_row(sample, prepared, row, stored, self.tokens_per_placeholder, self.image_token_id)
         except SampleError as error:
             return Failure(sample.key, sample.id or sample.key, str(error), fatal=False)
         except (MisalignedRow, CorruptShard) as error:
@@ -182,8 +182,9 @@ class TrainingSet(Dataset["Item | Failure"]):
             return Parcel(batch=None, targets=None, failures=failures, ids=[])
         batch = collate(
             [item.input for item in good],
-            vision_tokens_per_image=self.vision_tokens_per_image,
+            tokens_per_placeholder=self.tokens_per_placeholder,
             pad_token_id=self.pad_token_id,
+            image_token_id=self.image_token_id,
         )
         targets = Targets()
         if self.fields:
@@ -266,7 +267,14 @@ def _received(batches: Iterator[Any]) -> Iterator[Any]:
             yield received
 
 
-def check_row(sample: Sample, prepared: Prepared, row: Row, stored: Mapping[str, Stored], vision_tokens_per_image: int) -> None:
+def check_row(
+    sample: Sample,
+    prepared: Prepared,
+    row: Row,
+    stored: Mapping[str, Stored],
+    tokens_per_placeholder: int,
+    image_token_id: int = IMAGE_TOKEN_ID,
+) -> None:
     """Compare a row, and what of it is ``stored`` undecoded, with the sample as this run prepared it.
 
     Raises:
@@ -281,15 +289,17 @@ def check_row(sample: Sample, prepared: Prepared, row: Row, stored: Mapping[str,
     elif row.image_sha256 != prepared.image_sha256:
         found = "its image file differs from the one the teacher saw: --images points elsewhere, or the file has changed"
     else:
-        found = _misshapen(prepared.input.input_ids, stored, vision_tokens_per_image)
+        found = _misshapen(prepared.input.input_ids, stored, tokens_per_placeholder, image_token_id)
     if found is not None:
         raise MisalignedRow(f"sample {sample.id!r} does not match its row in the cache: {found}")
 
 
-def _misshapen(input_ids: np.ndarray, stored: Mapping[str, Stored], vision_tokens_per_image: int) -> str | None:
+def _misshapen(
+    input_ids: np.ndarray, stored: Mapping[str, Stored], tokens_per_placeholder: int, image_token_id: int
+) -> str | None:
     """What is wrong with the number of vision tokens or text rows."""
-    images = np.flatnonzero(input_ids == IMAGE_TOKEN_ID)
-    columns = len(images) * vision_tokens_per_image
+    images = np.flatnonzero(input_ids == image_token_id)
+    columns = len(images) * tokens_per_placeholder
     rows = len(input_ids) - int(images[0]) - len(images) if len(images) else 0
     if "vision_tokens" in stored and (held := stored["vision_tokens"].shape[0]) != columns:
         return f"it holds {held} vision tokens where the student has {columns}"

@@ -53,12 +53,12 @@ def settings_of(fingerprint: Mapping[str, Any]) -> LogitSettings:
 @torch.inference_mode()
 def calibrate(teacher: Vlm, batches: Iterable[Batch]) -> Calibration:
     """What the teacher does on a few batches, as many as give the answers wanted; without those that memory has no room for."""
-    head = teacher.model.lm_head
+    head = teacher.head
     hidden, count = [torch.zeros(0, teacher.hidden_size, device=teacher.device)], 0
     sums_N = torch.zeros(head.weight.shape[0], device=teacher.device)
     for batch in batches:
         try:
-            hidden_AD = capture(teacher.model, batch.to(teacher.device), attention=False).hidden_AD
+            hidden_AD = capture(teacher, batch.to(teacher.device), attention=False).hidden_AD
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

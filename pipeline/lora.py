@@ -30,7 +30,7 @@ def add_lora(student: Vlm, settings: LoraSettings) -> Any:
         raise ValueError("--lora needs PEFT: pip install 'alignkd[lora]'") from error
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=_TARGETS)
     model = get_peft_model(student.model, config)
-    student.model.model.multi_modal_projector.requires_grad_(True)
+    student.projector.requires_grad_(True)
     return model
 
 

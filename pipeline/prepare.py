@@ -8,29 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from PIL import Image
 
 from alignkd.batch import ModelInput
-from alignkd.models.images import ImageError, ImagePreprocessor, decode_image, read_image_bytes
+from alignkd.encoder import Encoder, Planned
+from alignkd.models.images import ImageError, decode_image, image_size, read_image_bytes
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.samples import Sample
-from alignkd.prompts import PromptError, encode_conversation
+from alignkd.prompts import PromptError
 
 DEFAULT_MAX_LENGTH = 2048
 
 
 class SampleError(ValueError):
     """This sample cannot be used; the message says why."""
-
-
-@dataclass(frozen=True)
-class PreparedText:
-    """Compact ids and labels ``[length]`` of a sample; ``truncated`` where it was longer."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    truncated: bool
 
 
 @dataclass(frozen=True)
@@ -46,18 +37,15 @@ class Prepared:
 class Preparer:
     """Everything that turns a sample into a model input; safe to send to worker processes."""
 
-    tokenizer: Any
-    images: ImagePreprocessor
-    template: str
-    max_length: int
+    encoder: Encoder
     image_root: Path
-    features: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
+    features: dict[str, tuple[str, Any]] = field(default_factory=dict)
     """Tower features by image reference, with the file's SHA-256; an image found here is not read again."""
 
     @classmethod
     def of(cls, vlm: Vlm, *, template: str, max_length: int, image_root: str | Path | None) -> "Preparer":
         """The preparer of a loaded model."""
-        return cls(vlm.tokenizer, vlm.images, template, max_length, Path(image_root or "."))
+        return cls(vlm.encoder(template, max_length), Path(image_root or "."))
 
     def __call__(self, sample: Sample) -> Prepared:
         """Prepare one sample.
@@ -67,53 +55,71 @@ class Preparer:
         """
         return self.with_images(sample, self.text(sample))
 
-    def text(self, sample: Sample) -> PreparedText:
-        """The first half: token ids and labels.
+    def text(self, sample: Sample) -> Planned:
+        """The first half: how long it is, and its ids and labels where they do not depend on its images.
 
         Raises:
-            SampleError: no answer token is left to learn from, or an image lies beyond the maximum length.
+            SampleError: no answer token is left to learn from, an image lies beyond the maximum length, or its size is needed
+                and cannot be read.
         """
         check_text(sample)
+        sizes = [self._size(reference) for reference in sample.images] if self.encoder.needs_sizes else []
         try:
-            encoded = encode_conversation(
-                sample.turns,
-                template=self.template,
-                tokenizer=self.tokenizer,
-                has_image=bool(sample.images),
-                max_length=self.max_length,
-            )
+            return self.encoder.plan(sample.turns, len(sample.images), sizes)
         except PromptError as error:
             raise SampleError(str(error)) from error
-        if encoded.images != len(sample.images):
-            raise SampleError(f"an image lies beyond the maximum length of {self.max_length} ids")
-        if not encoded.supervised:
-            where = f" within {self.max_length} ids" if encoded.truncated else ""
-            raise SampleError(f"no supervised token{where}: the answer is empty, cut off, or masked by the template")
-        return PreparedText(encoded.input_ids, encoded.labels, encoded.truncated)
 
-    def with_images(self, sample: Sample, text: PreparedText) -> Prepared:
+    def with_images(self, sample: Sample, text: Planned) -> Prepared:
         """The second half: its images.
 
         Raises:
-            SampleError: an image cannot be read.
+            SampleError: an image cannot be read, or the sample cannot be used with it.
         """
         images, digest = self.load_images(sample.images)
-        return Prepared(ModelInput(text.input_ids, text.labels, images), digest, text.truncated)
+        try:
+            made, truncated = self.encoder.finish(sample.turns, text, images)
+        except PromptError as error:
+            raise SampleError(str(error)) from error
+        return Prepared(made, digest, truncated)
 
-    def load_images(self, references: tuple[str, ...]) -> tuple[torch.Tensor, str]:
-        """Pixel values ``[n, 3, h, w]`` (or features ``[n, P, C]``) of a sample's images, and their SHA-256.
+    def question(self, sample: Sample) -> ModelInput:
+        """A sample up to where its last answer begins.
+
+        Raises:
+            SampleError: its last turn is no answer, or an image cannot be read.
+        """
+        check_text(sample)
+        images, _ = self.load_images(sample.images)
+        try:
+            return self.encoder.question(sample.turns, images)
+        except PromptError as error:
+            raise SampleError(str(error)) from error
+
+    def load_images(self, references: tuple[str, ...]) -> tuple[list[Any], str]:
+        """A sample's images as the encoder takes them (or features ``[P, C]`` each), and their SHA-256.
 
         Raises:
             SampleError: an image is missing, damaged, too large or outside the image folder.
         """
         if not references:
-            return torch.zeros(0), ""
+            return [], ""
         loaded = [self.features.get(reference) or self._load_image(reference) for reference in references]
         digests = [digest for digest, _ in loaded]
         together = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-        return torch.stack([values for _, values in loaded]), together
+        return [values for _, values in loaded], together
 
-    def _load_image(self, reference: str) -> tuple[str, torch.Tensor]:
+    def pictures(self, sample: Sample) -> list[Image.Image]:
+        """A sample's images as they are.
+
+        Raises:
+            SampleError: one cannot be read.
+        """
+        try:
+            return [decode_image(read_image_bytes(self._path(name)), name) for name in sample.images]
+        except ImageError as error:
+            raise SampleError(f"image {error}") from error
+
+    def _path(self, reference: str) -> Path:
         path = self.image_root / reference
         try:
             inside = path.resolve().is_relative_to(self.image_root.resolve())
@@ -121,12 +127,22 @@ class Preparer:
             raise SampleError(f"image {reference!r} cannot be a file: {error}") from error
         if not inside:
             raise SampleError(f"image {reference!r} lies outside the image folder {self.image_root}")
+        return path
+
+    def _size(self, reference: str) -> tuple[int, int]:
         try:
-            data = read_image_bytes(path)
-            pixels = self.images(decode_image(data, str(path)))
+            return image_size(self._path(reference))
         except ImageError as error:
             raise SampleError(f"image {error}") from error
-        return hashlib.sha256(data).hexdigest(), pixels
+
+    def _load_image(self, reference: str) -> tuple[str, Any]:
+        path = self._path(reference)
+        try:
+            data = read_image_bytes(path)
+            image = self.encoder.load(decode_image(data, str(path)))
+        except ImageError as error:
+            raise SampleError(f"image {error}") from error
+        return hashlib.sha256(data).hexdigest(), image
 
 
 def check_text(sample: Sample) -> None:

@@ -10,14 +10,13 @@ from torch.nn import functional
 
 from alignkd.batch import collate, expand
 from alignkd.capture import capture, enable_capture
-from alignkd.models.images import to_display
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.pictures import attention_figure, save_figure
 from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Prepared, Preparer, SampleError
 from alignkd.pipeline.provenance import parse_dtype, pick_device
 from alignkd.pipeline.samples import Sample, SampleFile
-from alignkd.prompts import IGNORE, TEMPLATES
+from alignkd.prompts import IGNORE
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,8 @@ def show(config: ShowConfig) -> Shown:
     sample = find_sample(SampleFile(config.data), config.id)
     tower = Path(config.vision_tower) if config.vision_tower else None
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
-    enable_capture(vlm.model)
+    enable_capture(vlm)
     template = config.template or vlm.default_template
-    if template not in TEMPLATES:
-        raise ValueError(f"--template {template}: known are {', '.join(TEMPLATES)}")
     preparer = Preparer.of(vlm, template=template, max_length=config.max_length, image_root=config.images)
     try:
         prepared = preparer(sample)
@@ -68,15 +65,15 @@ def show(config: ShowConfig) -> Shown:
     if config.save is not None:
         np.savez(config.save, **arrays)  # type: ignore[arg-type]
     if config.plot is not None:
-        pictures = [to_display(torch.from_numpy(p), vlm.images) for p in prepared.input.images.numpy()] if sample.images else []
+        pictures = [np.asarray(image, dtype=np.float32) / 255 for image in preparer.pictures(sample)]
         title = f"{sample.id}: first-layer attention from text to vision ({template})"
-        save_figure(attention_figure(pictures, arrays["attention_HTV"], vlm.vision_grid, title), config.plot)
+        save_figure(attention_figure(pictures, arrays["attention_HTV"], prepared.input.regions_R8, title), config.plot)
     figures = {
         "id": sample.id,
         "template": template,
         "ids": len(arrays["input_ids"]),
         "images": len(sample.images),
-        "positions": len(arrays["input_ids"]) + len(sample.images) * (vlm.vision_tokens_per_image - 1),
+        "positions": len(arrays["input_ids"]) + len(sample.images) * (vlm.tokens_per_placeholder - 1),
         "text_rows": arrays["attention_HTV"].shape[1],
         "vision_tokens": arrays["vision_tokens_VD"].shape[0],
         "answer_tokens": arrays["answer_logits_AN"].shape[0],
@@ -106,10 +103,13 @@ def captured_arrays(vlm: Vlm, prepared: Prepared) -> dict[str, np.ndarray]:
     """One forward pass over one sample; float32 arrays."""
     given = prepared.input
     batch = collate(
-        [given], vision_tokens_per_image=vlm.vision_tokens_per_image, pad_token_id=int(vlm.tokenizer.pad_token_id)
+        [given],
+        tokens_per_placeholder=vlm.tokens_per_placeholder,
+        pad_token_id=vlm.pad_token_id,
+        image_token_id=vlm.image_token_id,
     ).to(vlm.device)
-    captured = capture(vlm.model, batch)
-    logits_AN = vlm.model.lm_head(captured.hidden_AD).float()
+    captured = capture(vlm, batch)
+    logits_AN = vlm.head(captured.hidden_AD).float()
     assert captured.attention_BHTV is not None
     return {
         "input_ids": given.input_ids,
@@ -125,11 +125,11 @@ def captured_arrays(vlm: Vlm, prepared: Prepared) -> dict[str, np.ndarray]:
 def token_table(vlm: Vlm, prepared: Prepared) -> list[dict[str, Any]]:
     """Each id with its position, piece, where it stands (before or after the image) and whether it is supervised."""
     given = prepared.input
-    layout = expand(given.input_ids, given.labels, vlm.vision_tokens_per_image)
+    layout = expand(given.input_ids, given.labels, vlm.tokens_per_placeholder, vlm.image_token_id)
     table, position, seen = [], 0, False
     for token, label in zip(given.input_ids.tolist(), given.labels.tolist(), strict=True):
         is_image = token == vlm.image_token_id
-        width = vlm.vision_tokens_per_image if is_image else 1
+        width = vlm.tokens_per_placeholder if is_image else 1
         piece = f"<image: {width} vision tokens>" if is_image else vlm.tokenizer.convert_ids_to_tokens(token)
         place = "vision" if is_image else "after image" if seen else "before image" if prepared.image_sha256 else "text"
         table.append(

@@ -53,7 +53,7 @@ def slice_arrays(teacher: Vlm, *, tower: bool) -> dict[str, np.ndarray]:
     Raises:
         ValueError: this teacher cannot be sliced, or holds numbers that are not finite.
     """
-    return {_NAME.format(group): _to_array(flat) for group, flat in slice_tensors(teacher.model, tower=tower).items()}
+    return {_NAME.format(group): _to_array(flat) for group, flat in slice_tensors(teacher, tower=tower).items()}
 
 
 def is_slice(fingerprint: dict[str, Any]) -> bool:

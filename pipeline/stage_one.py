@@ -21,18 +21,19 @@ from alignkd.cache_store.spec import CacheSpec
 from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.store import CacheStore
 from alignkd.capture import enable_capture
+from alignkd.encoder import Planned
 from alignkd.logits import LogitCodec
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.interrupt import StopFlag
 from alignkd.pipeline.logits_io import CALIBRATION_POSITIONS, CALIBRATION_SAMPLES, calibrate, fitted, logit_arrays, open_codec
-from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Prepared, PreparedText, Preparer, SampleError
+from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Prepared, Preparer, SampleError
 from alignkd.pipeline.progress import bar
 from alignkd.pipeline.provenance import parse_dtype, pick_device
 from alignkd.pipeline.samples import DataError, Sample, SampleFile
 from alignkd.pipeline.slice_io import SLICED, check_alignment, slice_arrays, slice_fingerprint
 from alignkd.pipeline.targets_io import TargetSettings, TeacherOutput, run_teacher
-from alignkd.prompts import TEMPLATES
+from alignkd.prompts import check_template
 from alignkd.teacher_slice import check_sliceable
 
 
@@ -68,11 +69,15 @@ class CacheTeacherConfig:
 
 @dataclass(frozen=True)
 class Item:
-    """A sample whose text is prepared; ``length`` counts its positions, vision tokens among them."""
+    """A sample whose text is prepared."""
 
     sample: Sample
-    text: PreparedText
-    length: int
+    text: Planned
+
+    @property
+    def length(self) -> int:
+        """Positions, vision tokens among them."""
+        return self.text.length
 
 
 @dataclass(frozen=True)
@@ -127,13 +132,12 @@ class StageOne:
         tower = Path(config.vision_tower) if config.vision_tower else None
         device = pick_device(config.device, local_rank)
         teacher = load_vlm(config.teacher, dtype=parse_dtype(config.dtype), device=device, vision_tower=tower)
-        enable_capture(teacher.model)
+        enable_capture(teacher)
         teacher.model.requires_grad_(False)
         if config.alignment == "slice":
-            check_sliceable(teacher.model)
+            check_sliceable(teacher)
         template = config.template or teacher.default_template
-        if template not in TEMPLATES:
-            raise ValueError(f"--template {template}: known are {', '.join(TEMPLATES)}")
+        check_template(template, teacher.templates)
         logits = fitted(config.settings.logits, teacher.vocabulary, teacher.hidden_size)
         config = replace(config, settings=replace(config.settings, logits=logits))
         return cls(config, teacher, template, samples, plan, StopFlag() if stop is None else stop)
@@ -169,7 +173,7 @@ class StageOne:
             },
             "tokenizer": teacher.tokenizer_fingerprint(),
             "template": self.template,
-            "image_preprocessing": teacher.images.fingerprint(),
+            "image_preprocessing": teacher.image_fingerprint(),
             "vision_tokens_per_image": teacher.vision_tokens_per_image,
             "max_length": config.max_length,
             "targets": config.settings.fingerprint(),
@@ -241,8 +245,7 @@ class StageOne:
             except SampleError as error:
                 rejected.append(Rejected(sample.key, sample.id, str(error)))
                 continue
-            length = len(text.input_ids) + len(sample.images) * (self.teacher.vision_tokens_per_image - 1)
-            items.append(Item(sample, text, length))
+            items.append(Item(sample, text))
         return ShardWork(number, list(batches(items, self.config.batch_tokens)), rejected)
 
     def load(self, items: Sequence[Item]) -> ReadyBatch:
@@ -259,8 +262,9 @@ class StageOne:
         """Pad inputs into one batch on the host."""
         batch = collate(
             [prepared.input for _, prepared in ready],
-            vision_tokens_per_image=self.teacher.vision_tokens_per_image,
-            pad_token_id=self.teacher.tokenizer.pad_token_id,
+            tokens_per_placeholder=self.teacher.tokens_per_placeholder,
+            pad_token_id=self.teacher.pad_token_id,
+            image_token_id=self.teacher.image_token_id,
         )
         return batch.pin_memory() if self.teacher.device.type == "cuda" else batch
 

@@ -109,7 +109,7 @@ def run_teacher(
     if not settings.targets:  # all that is wanted comes from the teacher's slice
         return TeacherOutput({}, None, batch, inputs)
     on_device = batch.to(teacher.device)
-    captured = capture(teacher.model, on_device, attention="attention" in settings.targets)
+    captured = capture(teacher, on_device, attention="attention" in settings.targets)
     tensors = {}
     if captured.attention_BHTV is not None:
         attention = captured.attention_BHTV
@@ -134,7 +134,7 @@ def _encode_answers(
     uniform_AJ = hidden_AD.new_empty(len(hidden_AD), 0) if uniform_AJ is None else uniform_AJ.to(teacher.device)
     for start in range(0, max(len(hidden_AD), 1), chunk):
         part = slice(start, start + chunk)
-        logits_AN = teacher.model.lm_head(hidden_AD[part])
+        logits_AN = teacher.head(hidden_AD[part])
         parts.append(codec.encode(hidden_AD[part], logits_AN, labels_A[part], uniform_AJ[part]))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

@@ -188,7 +188,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         """Over what trains: the student without its tower, and the adapters; the projector may have its own rate."""
         if self.optimizer is None:  # type: ignore[has-type]
             settings = self.optimizer_settings
-            projector = set(map(id, self.objective.student.model.multi_modal_projector.parameters()))
+            projector = set(map(id, self.objective.vlm.projector.parameters()))
             rate = settings.projector_learning_rate
             self.optimizer = make_optimizer(
                 settings.name,

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from alignkd.regions import Fit
+
 MAX_IMAGE_PIXELS = 64_000_000
 """An image larger than this (8,000 x 8,000) is refused before it is decoded."""
 MAX_IMAGE_BYTES = 256 * 2**20
@@ -76,6 +78,11 @@ class ImagePreprocessor:
             np.take(values_L, levels_hw, out=out_hw, mode="clip")
         return torch.from_numpy(pixels)
 
+    @property
+    def fit(self) -> Fit:
+        """How an image becomes square."""
+        return "pad" if self.aspect_ratio == "pad" else "crop"
+
     def fingerprint(self) -> str:
         """Digest of everything that changes pixel values."""
         processor = self._processor  # type: ignore[attr-defined]
@@ -117,6 +124,23 @@ def read_image_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height, from the file's first bytes.
+
+    Raises:
+        ImageError: no such file, or not an image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                return image.size
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or 'not a readable image'}") from error
+    except Exception as error:  # Pillow's decoders raise many kinds of error on damaged data
+        raise ImageError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:

@@ -1,17 +1,21 @@
 """``load_vlm(folder)`` and ``save_vlm(vlm, folder)``: the two ways in and out of every family."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from alignkd.models.families import family_class
 from alignkd.models.images import ImagePreprocessor
 from alignkd.models.llama_tokenizer import LlamaSentencePieceTokenizer
 from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
-from alignkd.models.official_layout import build_model, copy_tokenizer, read_official, write_official
+from alignkd.models.mobilevlm_family import MobileVlmFamily
+from alignkd.models.official_layout import build_model, read_official
+from alignkd.models.processors import load_processor
 from alignkd.models.state_files import read_json, read_state
+from alignkd.models.transformers_vlm import TransformersVlm
 from alignkd.models.vlm import Vlm
 
 
@@ -22,31 +26,56 @@ def load_vlm(
     device: str | torch.device = "cpu",
     vision_tower: Path | None = None,
 ) -> Vlm:
-    """Load a vision-language model from a local folder, in the official MobileVLM V2 layout or as alignkd saved it.
+    """Load a vision-language model from a local folder, official MobileVLM V2 or as alignkd or transformers saved it.
 
     Raises:
         ValueError: not a checkpoint, a family that is not known, weights that do not fit, or no tokenizer.
     """
     folder = Path(folder)
     config = read_config(folder)
-    tokenizer = load_tokenizer(folder)
     kind = config.get("model_type")
+    if kind not in ("mobilevlm", MobileVlmConfig.model_type):
+        return _read_transformers(folder, str(kind), dtype, device)
+    tokenizer = load_tokenizer(folder)
     if kind == "mobilevlm":
         model, images = read_official(folder, config, dtype, vision_tower)
-    elif kind == MobileVlmConfig.model_type:
-        model, images = _read_own(folder, dtype)
     else:
-        raise ValueError(
-            f"{folder}/config.json: model_type is {kind!r}; known are 'mobilevlm' (the official MobileVLM V2 folders)"
-            f" and {MobileVlmConfig.model_type!r} (saved by alignkd)"
-        )
+        model, images = _read_own(folder, dtype)
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens but the model {model.config.text_config.vocab_size};"
             " they do not belong together"
         )
     model.eval().to(device)
-    return Vlm(model, tokenizer, images, folder, official_config=config if kind == "mobilevlm" else None)
+    return MobileVlmFamily(model, tokenizer, folder, images, official_config=config if kind == "mobilevlm" else None)
+
+
+def _read_transformers(folder: Path, kind: str, dtype: torch.dtype, device: str | torch.device) -> TransformersVlm:
+    """A model that transformers knows.
+
+    Raises:
+        ValueError: it knows none of this kind, the weights do not fit, or the model cannot be aligned.
+    """
+    family = family_class(kind)
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ValueError(
+            f"{folder}/config.json: model_type is {kind!r}, which is no vision-language model known here: alignkd models lists"
+            " those that are"
+        )
+    processor = load_processor(folder, kind)
+    try:
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises many kinds of error on files that are missing or damaged
+        raise ValueError(f"{folder}: the model cannot be read ({type(error).__name__}: {str(error)[:300]})") from error
+    for what in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, found[what])):
+            raise ValueError(f"{folder}: the weights have {what.replace('_', ' ')}: {', '.join(names[:4])}")
+    model.eval().to(device)
+    vlm = family(model, processor.tokenizer, folder, processor)
+    vlm.check()
+    return vlm
 
 
 def _read_own(folder: Path, dtype: torch.dtype) -> tuple[MobileVlm, ImagePreprocessor]:
@@ -61,19 +90,19 @@ def _read_own(folder: Path, dtype: torch.dtype) -> tuple[MobileVlm, ImagePreproc
 
 
 def save_vlm(vlm: Vlm, folder: str | Path, *, official: bool = False) -> None:
-    """Write the model, tokenizer and preprocessing in Hugging Face form, or in the official MobileVLM V2 layout."""
+    """Write the model, tokenizer and preprocessing in Hugging Face form, or in the official MobileVLM V2 layout.
+
+    Raises:
+        ValueError: the family has no such layout.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if official:
-        write_official(vlm.model, folder, tower_name="./clip", original=vlm.official_config)
-        (folder / "clip").mkdir(exist_ok=True)
-        (folder / "clip" / "config.json").write_text(vlm.model.config.vision_config.to_json_string())
+    if not official:
+        vlm.save(folder)
+    elif isinstance(vlm, MobileVlmFamily):
+        vlm.save_official(folder)
     else:
-        vlm.model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps({"image_processor_type": "CLIPImageProcessor", **vlm.images.settings}, indent=2)
-    )
-    copy_tokenizer(vlm.folder, folder)
+        raise ValueError(f"the official layout is MobileVLM's; {vlm.folder} is of the family {vlm.family}")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

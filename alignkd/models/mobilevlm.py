@@ -1,6 +1,7 @@
 """MobileVLM V2 as transformers' LLaVA with the LDPv2 projector: generation, KV cache, saving, PEFT and Trainer come from there.
 
-Shapes: N images, P patches, C tower width, V vision tokens an image, D language-model width, B samples, S positions.
+Shapes: N images, P patches, C tower width, V vision tokens an image, M of all images, D language-model width, B samples,
+S positions.
 """
 
 from typing import Any
@@ -12,9 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel
 
 from alignkd.models.ldpv2 import LdpV2Projector
-
-IMAGE_TOKEN_ID = -200
-"""The id that stands for an image in ``input_ids``: outside the vocabulary, as in LLaVA's and MobileVLM's training code."""
+from alignkd.prompts import IMAGE_TOKEN_ID
 
 
 class MobileVlmConfig(LlavaConfig):  # type: ignore[misc]
@@ -74,25 +73,32 @@ class MobileVlmModel(LlavaModel):  # type: ignore[misc]
         vision_tokens_NVD = self.project(features_NPC)
         return BaseModelOutputWithPooling(last_hidden_state=None, pooler_output=list(vision_tokens_NVD))
 
+    def see(self, images: torch.Tensor) -> torch.Tensor | None:
+        """Vision tokens ``[N, V, D]`` of pixel values or of ready features; None where there are no images."""
+        if not images.numel():
+            return None
+        features_NPC = images if images.dim() == 3 else self.encode_images(images)
+        return self.project(features_NPC.to(self.dtype))
+
     def embed(
-        self, input_ids_BS: torch.Tensor, vision_tokens_NVD: torch.Tensor | None, vision_positions: torch.Tensor
+        self, input_ids_BS: torch.Tensor, vision_tokens_MD: torch.Tensor | None, vision_positions: torch.Tensor
     ) -> torch.Tensor:
         """What enters the first layer ``[B, S, D]``: vision tokens lie at positions of a flattened ``[B * S]``.
 
         The positions are known on the host, so nothing waits for the device, as LLaVA's own placeholder check would.
         """
         embeddings_BSD: torch.Tensor = self.get_input_embeddings()(input_ids_BS)
-        if vision_tokens_NVD is None:
+        if vision_tokens_MD is None:
             return embeddings_BSD
-        tokens = vision_tokens_NVD.flatten(0, 1).to(embeddings_BSD.dtype)
-        flat = embeddings_BSD.flatten(0, 1).index_copy(0, vision_positions, tokens)
+        tokens_MD = vision_tokens_MD.to(embeddings_BSD.dtype)
+        flat = embeddings_BSD.flatten(0, 1).index_copy(0, vision_positions, tokens_MD)
         return flat.view_as(embeddings_BSD)
 
     def decode(
         self,
         input_ids_BS: torch.Tensor,
         attention_mask_BS: torch.Tensor,
-        vision_tokens_NVD: torch.Tensor | None,
+        vision_tokens_MD: torch.Tensor | None,
         vision_positions: torch.Tensor,
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -100,7 +106,7 @@ class MobileVlmModel(LlavaModel):  # type: ignore[misc]
 
         ``kwargs`` go down to the attention function of each layer.
         """
-        embeddings_BSD = self.embed(input_ids_BS, vision_tokens_NVD, vision_positions)
+        embeddings_BSD = self.embed(input_ids_BS, vision_tokens_MD, vision_positions)
         output = self.language_model(inputs_embeds=embeddings_BSD, attention_mask=attention_mask_BS, use_cache=False, **kwargs)
         hidden_BSD: torch.Tensor = output.last_hidden_state
         return hidden_BSD

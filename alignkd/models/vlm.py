@@ -1,63 +1,138 @@
 """The contract every family meets: what Align-KD needs of a vision-language model, and nothing more.
 
-Where the vision tokens are (``image_token_id``, ``vision_tokens_per_image``), what the projector gives (``project``),
-the first decoder layer's attention module, the output head, the tokenizer and the image preprocessing.
+Where its vision tokens stand, what the projector gives, the hidden states that the output head reads, which parts are frozen,
+how a conversation becomes ids and labels, and how it is saved. One implementation a family; see :mod:`alignkd.models.families`.
+
+Shapes: B samples, S positions, D width of the language model, M vision tokens of a whole batch, A answers.
 """
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from alignkd.models.images import ImagePreprocessor
-from alignkd.models.mobilevlm import MobileVlm
+from alignkd.batch import Batch
+from alignkd.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Vision:
+    """Vision tokens of a batch's images, one after the other, ``[M, D]``; ``passed`` is what decoding needs besides."""
+
+    tokens_MD: torch.Tensor
+    passed: Any = None
 
 
 @dataclass
-class Vlm:
-    """A loaded vision-language model with its tokenizer and image preprocessing."""
+class Vlm(ABC):
+    """A loaded vision-language model with its tokenizer."""
 
-    model: MobileVlm
+    family: ClassVar[str]
+    caches_tower: ClassVar[bool] = False
+    """Whether batches may carry ready features of the frozen tower instead of pixel values."""
+
+    model: Any
     tokenizer: Any
-    images: ImagePreprocessor
     folder: Path
-    default_template: str = "v1"
-    official_config: dict[str, Any] | None = None
 
     @property
+    @abstractmethod
+    def templates(self) -> tuple[str, ...]:
+        """Prompt templates it knows; the first is its own."""
+
+    @property
+    @abstractmethod
     def image_token_id(self) -> int:
-        """The id that stands for an image in ``input_ids``."""
-        return int(self.model.config.image_token_id)
+        """The id in ``input_ids`` of a place that vision tokens take."""
 
     @property
-    def vision_tokens_per_image(self) -> int:
-        """V: vision tokens one image becomes."""
-        return self.model.config.vision_tokens_per_image
+    @abstractmethod
+    def tokens_per_placeholder(self) -> int:
+        """Vision tokens that one such id becomes."""
 
     @property
-    def vision_grid(self) -> tuple[int, int]:
-        """Rows and columns of one image's vision tokens."""
-        side = int(self.model.config.projector_grid)
-        return side, side
+    @abstractmethod
+    def vision_tokens_per_image(self) -> int | None:
+        """V: vision tokens an image becomes, None where that depends on its size."""
+
+    @property
+    @abstractmethod
+    def tower(self) -> nn.Module:
+        """The vision tower, frozen."""
+
+    @property
+    @abstractmethod
+    def projector(self) -> nn.Module:
+        """What turns the tower's features into vision tokens; it is trained."""
+
+    @property
+    @abstractmethod
+    def decoder(self) -> Any:
+        """The language model without its head: ``layers``, each with a ``self_attn``."""
+
+    @abstractmethod
+    def encoder(self, template: str, max_length: int) -> Encoder:
+        """What makes inputs of samples.
+
+        Raises:
+            ValueError: it does not know the template.
+        """
+
+    @abstractmethod
+    def see(self, batch: Batch) -> Vision | None:
+        """Run tower and projector over a batch's images, or the projector over ready features; None without images."""
+
+    @abstractmethod
+    def decode(self, batch: Batch, vision: Vision | None, **kwargs: Any) -> torch.Tensor:
+        """Last hidden states ``[B, S, D]``, after the final norm; ``kwargs`` go down to each layer's attention function."""
+
+    @abstractmethod
+    def nothing_seen(self) -> torch.Tensor:
+        """Zero, with a zero gradient for the projector: of an image that no sample has."""
+
+    @abstractmethod
+    def image_fingerprint(self) -> str:
+        """Digest of everything that changes pixel values."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write model, tokenizer and preprocessing so that :func:`alignkd.models.loading.load_vlm` reads them."""
+
+    @property
+    def default_template(self) -> str:
+        """The template it was trained with."""
+        return self.templates[0]
+
+    @property
+    def text_config(self) -> Any:
+        """Configuration of the language model."""
+        return self.model.config.get_text_config()
+
+    @property
+    def head(self) -> Any:
+        """The output head: a linear layer, whose bias may be None."""
+        return self.model.get_output_embeddings()
 
     @property
     def vocabulary(self) -> int:
         """Width of the output head: logits per position."""
-        return int(self.model.config.text_config.vocab_size)
+        return int(self.head.weight.shape[0])
 
     @property
     def hidden_size(self) -> int:
         """D: width of the language model, and of a vision token."""
-        return int(self.model.config.text_config.hidden_size)
+        return int(self.text_config.hidden_size)
 
     @property
     def heads(self) -> int:
         """H: attention heads of a decoder layer."""
-        return int(self.model.config.text_config.num_attention_heads)
+        return int(self.text_config.num_attention_heads)
 
     @property
     def device(self) -> torch.device:
@@ -65,13 +140,32 @@ class Vlm:
         return self.model.device  # type: ignore[no-any-return]
 
     @property
-    def tower(self) -> nn.Module:
-        """The vision tower, frozen in MobileVLM's training code and here."""
-        return self.model.model.vision_tower  # type: ignore[no-any-return]
+    def dtype(self) -> torch.dtype:
+        """The type of its weights."""
+        return self.model.dtype  # type: ignore[no-any-return]
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills shorter samples of a batch; masked everywhere."""
+        found = self.tokenizer.pad_token_id
+        return int(found if found is not None else self.tokenizer.eos_token_id or 0)
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """What ends an answer."""
+        return [int(self.tokenizer.eos_token_id)]
 
     def freeze_tower(self) -> None:
-        """Keep the tower as it is: no gradients, evaluation mode."""
+        """Keep the tower as it is: no gradients, evaluation mode; a projector inside of it is trained all the same."""
+        trained = [parameter for parameter in self.projector.parameters() if parameter.requires_grad]
         self.tower.requires_grad_(False).eval()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    def generation_inputs(self, batch: Batch) -> Mapping[str, Any]:
+        """What ``model.generate`` takes besides ids and mask."""
+        # A batch of text alone must not name pixel values at all: generation would send None through the tower.
+        return {"pixel_values": batch.images.to(self.dtype)} if batch.images.numel() else {}
 
     def tokenizer_fingerprint(self) -> str:
         """Digest of the vocabulary, the special tokens and the ids of a probe text."""
@@ -86,6 +180,11 @@ class Vlm:
     def weights_fingerprint(self) -> str:
         """Digest of every parameter, in the dtype the model was loaded in."""
         return module_fingerprint(self.model)
+
+
+def fingerprint(settings: Any) -> str:
+    """SHA-256 over plain settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def module_fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:

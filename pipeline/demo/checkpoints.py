@@ -10,7 +10,7 @@ from transformers import CLIPVisionModel, LlamaConfig
 from alignkd.models.images import ImagePreprocessor
 from alignkd.models.loading import load_tokenizer, save_vlm
 from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
-from alignkd.models.vlm import Vlm
+from alignkd.models.mobilevlm_family import MobileVlmFamily
 from alignkd.pipeline.demo.data import Question
 from alignkd.pipeline.demo.tower import IMAGE_SETTINGS
 from alignkd.prompts import SYSTEM
@@ -85,6 +85,6 @@ def new_checkpoint(tokenizer_folder: Path, tower: CLIPVisionModel, size: Languag
     )
     model = MobileVlm(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
-    vlm = Vlm(model, tokenizer, ImagePreprocessor(IMAGE_SETTINGS, "pad"), tokenizer_folder)
+    vlm = MobileVlmFamily(model, tokenizer, tokenizer_folder, ImagePreprocessor(IMAGE_SETTINGS, "pad"))
     save_vlm(vlm, folder, official=True)
     return folder

@@ -12,12 +12,14 @@ import numpy as np
 from alignkd.capture import enable_capture
 from alignkd.models.images import to_display
 from alignkd.models.loading import load_vlm
+from alignkd.models.mobilevlm_family import MobileVlmFamily
 from alignkd.objective import TERMS
 from alignkd.pipeline.demo.data import EasyVqa, Question
 from alignkd.pipeline.pictures import Figure, image_heat, overlay, plt
 from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer
 from alignkd.pipeline.samples import Sample, parse_sample
 from alignkd.pipeline.show import captured_arrays
+from alignkd.regions import region
 
 if TYPE_CHECKING:
     from alignkd.pipeline.demo.run import DemoConfig, Paths
@@ -152,13 +154,14 @@ def attention_pictures(config: "DemoConfig", paths: "Paths", data: EasyVqa, devi
     figure, axes = plt.subplots(count, 1 + len(models), figsize=(2.0 * (1 + len(models)), 2.25 * count), squeeze=False)
     for column, (name, folder) in enumerate(models.items(), start=1):
         vlm = load_vlm(folder, device=device)
-        enable_capture(vlm.model)
+        assert isinstance(vlm, MobileVlmFamily)
+        enable_capture(vlm)
         preparer = Preparer.of(vlm, template=vlm.default_template, max_length=DEFAULT_MAX_LENGTH, image_root=data.root)
         for row, question in enumerate(chosen):
             prepared = preparer(_as_sample(question))
             arrays = captured_arrays(vlm, prepared)
             picture = to_display(prepared.input.images[0], vlm.images)
-            heat = image_heat(arrays["attention_HTV"], 0, vlm.vision_tokens_per_image, vlm.vision_grid)
+            heat = image_heat(arrays["attention_HTV"], region(0, vlm.vision_grid)[None], 0)
             share = arrays["attention_HTV"].sum(axis=2).mean()
             overlay(axes[row, column], picture, heat, f"{name}\n{share:.0%} on the image")
             axes[row, 0].imshow(picture)

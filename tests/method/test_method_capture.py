@@ -26,7 +26,7 @@ def vlm(tiny_folder):
 
 def run(vlm, samples, **kwargs):
     batch = batch_of(vlm, samples)
-    captured = capture(vlm.model, batch, **kwargs)
+    captured = capture(vlm, batch, **kwargs)
     return batch, captured, vlm.model.lm_head(captured.hidden_AD)
 
 
@@ -38,7 +38,7 @@ def cut(batch, captured, logits, i):
 
 
 def q_and_k(vlm):
-    layer = first_attention(vlm.model)
+    layer = first_attention(vlm)
     return [layer.q_proj.weight, layer.k_proj.weight]
 
 
@@ -145,8 +145,8 @@ def test_other_ids_in_the_padding_change_nothing(vlm):
     samples = mixture(vlm)
     with torch.no_grad():
         first = run(vlm, samples)
-        batch = collate(samples, vision_tokens_per_image=vlm.vision_tokens_per_image, pad_token_id=77)
-        captured = capture(vlm.model, batch)
+        batch = collate(samples, tokens_per_placeholder=vlm.vision_tokens_per_image, pad_token_id=77)
+        captured = capture(vlm, batch)
     torch.testing.assert_close(captured.attention_BHTV, first[1].attention_BHTV, rtol=0, atol=0)
     torch.testing.assert_close(captured.hidden_AD, first[1].hidden_AD, rtol=0, atol=0)
 
@@ -204,11 +204,11 @@ def test_outputs_are_the_same_with_capture_on_and_off(tiny):
     inputs = {"input_ids": batch.input_ids_BS, "attention_mask": batch.attention_mask_BS, "pixel_values": batch.images}
     with torch.no_grad():
         untouched = tiny.model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.answer_positions_A]
-        on = tiny.model.lm_head(capture(tiny.model, batch).hidden_AD)
-        off = tiny.model.lm_head(capture(tiny.model, batch, attention=False).hidden_AD)
+        on = tiny.model.lm_head(capture(tiny, batch).hidden_AD)
+        off = tiny.model.lm_head(capture(tiny, batch, attention=False).hidden_AD)
     assert torch.equal(on, off)
     torch.testing.assert_close(on, untouched, rtol=0, atol=1e-5)
-    assert capture(tiny.model, batch, attention=False).attention_BHTV is None
+    assert capture(tiny, batch, attention=False).attention_BHTV is None
 
 
 def test_nothing_of_an_earlier_batch_is_left_in_the_next(vlm):

@@ -35,7 +35,7 @@ from alignkd.models.loading import load_vlm, save_vlm
 def outputs(vlm, seed=0):
     batch = batch_of(vlm, [sample(vlm, [1, 5, IMAGE, 7, 8, 9, 10], seed=seed), sample(vlm, [1, 11, 12, 13], answers=2)])
     with torch.no_grad():
-        captured = capture(vlm.model, batch)
+        captured = capture(vlm, batch)
         return captured.attention_BHTV, captured.vision_BVD, vlm.model.lm_head(captured.hidden_AD)
 
 
@@ -52,7 +52,7 @@ def assert_matches_restatement(vlm, state, config, tower):
         expected = reference(state, config, tower, one.input_ids, one.images)
         batch = batch_of(vlm, [one])
         with torch.no_grad():
-            captured = capture(vlm.model, batch)
+            captured = capture(vlm, batch)
             logits = vlm.model.lm_head(captured.hidden_AD)
         attention = expected.attention[:, batch.text_rows_BT[0]][:, :, batch.vision_columns_BV[0]]
         torch.testing.assert_close(captured.attention_BHTV[0], attention, rtol=0, atol=1e-5)
@@ -392,7 +392,7 @@ def test_generation_works_after_a_capture_of_the_same_length(tiny):
     inputs = inputs_for(tiny)
     settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     before = tiny.model.generate(**inputs, **settings)
-    capture(tiny.model, batch_of(tiny, [sample(tiny, ids, seed=s) for s in range(3)]))
+    capture(tiny, batch_of(tiny, [sample(tiny, ids, seed=s) for s in range(3)]))
     assert tiny.model.generate(**inputs, **settings).tolist() == before.tolist()
 
 
@@ -415,7 +415,7 @@ def test_lora_adapters_are_captured_too(tiny):
     from peft import LoraConfig, get_peft_model
 
     one = sample(tiny, [1, 5, 6, IMAGE, 7, 8, 9, 10])
-    before = capture(tiny.model, batch_of(tiny, [one])).attention_BHTV
+    before = capture(tiny, batch_of(tiny, [one])).attention_BHTV
     config = LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|k_proj)", init_lora_weights=False)
     model = get_peft_model(tiny.model, config).get_base_model()
     captured = capture(model, batch_of(tiny, [one])).attention_BHTV

@@ -71,7 +71,7 @@ def test_attention_vision_tokens_logits_and_loss_are_those_of_the_reference(gold
     vlm = golden_models[model]
     batch = batch_of(vlm, [prepared(vlm, template, name)])
     with torch.no_grad():
-        captured = capture(vlm.model, batch)
+        captured = capture(vlm, batch)
         logits = vlm.model.lm_head(captured.hidden_AD)
     assert_golden(vlm, model, template, name, captured.attention_BHTV[0], captured.vision_BVD[0], logits, batch.answer_ids_A)
 
@@ -81,7 +81,7 @@ def test_one_batch_of_every_sample_and_both_templates_gives_the_values_of_the_re
     vlm = golden_models[model]
     batch = batch_of(vlm, [prepared(vlm, template, name) for template, name in CASES])
     with torch.no_grad():
-        captured = capture(vlm.model, batch)
+        captured = capture(vlm, batch)
         logits = vlm.model.lm_head(captured.hidden_AD)
     for i, (template, name) in enumerate(CASES):
         rows, mine = int(batch.text_mask_BT[i].sum()), batch.answer_samples_A == i

@@ -103,7 +103,7 @@ def test_norms_stay_on_the_device_of_the_parameters(net, x):
 def test_gradients_of_recipes_of_one_term_add_up_to_that_of_the_whole(tiny):
     batch = batch_of(tiny, mixture(tiny))
     with torch.no_grad():
-        captured = capture(tiny.model, batch)
+        captured = capture(tiny, batch)
         targets = Targets(
             captured.attention_BHTV * 0.5, captured.vision_BVD + 1, exact_answers(tiny, captured.hidden_AD * 0.5, 20)
         )

@@ -32,7 +32,7 @@ def teacher(tmp_path_factory):
 
 def targets_of(teacher, batch, k=20):
     with torch.no_grad():
-        captured = capture(teacher.model, batch)
+        captured = capture(teacher, batch)
         return Targets(captured.attention_BHTV, captured.vision_BVD, exact_answers(teacher, captured.hidden_AD, k))
 
 
@@ -126,7 +126,7 @@ def test_every_term_is_the_function_of_its_name(tiny, teacher):
     batch = batch_of(tiny, mixture(tiny))
     targets = targets_of(teacher, batch)
     with torch.no_grad():
-        captured = capture(tiny.model, batch)
+        captured = capture(tiny, batch)
         logits = tiny.model.lm_head(captured.hidden_AD)
         masks = batch.text_mask_BT, batch.vision_mask_BV
         vision = objective.width_map.map(captured.vision_BVD), targets.vision_BVD

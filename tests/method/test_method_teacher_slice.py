@@ -20,12 +20,12 @@ from alignkd.teacher_slice import GROUPS, TeacherSlice, check_sliceable, describ
 
 
 def slice_of(vlm, *, tower=True, **options):
-    return TeacherSlice(describe_slice(vlm.model), slice_tensors(vlm.model, tower=tower), **options)
+    return TeacherSlice(describe_slice(vlm.model), slice_tensors(vlm, tower=tower), **options)
 
 
 def captured_targets(vlm, batch):
     with torch.no_grad():
-        captured = capture(vlm.model, batch)
+        captured = capture(vlm, batch)
     return captured.attention_BHTV, captured.vision_BVD
 
 
@@ -147,7 +147,7 @@ def test_vision_tokens_alone_cost_no_attention(tiny):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_slice_computes_in_the_dtype_of_its_teacher_whatever_the_student_computes_in(tiny_folder, dtype):
     vlm = load_vlm(tiny_folder, dtype=dtype)
-    tensors = slice_tensors(vlm.model, tower=True)
+    tensors = slice_tensors(vlm, tower=True)
     assert {flat.dtype for flat in tensors.values()} == {dtype}
     part = TeacherSlice(describe_slice(vlm.model), tensors)
     batch = batch_of(vlm, mixture(vlm))
@@ -160,7 +160,7 @@ def test_a_slice_computes_in_the_dtype_of_its_teacher_whatever_the_student_compu
 
 
 def test_stored_tensors_are_used_in_place(tiny):
-    tensors = slice_tensors(tiny.model, tower=True)
+    tensors = slice_tensors(tiny, tower=True)
     part = TeacherSlice(describe_slice(tiny.model), tensors)
     held = {parameter.untyped_storage().data_ptr() for parameter in part.model.parameters()}
     assert held == {flat.untyped_storage().data_ptr() for flat in tensors.values()}
@@ -168,7 +168,7 @@ def test_stored_tensors_are_used_in_place(tiny):
 
 
 def test_making_a_slice_draws_no_random_numbers_of_the_run(tiny):
-    description, tensors = describe_slice(tiny.model), slice_tensors(tiny.model, tower=True)
+    description, tensors = describe_slice(tiny.model), slice_tensors(tiny, tower=True)
     before = torch.get_rng_state()
     TeacherSlice(description, tensors)
     assert torch.equal(torch.get_rng_state(), before)
@@ -212,7 +212,7 @@ def test_losses_and_gradients_are_those_of_captured_targets(golden_models, recip
     teacher, student = golden_models["teacher"], load_vlm(golden_models["student"].folder)
     batch, recipe = golden_batch(student), get_recipe(recipe, overrides)
     with torch.no_grad():
-        captured = capture(teacher.model, batch)
+        captured = capture(teacher, batch)
         answers = exact_answers(teacher, captured.hidden_AD, 64)
     attention = captured.attention_BHTV.mean(1, keepdim=True) if head_mean else captured.attention_BHTV
     given = Targets(attention, captured.vision_BVD, answers)
@@ -291,11 +291,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("change", REFUSED)
 def test_a_teacher_whose_first_scores_need_more_is_refused_by_name(tiny, change):
-    check_sliceable(tiny.model)
+    check_sliceable(tiny)
     spoil, words = REFUSED[change]
     spoil(tiny.model)
     with pytest.raises(ValueError, match=f"cannot be recomputed from a slice: .*{words}.*--alignment targets"):
-        slice_tensors(tiny.model, tower=True)
+        slice_tensors(tiny, tower=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -303,19 +303,19 @@ def test_a_teacher_with_numbers_that_are_not_finite_is_refused_by_name(tiny, val
     with torch.no_grad():
         tiny.model.model.multi_modal_projector.mlp.mlp[0].bias[3] = value
     with pytest.raises(ValueError, match=r"multi_modal_projector\.mlp\.mlp\.0\.bias holds NaN or infinite"):
-        slice_tensors(tiny.model, tower=True)
+        slice_tensors(tiny, tower=True)
 
 
 def test_a_teacher_of_mixed_dtypes_is_refused(tiny):
     tiny.model.model.multi_modal_projector.half()
     tiny.model.model.multi_modal_projector.mlp.mlp[0].float()
     with pytest.raises(ValueError, match=r"projector holds torch\.float16, torch\.float32: expected one"):
-        slice_tensors(tiny.model, tower=True)
+        slice_tensors(tiny, tower=True)
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_tensors_that_are_not_those_of_the_description_are_refused(tiny, group):
-    tensors = slice_tensors(tiny.model, tower=True)
+    tensors = slice_tensors(tiny, tower=True)
     for wrong in (tensors[group][:-1], tensors[group].view(1, -1), tensors[group].int()):
         with pytest.raises(ValueError, match=f"the slice's {group} holds"):
             TeacherSlice(describe_slice(tiny.model), tensors | {group: wrong})
@@ -337,14 +337,14 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("part", "name", "value"), HOSTILE, ids=[f"{part} {name} {value}" for part, name, value in HOSTILE])
 def test_a_hostile_description_is_refused_before_anything_is_allocated(tiny, part, name, value):
-    tensors, description = slice_tensors(tiny.model, tower=True), describe_slice(tiny.model)
+    tensors, description = slice_tensors(tiny, tower=True), describe_slice(tiny.model)
     description[part] = {**description[part], name: value}
     with pytest.raises(ValueError, match="slice"):
         TeacherSlice(description, tensors)
 
 
 def test_a_description_that_lacks_something_or_names_something_else(tiny):
-    tensors, description = slice_tensors(tiny.model, tower=True), describe_slice(tiny.model)
+    tensors, description = slice_tensors(tiny, tower=True), describe_slice(tiny.model)
     with pytest.raises(ValueError, match=r"not the description of a teacher's slice \(KeyError: 'vision'"):
         TeacherSlice({k: v for k, v in description.items() if k != "vision"}, tensors)
     # What is not of the description is not heard: such names load code in transformers' configurations.

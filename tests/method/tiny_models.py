@@ -282,7 +282,7 @@ def mixture(vlm: Vlm) -> list[ModelInput]:
 
 
 def batch_of(vlm: Vlm, samples: list[ModelInput]) -> Batch:
-    return collate(samples, vision_tokens_per_image=vlm.vision_tokens_per_image, pad_token_id=0)
+    return collate(samples, tokens_per_placeholder=vlm.vision_tokens_per_image, pad_token_id=0)
 
 
 def eager_attention(vlm: Vlm, one: ModelInput) -> torch.Tensor:

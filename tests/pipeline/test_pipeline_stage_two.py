@@ -100,7 +100,7 @@ def test_cached_targets_give_the_loss_and_gradients_of_targets_made_online(
     whole = training_set(student_vlm, data, cache, recipe.needs)
     items = [whole[i] for i in range(len(whole))]
     cached = whole.collate(items)
-    enable_capture(teacher_vlm.model)
+    enable_capture(teacher_vlm)
     inputs = [item.input for item in items]
     codec = codec_of(teacher_vlm, cache)
     output = run_teacher(teacher_vlm, cached["batch"], inputs, settings, codec, [sample.key for sample in whole.samples])
@@ -177,7 +177,7 @@ def test_the_student_loads_again_from_both_layouts_with_identical_outputs(run, s
         assert vlm.tokenizer_fingerprint() == student_vlm.tokenizer_fingerprint()
         assert vlm.images.fingerprint() == student_vlm.images.fingerprint()
         with torch.no_grad():
-            captured.append(capture(vlm.model, batch))
+            captured.append(capture(vlm, batch))
     assert torch.equal(captured[0].hidden_AD, captured[1].hidden_AD)
     assert torch.equal(captured[0].attention_BHTV, captured[1].attention_BHTV)
     assert torch.equal(captured[0].vision_BVD, captured[1].vision_BVD)

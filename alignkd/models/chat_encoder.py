@@ -1,0 +1,289 @@
+"""Prompts through a model's own processor and chat template, with exact labels.
+
+1. The template renders the conversation, each turn's text between two marks, which are taken out again: so the characters of
+   every turn are known, whatever the template adds, moves or strips.
+2. The processor prepares images, writes as many placeholders as each image has vision tokens, and splits the text; it tells
+   which characters each token covers, and by how much the placeholders moved them.
+3. A token is supervised where it covers characters of an answer, or closes its turn.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from alignkd.batch import ModelInput
+from alignkd.encoder import Planned
+from alignkd.models.processors import load_processor
+from alignkd.prompts import IGNORE, IMAGE_TAG, PromptError, Turns
+from alignkd.regions import stack
+
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+"""Unicode's non-characters: no text may hold them, so they mark without being mistaken."""
+_ROLES = {"human": "user", "gpt": "assistant"}
+_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
+_TEXT = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets", *_TOKEN_INPUTS)
+
+
+class RegionsOf(Protocol):
+    """Where the vision tokens of an image lie."""
+
+    def __call__(
+        self, processor: Any, outputs: Mapping[str, Any], index: int, size: tuple[int, int], tokens: int
+    ) -> list[np.ndarray]:
+        """Regions of the ``index``-th image of a sample, of ``size`` (width, height) and with ``tokens`` vision tokens.
+
+        ``outputs``: what the processor gave for all images.
+        """
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text, and the characters of each turn's parts: ``(turn, start, end)`` in order."""
+
+    text: str
+    parts: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Processed:
+    """What the processor made: ids, the characters ``[L, 2]`` of each, and where placeholders moved the rendered text.
+
+    ``moved``: for each image the end of its placeholder before and after, and how many vision tokens it has.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    moved: list[tuple[int, int, int]]
+    outputs: Mapping[str, Any]
+
+
+@dataclass
+class ChatEncoder:
+    """An :class:`alignkd.encoder.Encoder` of Pillow images."""
+
+    folder: Path
+    model_type: str
+    image_token_id: int
+    image_inputs: frozenset[str]
+    regions: RegionsOf
+    max_length: int
+    template: str = "chat"
+    needs_sizes = True
+    processor: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.processor = self.processor or load_processor(self.folder, self.model_type)
+        self.tokenizer = self.processor.tokenizer
+        self._specials = sorted(map(str, self.tokenizer.all_special_tokens), key=len, reverse=True)
+        self._closing = ""
+        self._placeholders = lru_cache(4096)(self._count_placeholders)
+        if not self._closes(self.render([("human", "a"), ("gpt", "b")], 0)):
+            self._closing = str(self.tokenizer.eos_token)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the processor behind: its class is made when it is loaded, and no other process knows it."""
+        kept = ("folder", "model_type", "image_token_id", "image_inputs", "regions", "max_length", "template")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, processor=None)
+        self.__post_init__()
+
+    def load(self, image: Image.Image) -> Image.Image:
+        """The image as it is."""
+        return image
+
+    def plan(self, turns: Turns, images: int, sizes: Sequence[tuple[int, int]] = ()) -> Planned:
+        """The length; ids wait for the images."""
+        rendered = self.render(turns, images)
+        ids = self.tokenizer(rendered.text, add_special_tokens=self._adds_start(rendered.text)).input_ids
+        return Planned(len(ids) + sum(self._placeholders(size) for size in sizes))
+
+    def finish(self, turns: Turns, planned: Planned, images: Sequence[Image.Image]) -> tuple[ModelInput, bool]:
+        """Ids, labels, pixel values and all else the model takes."""
+        rendered = self.render(turns, len(images))
+        processed = self.process(rendered, images)
+        spans = self._spans(rendered, processed, turns)
+        answers = [(start, end) for turn, start, end in self._ends(rendered) if turns[turn][0] == "gpt"]
+        labels = np.where(_covers(processed, answers), processed.ids, IGNORE)
+        return self._cut(processed, labels, spans, images)
+
+    def question(self, turns: Turns, images: Sequence[Image.Image]) -> ModelInput:
+        """The prompt up to the last answer, with the template's own opening of it."""
+        if not turns or turns[-1][0] != "gpt":
+            raise PromptError("the last turn must be the answer ('gpt') to compare with")
+        processed = self.process(self.render(turns[:-1], len(images), opened=True), images)
+        return self._input(processed, np.full_like(processed.ids, IGNORE), np.zeros((len(processed.ids), 2), np.int32), images)
+
+    def render(self, turns: Turns, images: int, *, opened: bool = False) -> Rendered:
+        """The conversation as text; ``opened``: an answer is about to begin."""
+        messages, owners = [], []
+        for number, (speaker, text) in enumerate(turns):
+            if speaker != ("human", "gpt")[number % 2]:
+                raise PromptError(f"turn {number} is from {speaker!r}; turns must alternate human, gpt")
+            content: list[dict[str, str]] = []
+            answer = speaker == "gpt"
+            for position, part in enumerate(text.split(IMAGE_TAG) if images else [text]):
+                content += [{"type": "image"}] if position else []
+                part = part.strip()
+                self._check_part(part)
+                if part or answer:
+                    end = self._closing if answer else ""
+                    content.append({"type": "text", "text": f"{_OPEN}{part}{end}{_CLOSE}"})
+                    owners.append(number)
+            messages.append({"role": _ROLES[speaker], "content": content})
+        shown = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if shown != images:
+            raise PromptError(f"its text names {shown} images, the sample has {images}")
+        return self._unmark(self.apply_template(messages, opened=opened), owners)
+
+    def apply_template(self, messages: list[dict[str, Any]], *, opened: bool) -> str:
+        """The chat template's text."""
+        try:
+            text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+        except Exception as error:  # templates raise what they like
+            raise PromptError(f"the chat template refuses it: {str(error)[:200]}") from error
+        return text
+
+    def _check_part(self, part: str) -> None:
+        if _OPEN in part or _CLOSE in part:
+            raise PromptError("its text holds U+FDD0 or U+FDD1, which are no characters")
+        found = next((token for token in self._specials if token in part), None)
+        if found is not None:
+            raise PromptError(f"its text holds the special token {found!r}, which the model would not read as text")
+
+    def _unmark(self, marked: str, owners: list[int]) -> Rendered:
+        text, parts, start = "", [], None
+        for piece in re.split(f"([{_OPEN}{_CLOSE}])", marked):
+            if piece == _OPEN:
+                start = len(text)
+            elif piece == _CLOSE:
+                assert start is not None
+                parts.append((start, len(text)))
+            else:
+                text += piece
+        if len(parts) != len(owners):
+            raise PromptError(f"the chat template left out {len(owners) - len(parts)} of its {len(owners)} texts")
+        return Rendered(text, [(owner, *part) for owner, part in zip(owners, parts, strict=True)])
+
+    def _closes(self, rendered: Rendered) -> bool:
+        """Whether a special token follows the last answer."""
+        return any(rendered.text[rendered.parts[-1][2] :].lstrip().startswith(token) for token in self._specials)
+
+    def _ends(self, rendered: Rendered) -> list[tuple[int, int, int]]:
+        """The parts, each with the special token that follows it at once: for an answer, the end of its turn."""
+        found = []
+        for turn, start, end in rendered.parts:
+            rest = rendered.text[end:]
+            space = len(rest) - len(rest.lstrip())
+            token = next((token for token in self._specials if rest[space:].startswith(token)), "")
+            found.append((turn, start, end + space + len(token) if token else end))
+        return found
+
+    def _adds_start(self, text: str) -> bool:
+        """Whether the tokenizer adds its start token: not where the template wrote one."""
+        start = self.tokenizer.bos_token
+        return start is None or not text.startswith(start)
+
+    def process(self, rendered: Rendered, images: Sequence[Image.Image]) -> Processed:
+        """Run the processor over one conversation."""
+        try:
+            outputs = self.processor(
+                text=[rendered.text],
+                images=[list(images)] if images else None,
+                add_special_tokens=self._adds_start(rendered.text),
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+            )
+        except Exception as error:  # processors raise what they like
+            raise PromptError(f"the model's processor refuses it ({type(error).__name__}: {str(error)[:200]})") from error
+        replaced = (outputs.get("text_replacement_offsets") or [[]])[0]
+        token = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+        moved = [(r["span"][1], r["new_span"][1], r["replacement"].count(token)) for r in replaced]
+        ids, offsets = np.asarray(outputs["input_ids"][0]), np.asarray(outputs["offset_mapping"][0])
+        return Processed(ids, offsets.reshape(-1, 2), moved, outputs)
+
+    def _spans(self, rendered: Rendered, processed: Processed, turns: Turns) -> np.ndarray:
+        """Which of the conversation's characters each id stands for: see :mod:`alignkd.spans`."""
+        del turns
+        counted = np.zeros(len(rendered.text) + 1, dtype=np.int64)
+        for turn, start, end in rendered.parts:
+            end -= len(self._closing) if turn % 2 else 0
+            counted[start + 1 : end + 1] = [not character.isspace() for character in rendered.text[start:end]]
+        counted = counted.cumsum()
+        start, end = (counted[_before(edge, processed, len(rendered.text))] for edge in processed.offsets.T)
+        return np.stack([start, end], axis=1).astype(np.int32)
+
+    def _cut(
+        self, processed: Processed, labels: np.ndarray, spans: np.ndarray, images: Sequence[Image.Image]
+    ) -> tuple[ModelInput, bool]:
+        """Text beyond the maximum length is cut off; vision tokens do not count."""
+        vision = processed.ids == self.image_token_id
+        length = int(np.searchsorted((~vision).cumsum(), self.max_length, side="right"))
+        truncated = length < len(processed.ids)
+        if vision[length:].any():
+            raise PromptError(f"an image lies beyond the maximum length of {self.max_length} ids")
+        if not (labels[1:length] != IGNORE).any():
+            where = f" within {self.max_length} ids" if truncated else ""
+            raise PromptError(f"no supervised token{where}: the answer is empty or cut off")
+        return self._input(processed, labels, spans, images, length), truncated
+
+    def _input(
+        self,
+        processed: Processed,
+        labels: np.ndarray,
+        spans: np.ndarray,
+        images: Sequence[Image.Image],
+        length: int | None = None,
+    ) -> ModelInput:
+        outputs = processed.outputs
+        given = {name: _tensor(value) for name, value in outputs.items() if name in self.image_inputs and name not in _TEXT}
+        regions = [
+            region
+            for index, (image, (_, _, tokens)) in enumerate(zip(images, processed.moved, strict=True))
+            for region in self.regions(self.processor, outputs, index, image.size, tokens)
+        ]
+        return ModelInput(
+            processed.ids[:length],
+            labels[:length],
+            given.pop("pixel_values", torch.zeros(0)),
+            {name: np.asarray(outputs[name][0])[:length] for name in _TOKEN_INPUTS if name in outputs},
+            given,
+            stack(regions),
+            spans[:length],
+        )
+
+    def _count_placeholders(self, size: tuple[int, int]) -> int:
+        """How many more ids a text has with an image of this size."""
+        rendered = self.render([("human", f"{IMAGE_TAG}\na"), ("gpt", "b")], 1)
+        without = self.tokenizer(rendered.text, add_special_tokens=self._adds_start(rendered.text)).input_ids
+        return len(self.process(rendered, [Image.new("RGB", size)]).ids) - len(without)
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
+
+
+def _before(edge_L: np.ndarray, processed: Processed, longest: int) -> np.ndarray:
+    """Characters of the processor's text, as characters of the rendered text it was made of."""
+    moved = edge_L.copy()
+    for end, new_end, _ in processed.moved:
+        moved = np.where(edge_L >= new_end, edge_L - (new_end - end), moved)
+    return moved.clip(0, longest)
+
+
+def _covers(processed: Processed, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Which ids cover a character of the ranges ``(start, end)`` of the rendered text, ``[L]`` of bool."""
+    longest = int(max([end for _, end in ranges], default=0)) + int(processed.offsets.max(initial=0))
+    start_L, end_L = (_before(edge, processed, longest) for edge in processed.offsets.T)
+    found = np.zeros(len(processed.ids), dtype=bool)
+    for start, end in ranges:
+        found |= (start_L < end) & (end_L > start)
+    return found

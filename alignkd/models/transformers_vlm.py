@@ -1,0 +1,193 @@
+"""What most families of transformers have in common: one image token a vision token, and an encoder that can run by itself.
+
+A family adds what differs: where its parts are, and where its vision tokens lie in an image.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from alignkd.batch import Batch, ModelInput, collate
+from alignkd.models.chat_encoder import ChatEncoder
+from alignkd.models.vlm import Vision, Vlm, fingerprint
+from alignkd.prompts import check_template
+from alignkd.regions import no_place
+
+
+@dataclass
+class TransformersVlm(Vlm):
+    """A model of :class:`transformers.AutoModelForImageTextToText` with its processor."""
+
+    family: ClassVar[str] = "transformers"
+    tower_path: ClassVar[str] = "model.vision_tower"
+    projector_path: ClassVar[str] = "model.multi_modal_projector"
+
+    processor: Any
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The chat template of its processor."""
+        return ("chat",)
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that each vision token's place has."""
+        config = self.model.config
+        found = getattr(config, "image_token_id", None)
+        return int(found if found is not None else config.image_token_index)
+
+    @property
+    def tokens_per_placeholder(self) -> int:
+        """Its processor writes one id for each vision token."""
+        return 1
+
+    @property
+    def vision_tokens_per_image(self) -> int | None:
+        """It may depend on the image."""
+        return None
+
+    @property
+    def tower(self) -> nn.Module:
+        """Kept frozen."""
+        return self.model.get_submodule(self.tower_path)  # type: ignore[no-any-return]
+
+    @property
+    def projector(self) -> nn.Module:
+        """Between tower and language model."""
+        return self.model.get_submodule(self.projector_path)  # type: ignore[no-any-return]
+
+    @property
+    def decoder(self) -> Any:
+        """The language model without its head."""
+        return self.model.get_decoder()
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Those of its generation settings, and the tokenizer's."""
+        found = self.model.generation_config.eos_token_id
+        ids = {*(found if isinstance(found, list) else [found]), self.tokenizer.eos_token_id}
+        return sorted(int(token) for token in ids if token is not None)
+
+    def encoder(self, template: str, max_length: int) -> ChatEncoder:
+        """See :class:`alignkd.models.vlm.Vlm`."""
+        check_template(template, self.templates)
+        return ChatEncoder(
+            self.folder,
+            self.model.config.model_type,
+            self.image_token_id,
+            self._image_inputs | {"pixel_values"},
+            self.regions,
+            max_length,
+            processor=self.processor,
+        )
+
+    @staticmethod
+    def regions(
+        processor: Any,
+        outputs: Mapping[str, Any],
+        index: int,
+        size: tuple[int, int],
+        tokens: int,
+    ) -> list[np.ndarray]:
+        """A family that does not know gives no place."""
+        return [no_place(index, tokens)]
+
+    def check(self) -> None:
+        """Refuse a model that the contract does not fit.
+
+        Raises:
+            ValueError: names what is missing.
+        """
+        kind, missing = self.model.config.model_type, []
+        base = getattr(self.model, "model", None)
+        takes = inspect.signature(base.forward).parameters if base is not None else {}
+        if not hasattr(base, "get_image_features") or "mm_encoder_outputs" not in takes:
+            missing.append("an encoder of images that runs by itself")
+        layers = getattr(self.decoder, "layers", None)
+        if not layers or not hasattr(layers[0], "self_attn"):
+            missing.append("self-attention in its first layer")
+        if self.head is None:
+            missing.append("an output head")
+        if missing:
+            raise ValueError(f"{self.folder}: a model of type {kind!r} lacks {', '.join(missing)}: it cannot be aligned")
+
+    def see(self, batch: Batch) -> Vision | None:
+        """Run the model's own encoder of images."""
+        if not batch.images.numel():
+            return None
+        given = {name: value for name, value in batch.image_inputs.items() if name in self._feature_inputs}
+        passed = self.model.model.get_image_features(pixel_values=self._pixels(batch), **given, return_dict=True)
+        return Vision(_flat(passed.pooler_output), passed)
+
+    def decode(self, batch: Batch, vision: Vision | None, **kwargs: Any) -> torch.Tensor:
+        """See :class:`alignkd.models.vlm.Vlm`."""
+        given: dict[str, Any] = {name: value for name, value in self._extra(batch).items() if name in self._forward_inputs}
+        if vision is not None:
+            given["mm_encoder_outputs"] = {"image": vision.passed}
+        output = self.model.model(
+            input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS.long(), use_cache=False, **given, **kwargs
+        )
+        hidden_BSD: torch.Tensor = output.last_hidden_state
+        return hidden_BSD
+
+    def nothing_seen(self) -> torch.Tensor:
+        """Of a grey image."""
+        vision = self.see(self.batch_of([self._grey]).to(self.device))
+        assert vision is not None
+        return vision.tokens_MD.float().sum() * 0.0
+
+    @cached_property
+    def _grey(self) -> ModelInput:
+        encoder = self.encoder(self.default_template, 2**20)
+        return encoder.question([("human", "<image>\na"), ("gpt", "b")], [Image.new("RGB", (64, 64), (128, 128, 128))])
+
+    def batch_of(self, inputs: list[ModelInput]) -> Batch:
+        """Inputs of this family in one batch."""
+        return collate(inputs, tokens_per_placeholder=1, pad_token_id=self.pad_token_id, image_token_id=self.image_token_id)
+
+    def generation_inputs(self, batch: Batch) -> Mapping[str, Any]:
+        """See :class:`alignkd.models.vlm.Vlm`."""
+        pixels = {"pixel_values": self._pixels(batch)} if batch.images.numel() else {}
+        return {**pixels, **self._extra(batch)}
+
+    def image_fingerprint(self) -> str:
+        """Of the image processor's settings."""
+        return fingerprint(self.processor.image_processor.to_dict())
+
+    def save(self, folder: Path) -> None:
+        """With transformers' own means."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def _pixels(self, batch: Batch) -> torch.Tensor:
+        return batch.images.to(self.dtype)
+
+    def _extra(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {**batch.image_inputs, **batch.token_inputs}
+
+    @cached_property
+    def _feature_inputs(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.model.model.get_image_features).parameters)
+
+    @cached_property
+    def _forward_inputs(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.model.model.forward).parameters)
+
+    @property
+    def _image_inputs(self) -> frozenset[str]:
+        return self._feature_inputs | self._forward_inputs
+
+
+def _flat(features: Any) -> torch.Tensor:
+    """Features by image, however they come, to ``[M, D]``."""
+    if isinstance(features, torch.Tensor):
+        return features.reshape(-1, features.shape[-1])
+    return torch.cat([_flat(part) for part in features])
