@@ -34,6 +34,8 @@ def load_vlm(
     folder = Path(folder)
     config = read_config(folder)
     kind = config.get("model_type")
+    if kind is None:
+        raise ValueError(f"{folder}/config.json names no model_type: what kind of model it is cannot be known")
     if kind not in ("mobilevlm", MobileVlmConfig.model_type):
         return _read_transformers(folder, str(kind), dtype, device)
     tokenizer = load_tokenizer(folder)

@@ -418,7 +418,7 @@ def test_lora_adapters_are_captured_too(tiny):
     before = capture(tiny, batch_of(tiny, [one])).attention_BHTV
     config = LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|k_proj)", init_lora_weights=False)
     model = get_peft_model(tiny.model, config).get_base_model()
-    captured = capture(model, batch_of(tiny, [one])).attention_BHTV
+    captured = capture(tiny, batch_of(tiny, [one])).attention_BHTV
     captured.square().sum().backward()
     assert (captured - before).abs().max() > 1e-4
     torch.testing.assert_close(captured[0].detach(), eager_attention(tiny, one).detach(), rtol=0, atol=1e-5)

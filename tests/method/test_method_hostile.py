@@ -255,8 +255,8 @@ def test_a_configuration_that_is_no_object_is_refused(folder, text, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llava"}, "model_type is 'llava'; known are 'mobilevlm'"),
-        ({"model_type": ...}, "model_type is None"),
+        ({"model_type": "llama"}, "model_type is 'llama', which is no vision-language model"),
+        ({"model_type": ...}, "names no model_type"),
         ({"mm_projector_type": "ldpnet"}, "mm_projector_type is 'ldpnet'; known is 'ldpnetv2'"),
         ({"mm_projector_type": ...}, "mm_projector_type is None"),
         ({"mm_vision_tower": ...}, "names no mm_vision_tower"),

@@ -288,7 +288,7 @@ def test_turns_that_do_not_alternate_are_refused(tokenizer, turns):
 
 
 def test_an_unknown_template_is_refused_by_name(tokenizer):
-    with pytest.raises(ValueError, match="template is 'v2'; known are plain, v1"):
+    with pytest.raises(ValueError, match="template is 'v2'; known are v1, plain"):
         encode([("human", "a"), ("gpt", "b")], "v2", tokenizer)
 
 
