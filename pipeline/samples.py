@@ -1,7 +1,8 @@
 """LLaVA-format data files, read as a stream and indexed by byte offset, so that a file of several GB is never held whole.
 
 A sample is ``{"id", "image" (absent, a path or a list), "conversations": [{"from": "human"|"gpt", "value"}]}``; the file is a
-JSON list or JSON lines.
+JSON list or JSON lines. A video is a list of its frames, which are images: ``{"video": ["0.jpg", "1.jpg"]}``, or a list of such
+lists, each in the place of a ``<video>`` in the text.
 """
 
 import hashlib
@@ -23,6 +24,8 @@ _CHUNK = 4 * 2**20
 _LARGEST_SAMPLE = 64 * 2**20
 _NO_IMAGE = 0
 """Stands for the hash of no image references."""
+_VIDEO_TAG = "<video>"
+_TAGS = re.compile(f"{IMAGE_TAG}|{_VIDEO_TAG}")
 _quote = json.encoder.encode_basestring
 _BETWEEN = re.compile(r"[ \t\r\n]*(?P<comma>,?)[ \t\r\n]*(?P<end>\]?)")
 
@@ -59,13 +62,46 @@ def parse_sample(record: Any, where: str) -> Sample:
         turns.append((turn["from"], turn["value"]))
     image = record.get("image")
     images = [] if image is None else [image] if isinstance(image, str) else image
-    if not isinstance(images, list) or not all(isinstance(path, str) and path for path in images):
+    if not _are_paths(images):
         raise DataError(f"{where}: 'image' is {_short(image)}, expected a path or a list of paths")
+    if record.get("video") is not None:
+        images, turns = _with_frames(images, turns, record["video"], where)
     tags = sum(text.count(IMAGE_TAG) for _, text in turns)
     if tags != len(images):
         raise DataError(f"{where}: {tags} {IMAGE_TAG} in the text but {len(images)} images; they must be as many")
     sample_id = "" if record.get("id") is None else str(record["id"])
     return Sample(sample_id, tuple(images), tuple(turns), _key(sample_id, images, turns))
+
+
+def _are_paths(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(path, str) and path for path in value)
+
+
+def _with_frames(
+    images: list[str], turns: list[tuple[str, str]], video: Any, where: str
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Images and turns with each ``<video>`` replaced by an ``<image>`` for each of its frames."""
+    videos = [video] if _are_paths(video) else video
+    if not isinstance(videos, list) or not all(_are_paths(frames) and frames for frames in videos):
+        raise DataError(
+            f"{where}: 'video' is {_short(video)}, expected a list of its frames' image files: take frames from a video file"
+            " first"
+        )
+    tags = [tag for _, text in turns for tag in _TAGS.findall(text)]
+    if (tags.count(_VIDEO_TAG), tags.count(IMAGE_TAG)) != (len(videos), len(images)):
+        raise DataError(
+            f"{where}: {tags.count(IMAGE_TAG)} {IMAGE_TAG} and {tags.count(_VIDEO_TAG)} {_VIDEO_TAG} in the text but"
+            f" {len(images)} images and {len(videos)} videos; they must be as many"
+        )
+    left, shown = {IMAGE_TAG: iter([[path] for path in images]), _VIDEO_TAG: iter(videos)}, list[str]()
+
+    def put(tag: re.Match[str]) -> str:
+        frames = next(left[tag[0]])
+        shown.extend(frames)
+        return "\n".join([IMAGE_TAG] * len(frames))
+
+    turns = [(speaker, _TAGS.sub(put, text)) for speaker, text in turns]
+    return shown, turns
 
 
 def _key(sample_id: str, images: list[str], turns: list[tuple[str, str]]) -> str:

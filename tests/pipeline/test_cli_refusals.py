@@ -59,8 +59,8 @@ CASES = {
     "a folder that is no checkpoint": (lambda t: {"--student": t}, ["is not a checkpoint", "config.json"]),
     "a folder that is not there": (lambda t: {"--student": t / "none"}, ["none is not a folder"]),
     "a family that is not known": (
-        lambda t: {"--student": copy_checkpoint(STUDENT, t / "s", model_type="llava")},
-        ["model_type is 'llava'", "known are 'mobilevlm'"],
+        lambda t: {"--student": copy_checkpoint(STUDENT, t / "s", model_type="llama")},
+        ["model_type is 'llama'", "no vision-language model"],
     ),
     "an unknown projector": (
         lambda t: {"--student": copy_checkpoint(STUDENT, t / "s", mm_projector_type="mlp2x_gelu")},

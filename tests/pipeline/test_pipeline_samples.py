@@ -260,3 +260,36 @@ def test_a_sample_file_crosses_processes_with_and_without_an_open_file(tmp_path)
     fresh = pickle.loads(pickle.dumps(file))
     assert file[2] == fresh[2]
     assert pickle.loads(pickle.dumps(file))[5] == fresh[5]
+
+
+VIDEO = {
+    "id": "v",
+    "image": "still.jpg",
+    "video": [["a0.jpg", "a1.jpg"], ["b0.jpg"]],
+    "conversations": [
+        {"from": "human", "value": "<video>\nand <image> and <video>, which?"},
+        {"from": "gpt", "value": "the first"},
+    ],
+}
+
+
+def test_frames_of_videos_are_images_in_the_place_of_their_video():
+    sample = parse_sample(VIDEO, "here")
+    assert sample.images == ("a0.jpg", "a1.jpg", "still.jpg", "b0.jpg")
+    assert sample.turns[0][1] == "<image>\n<image>\nand <image> and <image>, which?"
+    alone = {**VIDEO, "image": None, "video": ["a0.jpg", "a1.jpg"], "conversations": [{"from": "human", "value": "<video>"}]}
+    assert parse_sample(alone, "here").images == ("a0.jpg", "a1.jpg")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"video": "clip.mp4"}, "take frames from a video file first"),
+        ({"video": [[]]}, "expected a list of its frames"),
+        ({"video": [["a0.jpg"]]}, "1 <image> and 2 <video> in the text but 1 images and 1 videos"),
+        ({"image": None}, "but 0 images and 2 videos"),
+    ],
+)
+def test_a_video_that_does_not_fit_its_text_is_refused_with_both_counts(changes, message):
+    with pytest.raises(DataError, match=message):
+        parse_sample({**VIDEO, **changes}, "here")
