@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_runs import SAMPLES, content, record, stage_one_config, write_cache, write_data
 
+from alignkd.encoder import Planned
 from alignkd.pipeline import logits_io
 from alignkd.pipeline.dry_run import dry_run
 from alignkd.pipeline.fit_memory import FittingRunner
@@ -40,7 +41,7 @@ class SmallMemory:
 
 
 def batch_of(stage, *lengths):
-    items = [(Item(SimpleNamespace(id=f"s{i}", key=f"{i:032x}"), None, length), None) for i, length in enumerate(lengths)]
+    items = [(Item(SimpleNamespace(id=f"s{i}", key=f"{i:032x}"), Planned(length)), None) for i, length in enumerate(lengths)]
     return ReadyBatch(items, stage.collate(items), [])
 
 

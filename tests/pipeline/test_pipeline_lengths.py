@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from tiny_runs import IMAGES, SAMPLES, STUDENT, numbered, record, with_file, write_data
@@ -77,7 +80,8 @@ def test_whatever_changes_lengths_makes_them_be_counted_anew(student_vlm, tmp_pa
         vlm = load_vlm(with_file(STUDENT, tmp_path / "student", "tokenizer_config.json", add_bos_token=False))
     other = training_set(vlm, data, **settings)
     if change == "vision tokens":
-        other.vision_tokens_per_image = 36
+        other.preparer.encoder.tokens_per_placeholder = 36
+        vlm = replace(vlm, model=SimpleNamespace(config=SimpleNamespace(vision_tokens_per_image=36)))
     second = sample_lengths(other, vlm, kept, show=False)
     assert counted == [6, 6]
     assert second.tolist() != first.tolist()

@@ -32,7 +32,7 @@ def training_set(vlm, data, cache):
 def tensors(collated):
     """Every tensor of a batch and its targets, by name."""
     batch, targets = collated["batch"], collated["targets"]
-    found = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    found = {field.name: value for field in fields(batch) if isinstance(value := getattr(batch, field.name), torch.Tensor)}
     for name, quantised in {**targets.quantised, **targets.quantised_answers}.items():
         found |= {f"{name}/{part}": values for part, values in quantised.parts.items()}
     return found
@@ -156,26 +156,27 @@ def test_tower_features_are_sent_to_a_spawned_process_as_one_shared_tensor(stude
     assert set(features) == {"0.png", "1.png", "2.png", "3.png"}
     sent = io.BytesIO()
     ForkingPickler(sent).dump(features)
-    assert len(sent.getvalue()) < 2000 < next(iter(features.values()))[1].nbytes
-    assert all(values.is_shared() for _, values in features.values())
+    assert len(sent.getvalue()) < 2000 < next(iter(features.values()))[1].values.nbytes
+    assert all(picture.values.is_shared() for _, picture in features.values())
 
 
 def _change_first(features, done):
-    next(iter(features.values()))[1].fill_(7.0)
+    next(iter(features.values()))[1].values.fill_(7.0)
     done.set()
 
 
 def test_a_spawned_process_sees_the_same_tower_features_and_no_copy():
-    features = SharedFeatures(["a", "b"], ["x", "y"], torch.zeros(2, 3, 4))
+    features = SharedFeatures({"a": ("x", (8, 8)), "b": ("y", (9, 7))}, torch.zeros(2, 3, 4))
     context = multiprocessing.get_context("spawn")
     done = context.Event()
     process = context.Process(target=_change_first, args=(features, done))
     process.start()
-    assert done.wait(60)
+    assert done.wait(300)
     process.join()
-    assert torch.equal(features["a"][1], torch.full((3, 4), 7.0))
-    assert torch.equal(features["b"][1], torch.zeros(3, 4))
+    assert torch.equal(features["a"][1].values, torch.full((3, 4), 7.0))
+    assert torch.equal(features["b"][1].values, torch.zeros(3, 4))
     assert [digest for digest, _ in features.values()] == ["x", "y"]
+    assert [picture.size for _, picture in features.values()] == [(8, 8), (9, 7)]
 
 
 def test_pinning_a_batch_reaches_every_tensor_of_batch_and_targets(student_vlm, data, cache, monkeypatch):

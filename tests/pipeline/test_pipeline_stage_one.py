@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -99,7 +101,10 @@ def test_batches_stay_under_the_budget_and_are_a_pure_function_of_the_samples(tm
     stage = StageOne.open(stage_one_config(data, tmp_path / "cache"))
     samples = [stage.samples[i] for i in range(6)]
     lengths = (10, 40, 30, 30, 5, 100)
-    items = [Item(sample, stage.preparer.text(sample), length) for sample, length in zip(samples, lengths, strict=True)]
+    items = [
+        Item(sample, replace(stage.preparer.text(sample), length=length))
+        for sample, length in zip(samples, lengths, strict=True)
+    ]
     first = list(batches(items, 80))
     assert first == list(batches(items[::-1], 80))
     assert [[item.length for item in batch] for batch in first] == [[100], [40, 30], [30, 10], [5]]
