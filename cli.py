@@ -109,6 +109,12 @@ def _size(count: float) -> str:
     "--attention", type=click.Choice(["per-head", "mean"]), default="per-head", help="Keep every head, or their mean."
 )
 @click.option(
+    "--attention-layers",
+    default="first",
+    help="Layers whose attention is kept: first, last, middle, all, or such as 0,15,31; with @24, those that a student of 24"
+    " layers needs.",
+)
+@click.option(
     "--alignment",
     type=click.Choice(["targets", "slice"]),
     default="targets",
@@ -339,7 +345,12 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
 @options.data
 @click.option("--out", required=True, help="Folder of the run.")
 @options.settings
-@click.option("--recipe", default="align-kd", help="align-kd, paper, sft, logits-only, or a FILE.yaml.")
+@click.option(
+    "--recipe",
+    default="align-kd",
+    help="align-kd, paper, sft, logits-only, llavadi-forward, llavadi-reverse, llavadi-js, compodistill, beta-kd (see"
+    " docs/method.md), or a FILE.yaml.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the recipe; may be repeated.")
 @options.template
 @click.option("--max-length", type=click.IntRange(min=2), help="Token ids a sample may have. [default: the cache's]")
@@ -444,6 +455,21 @@ def show_command(as_json: bool, **given: Any) -> None:
         mark = "yes" if token["supervised"] else ""
         click.echo(f"{token['position']:8d}  {token['id']:6d}  {token['place']:<12}  {mark:<10}  {token['piece']}")
     _print(shown.figures, as_json=False)
+
+
+@main.command("models")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def models_command(as_json: bool) -> None:
+    """List the families of models, what each supports, and why not.
+
+    \b
+    Example:
+      alignkd models
+    """
+    from alignkd.pipeline.models_table import OTHERS, list_models, models_text
+
+    found = list_models()
+    click.echo(json.dumps({"families": found, "others": OTHERS}) if as_json else models_text(found))
 
 
 @main.command("evaluate")

@@ -1,7 +1,7 @@
-"""One forward pass -> first-layer text-to-vision attention, vision tokens, hidden states at answer positions.
+"""One forward pass -> text-to-vision attention of the first layer or others, vision tokens, hidden states at answers.
 
 1. The vision tower (frozen) and the projector give the vision tokens.
-2. The decoder runs with an attention function that is the fast kernel everywhere; in the first layer it also computes the
+2. The decoder runs with an attention function that is the fast kernel everywhere; in the wanted layers it also computes the
    probabilities of the wanted rows (text after the image) and columns (vision), with the exact softmax denominator.
 3. The last hidden states are gathered at the positions that predict a supervised token; logits exist for these alone.
 
@@ -10,9 +10,9 @@ Everything is differentiable. ``output_attentions`` would instead keep every lay
 Shapes: B samples, S positions, H heads, d head width, T text rows, V vision columns, N images, A answers, D model width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -35,34 +35,42 @@ _MAX_SCORES = 2**24
 class Captured:
     """What one forward pass gave.
 
-    ``attention_BHTV``: float32 probabilities, zero where padded; None when not asked for.
+    ``attention_BHTV``: float32 probabilities of the first layer, zero where padded; None when not asked for.
     ``vision_BVD``: vision tokens, zero where padded.
     ``hidden_AD``: last hidden states (after the final norm) at answer positions.
+    ``layers``: as ``attention_BHTV``, of every layer that was asked for.
     """
 
     attention_BHTV: torch.Tensor | None
     vision_BVD: torch.Tensor
     hidden_AD: torch.Tensor
+    layers: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class _Tap:
-    """A request to the first layer's attention, and its answer."""
+    """A request to the attention of some layers, and their answers, ``[B, H, T, V]`` each."""
 
     batch: Batch
-    attention_BHTV: torch.Tensor | None = field(default=None)
+    layers: frozenset[int]
+    found: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 def enable_capture(vlm: Vlm) -> None:
     """Let the language model's attention go through the capturing kernel; outputs are unchanged.
 
     Raises:
-        ValueError: its attention is no plain softmax of scaled scores.
+        ValueError: its attention is no plain softmax of scaled scores, or its logits are no linear map of hidden states.
     """
     text = vlm.text_config
     if (cap := getattr(text, "attn_logit_softcapping", None)) is not None:
         raise ValueError(
             f"{vlm.folder}: its attention scores are capped at {cap} (attn_logit_softcapping), which no fast kernel does"
+        )
+    if (cap := getattr(text, "final_logit_softcapping", None)) is not None:
+        raise ValueError(
+            f"{vlm.folder}: its logits are capped at {cap} (final_logit_softcapping), but every loss here reads hidden states"
+            " and the output head; use a model whose configuration has none"
         )
     if text._attn_implementation != _KERNEL:
         vlm.model.set_attn_implementation({"text_config": _KERNEL})
@@ -74,23 +82,26 @@ def first_attention(vlm: Vlm) -> nn.Module:
     return module
 
 
-def capture(vlm: Vlm, batch: Batch, *, attention: bool = True) -> Captured:
-    """Run the model once over a batch and gather what Align-KD compares."""
+def capture(vlm: Vlm, batch: Batch, *, attention: bool = True, layers: Collection[int] = (0,)) -> Captured:
+    """Run the model once over a batch and gather what Align-KD compares; ``attention`` that of these ``layers``.
+
+    Raises:
+        ValueError: one of the layers has no attention that could be captured.
+    """
     vision = vlm.see(batch)
-    tap = _Tap(batch) if attention and has_attention(batch) else None
+    wanted = frozenset(layers) if attention else frozenset()
+    tap = _Tap(batch, wanted) if wanted and has_attention(batch) else None
     if tap is not None:
         enable_capture(vlm)
     # Passed down to the attention function with the call itself, so that gradient checkpointing, which runs the layer
     # again during backward, meets the same operations, and no later call meets them.
     hidden_BSD = vlm.decode(batch, vision, **({} if tap is None else {"alignkd_tap": tap}))
-    if tap is not None:
-        assert tap.attention_BHTV is not None, "the first layer did not run through the capturing kernel"
-        captured = tap.attention_BHTV
-    else:
-        captured = no_attention(batch, vlm.heads)
+    found = dict.fromkeys(wanted, no_attention(batch, vlm.heads)) if tap is None else tap.found
+    if missing := wanted - found.keys():
+        raise ValueError(f"{vlm.folder}: no attention of layer {min(missing)} can be captured: there is none, or no softmax")
     hidden_AD = hidden_BSD.flatten(0, 1).index_select(0, batch.answer_positions_A)
     vision_BVD = by_sample(None if vision is None else vision.tokens_MD, batch, vlm.hidden_size, vlm.dtype)
-    return Captured(captured if attention else None, vision_BVD, hidden_AD)
+    return Captured(found.get(0), vision_BVD, hidden_AD, found)
 
 
 def by_sample(tokens_MD: torch.Tensor | None, batch: Batch, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -122,14 +133,13 @@ def _attend(
     alignkd_tap: _Tap | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    tap = alignkd_tap if module.layer_idx == 0 else None
-    if tap is not None:
+    tap, layer = alignkd_tap, cast(int, getattr(module, "layer_idx", None))
+    if tap is not None and layer in tap.layers:
         groups = query.shape[1] // key.shape[1]
         row_BHTd = tap.batch.text_rows_BT[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         query_BHTd, key_BHSd = query.gather(2, row_BHTd), repeat_kv(key, groups)
         probabilities = text_to_vision(query_BHTd, key_BHSd, tap.batch, kwargs["scaling"], attention_mask)
-        if tap.attention_BHTV is None:
-            tap.attention_BHTV = probabilities
+        tap.found.setdefault(layer, probabilities)
     output: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output
 

@@ -32,6 +32,8 @@ class Encoder(Protocol):
     max_length: int
     needs_sizes: bool
     """Whether the length of a sample depends on the sizes of its images."""
+    with_spans: bool
+    """Whether inputs need to say which characters each id stands for; False lets an encoder save the time."""
 
     def plan(self, turns: Turns, images: int, sizes: Sequence[tuple[int, int]] = ()) -> Planned:
         """The first step, for a number of images or, where that matters, of (width, height) each.

@@ -1,4 +1,4 @@
-"""The terms of Align-KD, one pure function each.
+"""The terms of Align-KD, one pure function each; :mod:`alignkd.attention_distance` has other distances of attention.
 
 Total (figure of arXiv 2412.01282): ``L = L_sup + L_RKLD + L_1-A(t-v) + L_V``, with ``L_V`` of L_V-all and L_V-focus.
 
@@ -10,6 +10,11 @@ Shapes: B samples, H heads, T text rows, V vision columns, D width, A answers, N
 """
 
 import torch
+
+
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 as it is."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def attention_loss(
@@ -29,7 +34,7 @@ def attention_loss(
     """
     real_BTV = text_mask_BT[:, :, None] & vision_mask_BV[:, None, :]
     entries_B = real_BTV.sum(dim=(1, 2))
-    error_BTV = (student_BHTV.float() - teacher_BHTV.float()).square().mean(dim=1)
+    error_BTV = (wide(student_BHTV) - wide(teacher_BHTV)).square().mean(dim=1)
     loss_B = (error_BTV * real_BTV).sum(dim=(1, 2)) / entries_B.clamp(min=1)
     if relative_to_uniform:
         loss_B = loss_B * vision_mask_BV.sum(dim=1).square()
@@ -61,8 +66,8 @@ def vision_loss(
     ``relative_to_variance`` divides by the variance of the teacher's tokens of that sample (over all its tokens and
     features): 1 is what a constant would reach.
     """
-    teacher_BVD = teacher_BVD.float()
-    error_BV = (student_BVD.float() - teacher_BVD).square().mean(dim=2)
+    teacher_BVD = wide(teacher_BVD)
+    error_BV = (wide(student_BVD) - teacher_BVD).square().mean(dim=2)
     chosen_B = token_mask_BV.sum(dim=1)
     loss_B = (error_BV * token_mask_BV).sum(dim=1) / chosen_B.clamp(min=1)
     if relative_to_variance:

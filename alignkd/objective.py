@@ -3,6 +3,7 @@
 Shapes: as in :mod:`alignkd.losses`; N images, P patches, C tower width.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypedDict
 
@@ -11,10 +12,13 @@ from torch import nn
 
 from alignkd.adapters import HeadMean, WidthAdapter, make_head_map
 from alignkd.answer_loss import AnswerTerms, answer_terms
+from alignkd.attention_distance import attention_distance, chosen_rows
 from alignkd.batch import Batch, Counts
 from alignkd.capture import Captured, capture, enable_capture
+from alignkd.layer_pairs import find_layer_pairs
+from alignkd.learned_weights import LearnedWeights, learned_part
 from alignkd.logits import DIVERGENCES, LogitCodec
-from alignkd.losses import attention_loss, focus_mask, vision_loss
+from alignkd.losses import focus_mask, vision_loss
 from alignkd.models.vlm import Vlm
 from alignkd.recipes import Recipe
 from alignkd.targets import Targets
@@ -31,10 +35,14 @@ class TargetSource(Protocol):
 
 @dataclass(frozen=True)
 class TeacherShape:
-    """What the adapters must know of the teacher: its heads (1 for a head mean) and width."""
+    """What must be known of the teacher: its heads (1 for a head mean), its width, and how many layers it has.
+
+    ``layers`` may be None where the first is the only one that is compared.
+    """
 
     heads: int
     width: int
+    layers: int | None = None
 
 
 class Outcome(TypedDict):
@@ -42,13 +50,15 @@ class Outcome(TypedDict):
 
     ``loss``: the weighted sum of terms, times the processes whose gradients are averaged; differentiable.
     ``terms``: each unweighted term by its name in :data:`TERMS`, this batch's share of the step's mean; no gradient.
-    ``bad_B``: samples of which a term is not finite. ``attention_BHTV``: the teacher's, where the recipe compares it.
+    ``bad_B``: samples of which a term is not finite. ``attention_BHTV``: the teacher's in the first layer compared, if any.
+    ``precisions``: of each term, where the recipe learns them: factors of the recipe's weights; no gradient.
     """
 
     loss: torch.Tensor
     terms: dict[str, torch.Tensor]
     bad_B: torch.Tensor
     attention_BHTV: torch.Tensor | None
+    precisions: dict[str, torch.Tensor]
 
 
 class Objective(nn.Module):
@@ -78,13 +88,20 @@ class Objective(nn.Module):
         self.logit_codec = logit_codec
         self.touches_all = touches_all
         self.head_map: nn.Module | None = None
+        self.other_head_maps = nn.ModuleList()
         self.width_map: WidthAdapter | None = None
+        self.layer_pairs: tuple[tuple[int, int], ...] = ()
         if recipe.attention > 0:
             assert teacher is not None
-            self.head_map = make_head_map(recipe.head_map, teacher.heads, student.heads)
+            self.layer_pairs = find_layer_pairs(recipe, student, teacher.layers)
+            self.head_map, *others = (make_head_map(recipe.head_map, teacher.heads, student.heads) for _ in self.layer_pairs)
+            self.other_head_maps.extend(others)
         if recipe.vision > 0:
             assert teacher is not None
             self.width_map = WidthAdapter(teacher.width, student.hidden_size, recipe.width_map)
+        self.learned_weights: LearnedWeights | None = None
+        if recipe.weighting == "learned":
+            self.learned_weights = LearnedWeights(name for name, weight in term_weights(recipe).items() if weight > 0)
         self.to(student.device)
         student.freeze_tower()
         enable_capture(student)
@@ -110,37 +127,86 @@ class Objective(nn.Module):
         ``recipe``: another than its own, of terms that its own has, too.
         """
         recipe, targets = recipe or self.recipe, targets.dequantise()
-        counts = counts or batch.counts()
+        counts = counts or targets.compared(batch).counts()
         if self.source is not None:
             with torch.no_grad():
                 batch, targets = self.source.fill(self.vlm, batch, targets, recipe.needs)
         # Where others see an image: parameters that are gathered from all processes are gathered in the same order by all.
         unseen = self.vlm.nothing_seen() if self.touches_all and not batch.images.numel() else None
-        captured = capture(self.vlm, batch, attention=recipe.attention > 0)
+        captured = capture(self.vlm, batch, attention=recipe.attention > 0, layers=[student for student, _ in self.layer_pairs])
         weights = term_weights(recipe)
-        answers = self._answer_terms(recipe, captured, batch, targets, counts)
+        precisions, penalty = self._precisions(weights)
+        # As numbers: the gradient of the answers' terms is found with their weights, in the forward pass.
+        factors = _as_numbers(precisions)
+        in_loss = {name: weight * factors.get(name, 1.0) for name, weight in weights.items()}
+        answers = self._answer_terms(recipe, in_loss, captured, batch, targets, counts)
         sums = {name: total / max(counts.answers, 1) for name, total in answers.sums.items()}
         bad_B = _samples_of(~answers.finite_A, batch)
         loss = answers.loss
-        for name, (value_B, samples) in self._alignment_terms(recipe, captured, batch, targets, counts).items():
+        alignment = self._alignment_terms(recipe, captured, targets.compared(batch), targets, counts)
+        for name, (value_B, samples) in alignment.items():
             term = value_B.sum() / max(samples, 1)
             # A term of weight 0 stays out: 0 times an overflow would still poison the sum.
-            loss = loss + weights[name] * term if weights[name] > 0 else loss
+            loss = loss + in_loss[name] * term if weights[name] > 0 else loss
             sums[name], bad_B = term.detach(), bad_B | ~value_B.detach().isfinite()
         loss = loss if unseen is None else loss + unseen
-        attention_BHTV = targets.attention_BHTV if self.head_map is not None and recipe.attention > 0 else None
-        return Outcome(loss=loss * counts.processes, terms=sums, bad_B=bad_B, attention_BHTV=attention_BHTV)
+        if precisions and recipe is self.recipe:
+            # Of a step's batches each adds as much of the penalty as it has of the step's answers.
+            share = len(batch.answer_ids_A) / max(counts.answers, 1)
+            loss = loss + learned_part(precisions, {name: weights[name] * sums[name] for name in precisions}, penalty * share)
+        return Outcome(
+            loss=loss * counts.processes,
+            terms=sums,
+            bad_B=bad_B,
+            attention_BHTV=targets.layer(self.layer_pairs[0][1]) if recipe.attention > 0 else None,
+            precisions={name: precision.detach() for name, precision in precisions.items()},
+        )
 
-    def _answer_terms(self, recipe: Recipe, captured: Captured, batch: Batch, targets: Targets, counts: Counts) -> AnswerTerms:
+    def _precisions(self, weights: Mapping[str, float]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The learned precision of each term that counts, none where none is learned; and the penalty."""
+        if self.learned_weights is None:
+            return {}, torch.zeros(())
+        precisions_K, log_variances_K = self.learned_weights()
+        counting = [name for name, weight in weights.items() if weight > 0]
+        return self.learned_weights.of_terms(precisions_K, counting), log_variances_K.sum()
+
+    def _answer_terms(
+        self,
+        recipe: Recipe,
+        weights: Mapping[str, float],
+        captured: Captured,
+        batch: Batch,
+        targets: Targets,
+        counts: Counts,
+    ) -> AnswerTerms:
         assert bool(targets.answers) or not recipe.divergences, "a recipe with logit terms needs logit targets"
-        weights = term_weights(recipe)
+        supervised = {"supervised": weights["supervised"]}
+        divergences = {name: weights[name] for name in recipe.divergences}
+        if targets.paired_P is None or not divergences:
+            return self._terms_of(captured.hidden_AD, batch.answer_ids_A, supervised | divergences, targets, recipe, counts)
+        assert targets.unpaired_U is not None
+        parts = []
+        for places, wanted in ((targets.paired_P, supervised | divergences), (targets.unpaired_U, supervised)):
+            hidden_XD, ids_X = captured.hidden_AD[places], batch.answer_ids_A[places]
+            parts.append(self._terms_of(hidden_XD, ids_X, wanted, targets, recipe, counts))
+        return joined(parts, [targets.paired_P, targets.unpaired_U])
+
+    def _terms_of(
+        self,
+        hidden_AD: torch.Tensor,
+        answer_ids_A: torch.Tensor,
+        weights: Mapping[str, float],
+        targets: Targets,
+        recipe: Recipe,
+        counts: Counts,
+    ) -> AnswerTerms:
         return answer_terms(
-            captured.hidden_AD,
+            hidden_AD,
             self.vlm.head.weight,
-            batch.answer_ids_A,
-            weights={name: weights[name] for name in ("supervised", *recipe.divergences)},
+            answer_ids_A,
+            weights=weights,
             codec=self.logit_codec,
-            values=targets.answers if recipe.divergences else {},
+            values=targets.answers if len(weights) > 1 else {},
             temperature=recipe.temperature,
             divisor=max(counts.answers, 1),
             bias_N=self.vlm.head.bias,
@@ -151,16 +217,8 @@ class Objective(nn.Module):
     ) -> dict[str, tuple[torch.Tensor, float]]:
         """Each term of each sample ``[B]``, and the number of samples it is averaged over."""
         terms = {}
-        masks = (batch.text_mask_BT, batch.vision_mask_BV)
-        if self.head_map is not None and recipe.attention > 0:
-            assert captured.attention_BHTV is not None
-            assert targets.attention_BHTV is not None
-            student = captured.attention_BHTV
-            if isinstance(self.head_map, HeadMean):
-                student = self.head_map(student)
-            teacher = self.head_map(targets.attention_BHTV)
-            loss_B = attention_loss(student, teacher, *masks, relative_to_uniform=recipe.normalise)
-            terms["attention"] = (loss_B, counts.attended)
+        if recipe.attention > 0:
+            terms["attention"] = (self._attention_term(recipe, captured, batch, targets), counts.attended)
         if self.width_map is not None and recipe.vision > 0:
             assert targets.vision_BVD is not None
             student, teacher = self.width_map(captured.vision_BVD, targets.vision_BVD)
@@ -172,6 +230,38 @@ class Objective(nn.Module):
                 loss_B = vision_loss(student, teacher, mask, batch.vision_mask_BV, relative_to_variance=recipe.normalise)
                 terms[name] = (loss_B, counts.seen)
         return terms
+
+    def _attention_term(self, recipe: Recipe, captured: Captured, batch: Batch, targets: Targets) -> torch.Tensor:
+        """The attention term of each sample ``[B]``: the mean over the layers compared."""
+        masks = (chosen_rows(batch, recipe.attention_rows), batch.vision_mask_BV)
+        losses = []
+        for (layer, teacher_layer), head_map in zip(self.layer_pairs, (self.head_map, *self.other_head_maps), strict=True):
+            student, teacher = captured.layers[layer], targets.layer(teacher_layer)
+            assert head_map is not None
+            assert teacher is not None, f"no attention of the teacher's layer {teacher_layer}"
+            if isinstance(head_map, HeadMean):
+                student = head_map(student)
+            losses.append(
+                attention_distance(
+                    student, head_map(teacher), *masks, recipe.attention_distance, relative_to_uniform=recipe.normalise
+                )
+            )
+        return torch.stack(losses).mean(dim=0)
+
+
+def _as_numbers(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """On the host; one wait for the device, if there are any."""
+    if not scalars:
+        return {}
+    return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
+
+
+def joined(parts: Sequence[AnswerTerms], places: Sequence[torch.Tensor]) -> AnswerTerms:
+    """The terms of answers in several parts; ``places`` of each part's answers among all."""
+    found_A = torch.cat([part.finite_A for part in parts])
+    finite_A = torch.empty_like(found_A).index_copy(0, torch.cat(list(places)), found_A)
+    sums = {name: torch.stack([part.sums[name] for part in parts if name in part.sums]).sum() for name in parts[0].sums}
+    return AnswerTerms(torch.stack([part.loss for part in parts]).sum(), sums, finite_A)
 
 
 def _samples_of(chosen_A: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -5,6 +5,7 @@ What stage two is measured against: it needs the memory of both models and the t
 Shapes: as in :mod:`alignkd.targets`.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -25,13 +26,17 @@ class OnlineTeacher:
     student's features serve both.
     """
 
-    def __init__(self, teacher: Vlm, student: Vlm, *, features_only: bool = False) -> None:
+    def __init__(
+        self, teacher: Vlm, student: Vlm, *, features_only: bool = False, attention_layers: Collection[int] = (0,)
+    ) -> None:
         """``features_only``: batches will carry the student's tower features, no pixel values.
+
+        ``attention_layers``: those of the teacher whose attention is a target.
 
         Raises:
             ValueError: the teacher's tower is another and needs the images.
         """
-        self.teacher = teacher
+        self.teacher, self.attention_layers = teacher, attention_layers
         teacher.model.requires_grad_(False).eval()
         enable_capture(teacher)
         self.shares_tower = _same_tower(student, teacher)
@@ -58,10 +63,11 @@ class OnlineTeacher:
         if self.shares_tower and batch.images.dim() == 4:
             batch = replace(batch, images=student.model.model.encode_images(batch.images))
         with torch.autocast(batch.input_ids_BS.device.type, enabled=False):
-            captured = capture(self.teacher, batch, attention="attention" in needs)
+            captured = capture(self.teacher, batch, attention="attention" in needs, layers=self.attention_layers)
         return batch, replace(
             targets,
             attention_BHTV=captured.attention_BHTV,
+            other_layers={number: found for number, found in captured.layers.items() if number},
             vision_BVD=captured.vision_BVD.float() if "vision" in needs else None,
             answers={"hidden": captured.hidden_AD} if "logits" in needs else {},
         )

@@ -8,7 +8,7 @@ training code (after LLaVA's). Their quirks are kept, since a model trained with
 the ids. One departure: a turn with several ``<image>`` keeps them all, where the reference keeps one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -43,7 +43,7 @@ def check_template(template: str, known: Sequence[str]) -> None:
         ValueError: names those it knows.
     """
     if template not in known:
-        raise ValueError(f"--template {template}: known are {', '.join(known)}")
+        raise ValueError(f"--template {template!r}: known are {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ class Encoded:
 
 Turns = Sequence[tuple[str, str]]
 """``(speaker, text)`` pairs, speaker ``human`` or ``gpt``."""
+
+Part = tuple[str, bool]
+"""Text of a prompt, and whether it is the conversation's own; the template's otherwise."""
 
 
 def encode_conversation(turns: Turns, *, template: str, tokenizer: Any, has_image: bool, max_length: int) -> Encoded:
@@ -106,6 +109,18 @@ def encode_question(turns: Turns, *, template: str, tokenizer: Any, has_image: b
     return np.asarray(tokenize_with_images(text, tokenizer) if has_image else _ids(text, tokenizer), dtype=np.int64)
 
 
+def parts_of(turns: Turns, *, template: str, has_image: bool) -> tuple[list[Part], int]:
+    """What :func:`encode_conversation` tokenises, part by part, and how many turns before it are left out.
+
+    Raises:
+        PromptError: the turns do not alternate, or do not fit the template.
+    """
+    turns = _image_first(turns) if has_image else list(turns)
+    if template == "plain":
+        return list(_plain_parts(turns, has_image)), 1
+    return list(_v1_parts(turns)), int(bool(turns) and turns[0][0] != "human")
+
+
 def tokenize_with_images(text: str, tokenizer: Any) -> list[int]:
     """Tokenise the text around each ``<image>``, which becomes the placeholder id; one start token in all."""
     chunks = [_ids(chunk, tokenizer) for chunk in text.split(IMAGE_TAG)]
@@ -136,22 +151,32 @@ def _image_first(turns: Turns) -> list[tuple[str, str]]:
 def _encode_plain(turns: Turns, tokenizer: Any, has_image: bool) -> tuple[list[int], list[int]]:
     if len(turns) != 2:
         raise PromptError(f"the plain template takes one question and one answer, found {len(turns)} turns")
-    images = IMAGE_TAG * sum(text.count(IMAGE_TAG) for _, text in turns) if has_image else ""
-    ids = tokenize_with_images(images + turns[1][1].replace(IMAGE_TAG, "") + "\n", tokenizer)
+    images, *answer = (text for text, _ in _plain_parts(turns, has_image))
+    ids = tokenize_with_images(images + "".join(answer), tokenizer)
     masked = len(tokenize_with_images(images, tokenizer))
     return ids, [IGNORE] * masked + ids[masked:]
 
 
+def _plain_parts(turns: Turns, has_image: bool) -> Iterator[Part]:
+    yield IMAGE_TAG * sum(text.count(IMAGE_TAG) for _, text in turns) if has_image else "", False
+    yield turns[1][1].replace(IMAGE_TAG, ""), True
+    yield "\n", False
+
+
 def _v1_text(turns: Turns) -> str:
+    return "".join(text for text, _ in _v1_parts(turns))
+
+
+def _v1_parts(turns: Turns) -> Iterator[Part]:
     if turns and turns[0][0] != "human":
         turns = turns[1:]
-    text = SYSTEM + " "
+    yield SYSTEM + " ", False
     for index, (speaker, message) in enumerate(turns):
         if speaker != ("human", "gpt")[index % 2]:
             raise PromptError(f"turn {index} is from {speaker!r}; turns must alternate human, gpt")
-        role = _ROLES[speaker]
-        text += f"{role}: {message}{(' ', _END)[index % 2]}" if message else f"{role}:"
-    return text
+        yield _ROLES[speaker] + (": " if message else ":"), False
+        yield message, True
+        yield (" ", _END)[index % 2] if message else "", False
 
 
 def _encode_v1(turns: Turns, tokenizer: Any, has_image: bool, max_length: int) -> tuple[list[int], list[int]]:

@@ -8,10 +8,21 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from alignkd.layers import EXPECTED, check_layers
 from alignkd.logits import DIVERGENCES
 
 HeadMap = Literal["mixture", "convolution", "mean"]
 WidthMap = Literal["lift", "isometry", "projection"]
+AttentionDistance = Literal["mse", "kl", "cosine"]
+AttentionRows = Literal["text", "answer", "instruction"]
+Weighting = Literal["fixed", "learned"]
+_CHOICES = {
+    "head_map": HeadMap,
+    "width_map": WidthMap,
+    "attention_distance": AttentionDistance,
+    "attention_rows": AttentionRows,
+    "weighting": Weighting,
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,10 @@ class Recipe:
     ``normalise``: measure attention against uniform attention and vision tokens against their variance, so that weights
     mean the same at any number of vision tokens and any width. ``vision_focus`` is the paper's lambda, ``focus_k`` its k.
     The gradient of the logit term carries no extra temperature factor: its weight says it all.
+
+    ``attention_distance`` and ``attention_rows``: see :mod:`alignkd.attention_distance`. ``attention_layers``: the student's,
+    see :mod:`alignkd.layers`; the term is the mean over them. ``weighting``: see :mod:`alignkd.learned_weights`, whose
+    weights have a learning rate of their own, as a model's would hardly move them.
     """
 
     name: str = "custom"
@@ -36,18 +51,34 @@ class Recipe:
     normalise: bool = True
     head_map: HeadMap = "mixture"
     width_map: WidthMap = "lift"
+    attention_distance: AttentionDistance = "mse"
+    attention_rows: AttentionRows = "text"
+    attention_layers: str = "first"
+    weighting: Weighting = "fixed"
+    weighting_learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
         for name in ("supervised", *DIVERGENCES, "attention", "vision", "vision_focus"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"recipe {self.name}: {name} is {getattr(self, name)}, expected a weight of 0 or more")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"recipe {self.name}: temperature is {self.temperature}, expected more than 0")
+        for name in ("temperature", "weighting_learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"recipe {self.name}: {name} is {getattr(self, name)}, expected more than 0")
         if self.focus_k < 1:
             raise ValueError(f"recipe {self.name}: focus_k is {self.focus_k}, expected 1 or more")
-        for name, known in (("head_map", get_args(HeadMap)), ("width_map", get_args(WidthMap))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"recipe {self.name}: {name} is {getattr(self, name)!r}; known are {', '.join(known)}")
+        for name, choice in _CHOICES.items():
+            if getattr(self, name) not in get_args(choice):
+                known = ", ".join(get_args(choice))
+                raise ValueError(f"recipe {self.name}: {name} is {getattr(self, name)!r}; known are {known}")
+        try:
+            check_layers(self.attention_layers)
+        except ValueError as error:
+            raise ValueError(f"recipe {self.name}: attention_layers: {error}") from error
+        if self.attention_distance == "kl" and self.head_map == "convolution":
+            raise ValueError(
+                f"recipe {self.name}: attention_distance kl compares distributions, which head_map convolution does not give;"
+                " use head_map mixture or mean"
+            )
 
     @property
     def divergences(self) -> tuple[str, ...]:
@@ -69,8 +100,37 @@ RECIPES = {
         Recipe("paper", reverse_kl=1.0, attention=1.0, vision=1.0, normalise=False, head_map="convolution"),
         Recipe("sft"),
         Recipe("logits-only", reverse_kl=1.0),
+        Recipe("llavadi-forward", forward_kl=1.0),
+        Recipe("llavadi-reverse", reverse_kl=1.0),
+        Recipe("llavadi-js", jensen_shannon=1.0),
+        Recipe(
+            "compodistill",
+            forward_kl=1.0,
+            attention=1.0,
+            attention_distance="cosine",
+            attention_layers="middle",
+            head_map="mean",
+        ),
+        Recipe("beta-kd", reverse_kl=1.0, attention=0.1, vision=1.0, weighting="learned"),
     )
 }
+
+ABOUT = {
+    "align-kd": "Align-KD (arXiv 2412.01282), terms normalised so that weights mean the same at any size",
+    "paper": "Align-KD as its paper states the terms, with the head map of its released code, which is trained here",
+    "sft": "no teacher",
+    "logits-only": "reverse KL alone",
+    "llavadi-forward": "the logit distillation of LLaVADI (arXiv 2407.19409), forward KL on answer tokens; its distilled"
+    " features, affinities and generated data are not here",
+    "llavadi-reverse": "the same with reverse KL",
+    "llavadi-js": "the same with the Jensen-Shannon divergence, the middle of its generalised ones",
+    "compodistill": "after CompoDistill (arXiv 2510.12184): cosine of head-mean attention in the middle layers, forward KL;"
+    " rows are text and not vision tokens, each compared by itself; layers meet one to one and not in groups; high"
+    " attention is not filtered; no three stages, and the teacher's projector is not taken over",
+    "beta-kd": "align-kd with a learned precision for each term, after Beta-KD (arXiv 2603.21426), its form of one precision"
+    " a term; it cites Kendall et al. (arXiv 1705.07115) for it",
+}
+"""What each recipe is, whose it is after, and what differs."""
 
 
 def get_recipe(name_or_file: str, overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -137,6 +197,8 @@ def _replace(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
         if key not in types:
             raise ValueError(f"{where}: {key!r} is no field of a recipe; known are {', '.join(types)}")
         kind = types[key]
+        if key == "attention_layers":
+            value = _layers(value, where)
         if kind is float and isinstance(value, str):  # YAML takes 1e-2 for a string
             with suppress(ValueError):
                 value = float(value)
@@ -145,6 +207,16 @@ def _replace(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
             raise ValueError(f"{where}: {key} is {value!r}, expected {kind.__name__}")
         converted[key] = kind(value)
     return replace(recipe, **converted)
+
+
+def _layers(value: Any, where: str) -> str:
+    """Layers as a file may give them, a list or a number among others, in the form that the field has."""
+    numbers = value if isinstance(value, list) else [value]
+    if all(type(number) is int and number >= 0 for number in numbers) and numbers:
+        return ",".join(map(str, numbers))
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: attention_layers is {value!r}, expected {EXPECTED}")
+    return value.replace(" ", "")
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:

@@ -69,7 +69,12 @@ _FIELDS: dict[str, dict[str, type]] = {
         "hidden_act": str,
         "layer_norm_eps": float,
     },
-    "features": {"vision_feature_layer": int, "vision_feature_select_strategy": str, "projector_grid": int},
+    "features": {
+        "vision_feature_layer": int,
+        "vision_feature_select_strategy": str,
+        "projector_type": str,
+        "projector_grid": int,
+    },
 }
 _MAX_SIZES = {"num_hidden_layers": 256, "projector_grid": 256}
 _MAX_SIZE = 2**20
@@ -83,8 +88,8 @@ def check_sliceable(vlm: Vlm) -> None:
     """
     if not isinstance(vlm.model, MobileVlm):
         raise ValueError(
-            f"--alignment slice knows the MobileVLM family alone, not {vlm.family}: its targets depend on parts that no"
-            " slice keeps. Cache the targets themselves: --alignment targets"
+            f"--alignment slice does not serve the family {vlm.family}: {vlm.not_sliced}. Cache the targets themselves:"
+            " --alignment targets"
         )
     text, config = vlm.model.model.language_model, vlm.text_config
     attention = text.layers[0].self_attn

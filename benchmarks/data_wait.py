@@ -74,7 +74,7 @@ class Case:
 
 
 def training_set(vlm: Vlm, data: Path, images: Path, cache: Path) -> TrainingSet:
-    preparer = Preparer.of(vlm, template="v1", max_length=2048, image_root=images)
+    preparer = Preparer.of(vlm, template="v1", max_length=2048, image_root=images, with_spans=False)
     reader = CacheReader(cache, max_shards=2 * SHARDS_OPEN)
     return TrainingSet(SampleFile(data), preparer, student=vlm, reader=reader, needs=ALL, max_rejected=0)
 
@@ -158,7 +158,7 @@ def write_photos(folder: Path, samples: int) -> None:
 
 def write_rows(vlm: Vlm, data: Path, folder: Path) -> None:
     """A cache of drawn targets, in shape what a teacher with ``HEADS`` heads would give."""
-    file, settings = SampleFile(data), TargetSettings()
+    file, settings = SampleFile(data), TargetSettings(across=False)
     spec = CacheSpec(settings.fields(vlm.vocabulary), {"targets": settings.fingerprint()})
     plan = Plan(file.keys, SHARD_SAMPLES, {})
     store = CacheStore.create_or_open(folder / "cache", spec, plan, shard_format="zarr")

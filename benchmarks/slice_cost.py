@@ -171,7 +171,7 @@ def count_bytes() -> None:
 
 
 def row_bytes(rows: int = 512) -> float:
-    spec = CacheSpec(TargetSettings(targets=()).fields(VOCABULARY), {})
+    spec = CacheSpec(TargetSettings(targets=(), across=False).fields(VOCABULARY), {})
     generator = np.random.default_rng(0)
     encoded = []
     for number in range(rows):

@@ -18,16 +18,25 @@ from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from alignkd.cache_store.reader import CacheReader
+from alignkd.layer_pairs import needed_layers
 from alignkd.logits import LogitCodec
 from alignkd.models.loading import load_vlm, save_vlm
 from alignkd.models.mobilevlm_family import MobileVlmFamily
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective, TargetSource, TeacherShape, term_weights
 from alignkd.online_teacher import OnlineTeacher
+from alignkd.pipeline.across import Across
 from alignkd.pipeline.arguments import training_arguments, zero_stage
 from alignkd.pipeline.checkpoints import newest, step_of, sweep
 from alignkd.pipeline.features import cache_tower_features
-from alignkd.pipeline.fit import check_fit, check_out, check_same_run, check_targets, check_teacher
+from alignkd.pipeline.fit import (
+    check_attention_layers,
+    check_fit,
+    check_out,
+    check_same_run,
+    check_targets,
+    check_teacher,
+)
 from alignkd.pipeline.interrupt import Interrupted, StopFlag, stop_on_signals
 from alignkd.pipeline.lengths import check_budget, sample_lengths
 from alignkd.pipeline.loader import SHARDS_OPEN, TrainingSet
@@ -51,7 +60,8 @@ from alignkd.recipes import Recipe, describe
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What ``alignkd distill`` was asked to do. ``template`` and ``max_length`` default to the cache's.
+    """What ``alignkd distill`` was asked to do. ``template`` and ``max_length`` default to the cache's, a template that the
+    student does not know to its own.
 
     ``batch_size`` and ``batch_tokens`` (padded positions) bound the samples of a process's micro-batch. With an
     ``online_teacher`` a cache decides the samples and their order alone.
@@ -184,8 +194,8 @@ class _Run:
 
     @cached_property
     def template(self) -> str:
-        found = self.reader.fingerprint["template"] if self.reader else self.student.default_template
-        template = self.config.template or str(found)
+        found = str(self.reader.fingerprint["template"]) if self.reader else self.student.default_template
+        template = self.config.template or (found if found in self.student.templates else self.student.default_template)
         check_template(template, self.student.templates)
         return template
 
@@ -193,10 +203,33 @@ class _Run:
     def max_length(self) -> int:
         return self.config.max_length or (int(self.reader.fingerprint["max_length"]) if self.reader else DEFAULT_MAX_LENGTH)
 
+    @cached_property
+    def across(self) -> Across | None:
+        """How the cache's rows become targets of a student of another make."""
+        if self.reader is None:
+            return None
+        needs = self.config.recipe.needs if self.config.online_teacher is None else frozenset[str]()
+        return check_fit(
+            self.student,
+            self.reader.fingerprint,
+            self.template,
+            self.max_length,
+            self.reader.url,
+            needs=needs,
+            fields=[field.name for field in self.reader.spec.fields],
+        )
+
     def _check_fit(self) -> None:
-        if self.reader is not None:
-            assert self.config.cache is not None
-            check_fit(self.student, self.reader.fingerprint, self.template, self.max_length, self.config.cache)
+        assert self.across is None or self.reader is not None
+        assert self.teacher_layers != 0  # looked at before the data file is read, which takes longer
+
+    @cached_property
+    def teacher_layers(self) -> int | None:
+        """How many the teacher of the cache has; None where it does not matter."""
+        config = self.config
+        if self.reader is None or config.online_teacher is not None or "attention" not in config.recipe.needs:
+            return None
+        return check_attention_layers(self.student, self.reader.fingerprint, config.recipe)
 
     @cached_property
     def data(self) -> TrainingSet:
@@ -207,11 +240,19 @@ class _Run:
             needs -= SLICED
         return TrainingSet(
             SampleFile(config.data),
-            Preparer.of(self.student, template=self.template, max_length=self.max_length, image_root=config.images),
+            Preparer.of(
+                self.student,
+                template=self.template,
+                max_length=self.max_length,
+                image_root=config.images,
+                with_spans=self.across is not None,
+            ),
             student=self.student,
             reader=self.reader,
             needs=needs,
             max_rejected=config.max_rejected,
+            across=self.across,
+            attention_layers=needed_layers(config.recipe, self.student, self.teacher_layers) if "attention" in needs else (),
         )
 
     def _objective(self) -> Objective:
@@ -236,7 +277,7 @@ class _Run:
         if "logits" in needs:
             codec = open_codec(settings_of(found), reader.tensors, self.student.device)
         heads = 1 if found["targets"]["attention"] == "mean" else found["teacher"]["heads"]
-        return source, codec, TeacherShape(heads, found["teacher"]["width"])
+        return source, codec, TeacherShape(heads, found["teacher"]["width"], self.teacher_layers)
 
     def _teacher_in_loop(self) -> tuple[TargetSource, LogitCodec, TeacherShape]:
         config = self.config
@@ -244,9 +285,10 @@ class _Run:
         dtype = parse_dtype(config.teacher_dtype or config.dtype)
         tower = Path(config.vision_tower) if config.vision_tower else None
         teacher = load_vlm(config.online_teacher, dtype=dtype, device=self.device, vision_tower=tower)
-        check_teacher(self.student, teacher)
-        source = OnlineTeacher(teacher, self.student, features_only=config.cache_tower_features)
-        return source, source.logit_codec, TeacherShape(teacher.heads, teacher.hidden_size)
+        check_teacher(self.student, teacher, self.template)
+        layers = needed_layers(config.recipe, self.student, teacher.layers)
+        source = OnlineTeacher(teacher, self.student, features_only=config.cache_tower_features, attention_layers=layers)
+        return source, source.logit_codec, TeacherShape(teacher.heads, teacher.hidden_size, teacher.layers)
 
     def _schedule(self) -> Schedule:
         config, lengths = self.config, None
@@ -298,7 +340,8 @@ class _Run:
         processes.wait()
         if processes.first:
             sweep(out / "checkpoints")
-        metrics = Metrics(out / "metrics.jsonl", term_weights(config.recipe), writes=processes.first)
+        learned = config.recipe.weighting == "learned"
+        metrics = Metrics(out / "metrics.jsonl", term_weights(config.recipe), learned=learned, writes=processes.first)
         title = f"distill {config.recipe.name}"
         with bar(title, schedule.steps, "steps", done=done, show=processes.first) as progress:
             callback = RunCallback(progress)

@@ -109,7 +109,7 @@ def _options(stage: StageOne, made: Sequence[Row], stored: Mapping[str, float]) 
         others = [replace(row, values={name: value}) for row, value in zip(made, values, strict=True)]
         return (sizes(CacheSpec((field,), {}), others, stage.config.shard_format)[name] - stored[name]) * total
 
-    if "attention" in fields:
+    if "attention" in fields and stage.config.settings.attention_layers == (0,):
         maps = [row.values["attention"] for row in made]
         if stage.config.settings.attention == "per-head":
             means = [attention_HTV.mean(axis=0, keepdims=True) for attention_HTV in maps]
@@ -120,8 +120,8 @@ def _options(stage: StageOne, made: Sequence[Row], stored: Mapping[str, float]) 
         tokens = [row.values["vision_tokens"] for row in made]
         smaller = replace(fields["vision_tokens"], codec="int4-blocks")
         yield "--vision-codec int4-blocks", change("vision_tokens", smaller, tokens)
-    gone = sum(stored[name] for name in ("attention", "vision_tokens") if name in fields) * total
-    if gone and _sliceable(stage):
+    gone = sum(stored[name] for name in ("attention", "vision_tokens", "spans", "regions") if name in fields) * total
+    if gone and stage.config.settings.attention_layers == (0,) and _sliceable(stage):
         parameters = sum(slice_sizes(describe_slice(stage.teacher.model)).values())
         yield "--alignment slice", parameters * next(stage.teacher.model.parameters()).element_size() - gone
     if "sketch" in fields and (size := stage.row_settings.logits.sketch_bytes) > 32:

@@ -138,7 +138,7 @@ def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> li
         pad_token_id=vlm.pad_token_id,
     )
     new_ids = output[:, batch.input_ids_BS.shape[1] :].tolist()
-    return [vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new_ids]
+    return [vlm.answer_text(ids) for ids in new_ids]
 
 
 def _line(sample: Sample, prediction: str, metric: Callable[[str, str], bool]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from alignkd.logits.topk import TopK
 from alignkd.pipeline.logits_io import open_codec, settings_of
 from alignkd.pipeline.pictures import attention_figure, save_figure
 from alignkd.pipeline.slice_io import is_slice
-from alignkd.regions import region, stack
+from alignkd.pipeline.targets_io import attention_layer
 
 _RECOMPUTED = "stage two recomputes attention and vision tokens from the teacher's slice, which the cache holds once"
 
@@ -35,8 +35,8 @@ def row_arrays(reader: CacheReader, row: Row) -> dict[str, np.ndarray]:
     """A row's values under the names that ``alignkd show --save`` uses; log-probabilities as stage two decodes them."""
     values = row.values
     arrays = {"input_ids": values["input_ids"].astype(np.int64), "labels": values["labels"].astype(np.int64)}
-    if "attention" in values:
-        arrays["attention_HTV"] = values["attention"]
+    layers = {name: layer for name in values if (layer := attention_layer(name)) is not None}
+    arrays |= {f"attention_{layer}_HTV" if layer else "attention_HTV": values[name] for name, layer in layers.items()}
     if "vision_tokens" in values:
         arrays["vision_tokens_VD"] = values["vision_tokens"]
     if reader.fingerprint["targets"]["logits"] is not None:
@@ -82,10 +82,7 @@ def plot_row(reader: CacheReader, row: Row, path: str) -> None:
     if not arrays.get("attention_HTV", np.zeros(0)).size:
         why = f": {_RECOMPUTED}; alignkd show draws a model's own" if is_slice(reader.fingerprint) else ""
         raise ValueError(f"the row of {row.sample_id!r} holds no attention to draw{why}")
-    tokens = int(reader.fingerprint["vision_tokens_per_image"])
-    side = round(tokens**0.5)
-    images = arrays["attention_HTV"].shape[2] // tokens
-    pictures = [np.full((side * 8, side * 8, 3), 0.5)] * images
-    regions_R8 = stack([region(image, (side, side)) for image in range(images)])
+    regions_R8 = row.values["regions"]
+    pictures = [np.full((96, 96, 3), 0.5)] * len(set(regions_R8[:, 0].tolist()))
     figure = attention_figure(pictures, arrays["attention_HTV"], regions_R8, f"{row.sample_id}: cached teacher attention")
     save_figure(figure, path)

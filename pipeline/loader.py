@@ -12,18 +12,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from alignkd.align import AlignmentError
 from alignkd.batch import ModelInput, collate
 from alignkd.cache_store.reader import CacheReader, MissingRow
 from alignkd.cache_store.row import Row, Stored
 from alignkd.cache_store.shard import CorruptShard
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.across import LAYOUT, Across, Compared, with_masks
 from alignkd.pipeline.interrupt import leave_signals_to_parent
 from alignkd.pipeline.logits_io import logit_fields, settings_of
 from alignkd.pipeline.parcel import Parcel
 from alignkd.pipeline.prepare import Prepared, Preparer, SampleError
 from alignkd.pipeline.rejects import Rejects
 from alignkd.pipeline.samples import Sample, SampleFile
-from alignkd.pipeline.targets_io import collate_targets
+from alignkd.pipeline.targets_io import attention_field, attention_layer, collate_targets
 from alignkd.prompts import IMAGE_TOKEN_ID
 from alignkd.targets import Targets
 
@@ -33,8 +35,6 @@ SHARDS_OPEN = 8
 BATCHES_AHEAD = 4
 """Micro-batches that each worker holds ready: enough for the moment in which new shards are opened."""
 
-_FIELDS = {"attention": "attention", "vision": "vision_tokens"}
-
 
 class MisalignedRow(ValueError):  # noqa: N818 - the name says what is the matter
     """A cached row is not about the sample it is used for."""
@@ -42,11 +42,12 @@ class MisalignedRow(ValueError):  # noqa: N818 - the name says what is the matte
 
 @dataclass(frozen=True)
 class Item:
-    """A prepared sample with what it needs of the cache, as it is stored."""
+    """A prepared sample with what it needs of the cache, as it is stored; ``compared``: what has a target, if not all."""
 
     sample_id: str
     input: ModelInput
     stored: dict[str, Stored]
+    compared: Compared | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Positions(list[int]):
 
 
 class TrainingSet(Dataset["Item | Failure"]):
-    """The usable samples of a data file, each with its row."""
+    """The usable samples of a data file, each with its row; ``across``: of a teacher of another make."""
 
     def __init__(
         self,
@@ -85,11 +86,14 @@ class TrainingSet(Dataset["Item | Failure"]):
         reader: CacheReader | None,
         needs: frozenset[str],
         max_rejected: int,
+        attention_layers: Sequence[int] = (0,),
+        across: Across | None = None,
     ) -> None:
-        self.samples, self.preparer, self.reader = samples, preparer, reader
+        self.samples, self.preparer, self.reader, self.across = samples, preparer, reader, across
         self.tokens_per_placeholder = student.tokens_per_placeholder
         self.image_token_id, self.pad_token_id = student.image_token_id, student.pad_token_id
-        self.fields = [_FIELDS[need] for need in sorted(needs - {"logits"})]
+        self.fields = [attention_field(layer) for layer in attention_layers] if "attention" in needs else []
+        self.fields += ["vision_tokens"] if "vision" in needs else []
         if "logits" in needs:
             assert reader is not None
             settings = settings_of(reader.fingerprint)
@@ -162,6 +166,8 @@ class TrainingSet(Dataset["Item | Failure"]):
             prepared = self.preparer(sample)
             if self.reader is None or not self.fields:
                 return Item(sample.id or sample.key, prepared.input, {})
+            if self.across is not None:
+                return self._across(sample, prepared, self.across)
             row = self.reader.row(sample.key, {"input_ids", "labels"})
             stored = self.reader.stored(sample.key, self.fields)
             check_row(sample, prepared, row, stored, self.tokens_per_placeholder, self.image_token_id)
@@ -170,6 +176,23 @@ class TrainingSet(Dataset["Item | Failure"]):
         except (MisalignedRow, CorruptShard) as error:
             return Failure(sample.key, sample.id or sample.key, str(error), fatal=True)
         return Item(sample.id or sample.key, prepared.input, dict(stored))
+
+    def _across(self, sample: Sample, prepared: Prepared, across: Across) -> Item:
+        """A sample with the row that a teacher of another make left.
+
+        Raises:
+            MisalignedRow: the two cannot be aligned; names the sample and the cause.
+        """
+        assert self.reader is not None
+        visual = {name for name in self.fields if attention_layer(name) is not None or name == "vision_tokens"}
+        row = self.reader.row(sample.key, visual | LAYOUT if visual else LAYOUT - {"regions"})
+        check_images(sample, prepared, row)
+        stored = self.reader.stored(sample.key, [name for name in self.fields if name not in visual])
+        try:
+            found, compared = across(row, prepared.input, stored)
+        except AlignmentError as error:
+            raise MisalignedRow(f"sample {sample.id!r} cannot be aligned with its row in the cache: {error}") from error
+        return Item(sample.id or sample.key, prepared.input, found, compared)
 
     def collate(self, items: Sequence[Item | Failure]) -> dict[str, Any]:
         """Items to ``{"batch", "targets", "failures", "ids"}``; ``batch`` is None when every sample failed, or there is none.
@@ -189,6 +212,7 @@ class TrainingSet(Dataset["Item | Failure"]):
         targets = Targets()
         if self.fields:
             targets = collate_targets([item.stored for item in good], batch)
+            targets = with_masks(targets, [item.compared for item in good if item.compared is not None], batch)
         return Parcel(batch=batch, targets=targets, failures=failures, ids=[item.sample_id for item in good])
 
 
@@ -286,12 +310,24 @@ def check_row(
         found = "its token ids differ: the tokenizer, template or maximum length is not the cache's"
     elif not np.array_equal(row.values["labels"], prepared.input.labels):
         found = "its labels differ: the template is not the cache's"
-    elif row.image_sha256 != prepared.image_sha256:
-        found = "its image file differs from the one the teacher saw: --images points elsewhere, or the file has changed"
     else:
+        check_images(sample, prepared, row)
         found = _misshapen(prepared.input.input_ids, stored, tokens_per_placeholder, image_token_id)
     if found is not None:
         raise MisalignedRow(f"sample {sample.id!r} does not match its row in the cache: {found}")
+
+
+def check_images(sample: Sample, prepared: Prepared, row: Row) -> None:
+    """Compare the image files of a row with those that this run read.
+
+    Raises:
+        MisalignedRow: they differ; names the sample and the cause.
+    """
+    if row.image_sha256 != prepared.image_sha256:
+        raise MisalignedRow(
+            f"sample {sample.id!r} does not match its row in the cache: its image file differs from the one the teacher saw:"
+            " --images points elsewhere, or the file has changed"
+        )
 
 
 def _misshapen(
@@ -303,10 +339,11 @@ def _misshapen(
     rows = len(input_ids) - int(images[0]) - len(images) if len(images) else 0
     if "vision_tokens" in stored and (held := stored["vision_tokens"].shape[0]) != columns:
         return f"it holds {held} vision tokens where the student has {columns}"
-    if "attention" in stored and stored["attention"].shape[1:] != (rows, columns):
-        held_rows, held_columns = stored["attention"].shape[1:]
-        return (
-            f"it holds attention of {held_rows} text rows to {held_columns} vision tokens where the student has"
-            f" {rows} and {columns}"
-        )
+    for name in (name for name in stored if attention_layer(name) is not None):
+        held_rows, held_columns = stored[name].shape[1:]
+        if (held_rows, held_columns) != (rows, columns):
+            return (
+                f"it holds attention of {held_rows} text rows to {held_columns} vision tokens where the student has"
+                f" {rows} and {columns}"
+            )
     return None

@@ -20,19 +20,24 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 OBSERVED = ("attention_contrast",)
 """Outputs that are no terms: their mean over micro-batches, leaving out those where they are NaN (nothing to observe)."""
 
+PRECISION = "precision/{}"
+"""Output that is the learned precision of a term: the factor of the recipe's weight."""
+
 _COUNTED = ("samples", "tokens", "answers")
 
 
 class Metrics:
     """Sums between two log lines, and the file they go to.
 
-    ``weights`` are the factors of the unweighted terms in the loss; ``writes`` is False on every process but the first.
+    ``weights`` are the factors of the unweighted terms in the loss, times what :data:`PRECISION` gives where they are
+    ``learned``; ``writes`` is False on every process but the first.
     """
 
-    def __init__(self, path: Path, weights: Mapping[str, float], *, writes: bool) -> None:
+    def __init__(self, path: Path, weights: Mapping[str, float], *, writes: bool, learned: bool = False) -> None:
         self.path, self.weights, self.writes = path, dict(weights), writes
         self._terms = ("loss", *weights)
-        self._summed = (*self._terms, *OBSERVED, *(f"{name}/batches" for name in OBSERVED))
+        self._observed = (*OBSERVED, *(PRECISION.format(name) for name, weight in weights.items() if learned and weight > 0))
+        self._summed = (*self._terms, *self._observed, *(f"{name}/batches" for name in self._observed))
         self._start({}, 0)
 
     def _start(self, state: Mapping[str, Any], step: int) -> None:
@@ -58,13 +63,13 @@ class Metrics:
         """Count a micro-batch; nothing is copied to the host here.
 
         ``outputs``: scalars; ``loss`` and the unweighted terms are this process's share of the step's mean, so that they
-        add up over micro-batches and processes. Names that are neither terms nor :data:`OBSERVED` are passed over.
+        add up over micro-batches and processes. Names that are neither terms nor observed are passed over.
         """
         for name in self._terms:
             if name in outputs:
                 self._add(name, outputs[name].detach())
                 self._seen[name] += 1
-        for name in OBSERVED:
+        for name in self._observed:
             if name in outputs:
                 value = outputs[name].detach().float()
                 self._add(name, value.nan_to_num(0.0))
@@ -90,8 +95,10 @@ class Metrics:
         since, seconds = self._since_line(reduce), self.seconds
         steps, interval = max(step - self._line_step, 1), max(seconds - self._line_seconds, 1e-9)
         means = {name: since[name] / steps for name in self._terms if since[f"seen/{name}"]}
+        observed = {name: since[name] / since[f"{name}/batches"] for name in self._observed if since[f"{name}/batches"]}
+        in_loss = {name: weight * observed.get(PRECISION.format(name), 1.0) for name, weight in self.weights.items()}
         # 0 times an overflow would still poison the shares.
-        weighted = {name: weight * means[name] if weight > 0 else 0.0 for name, weight in self.weights.items() if name in means}
+        weighted = {name: weight * means[name] if weight > 0 else 0.0 for name, weight in in_loss.items() if name in means}
         total = sum(weighted.values())
         for name in _COUNTED:
             self._until_line[name] += int(since[name])
@@ -107,7 +114,7 @@ class Metrics:
             **means,
             **{f"weighted/{name}": value for name, value in weighted.items()},
             **{f"share/{name}": value / total if total else 0.0 for name, value in weighted.items()},
-            **{name: since[name] / since[f"{name}/batches"] for name in OBSERVED if since[f"{name}/batches"]},
+            **observed,
             "peak_memory_bytes": peak_memory_bytes(),
         }
         self._forget(step, seconds)

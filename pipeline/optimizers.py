@@ -1,6 +1,6 @@
 """The optimizers of stage two."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import chain
 from typing import Any, Literal
 
@@ -18,21 +18,24 @@ def make_optimizer(
     weight_decay: float,
     muon_learning_rate: float,
     own_rates: dict[int, float],
+    undecayed: Collection[int] = (),
     fused: bool,
 ) -> torch.optim.Optimizer:
     """AdamW over named parameters, or Muon for the matrices of layers with AdamW for the rest.
 
-    ``own_rates`` gives a parameter, by its ``id``, a learning rate of its own (under AdamW).
+    ``own_rates`` gives a parameter, by its ``id``, a learning rate of its own (under AdamW); ``undecayed`` are those, by their
+    ``id``, whose weights do not decay.
     """
     named = [(key, p) for key, p in parameters if p.requires_grad]
     matrices = [p for key, p in named if name == "muon" and p.ndim == 2 and ".layers." in f".{key}" and id(p) not in own_rates]
     taken = {id(p) for p in matrices}
-    groups: dict[float, list[nn.Parameter]] = {learning_rate: []}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(learning_rate, weight_decay): []}
     for _, p in named:
         if id(p) not in taken:
-            groups.setdefault(own_rates.get(id(p), learning_rate), []).append(p)
+            settings = own_rates.get(id(p), learning_rate), 0.0 if id(p) in undecayed else weight_decay
+            groups.setdefault(settings, []).append(p)
     adamw = torch.optim.AdamW(
-        [{"params": params, "lr": rate} for rate, params in groups.items()],
+        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
         lr=learning_rate,
         weight_decay=weight_decay,
         fused=fused,

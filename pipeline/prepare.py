@@ -43,9 +43,13 @@ class Preparer:
     """Tower features by image reference, with the file's SHA-256; an image found here is not read again."""
 
     @classmethod
-    def of(cls, vlm: Vlm, *, template: str, max_length: int, image_root: str | Path | None) -> "Preparer":
-        """The preparer of a loaded model."""
-        return cls(vlm.encoder(template, max_length), Path(image_root or "."))
+    def of(
+        cls, vlm: Vlm, *, template: str, max_length: int, image_root: str | Path | None, with_spans: bool = True
+    ) -> "Preparer":
+        """The preparer of a loaded model; ``with_spans``: see :class:`alignkd.encoder.Encoder`."""
+        encoder = vlm.encoder(template, max_length)
+        encoder.with_spans = with_spans
+        return cls(encoder, Path(image_root or "."))
 
     def __call__(self, sample: Sample) -> Prepared:
         """Prepare one sample.

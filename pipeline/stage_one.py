@@ -22,9 +22,11 @@ from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.store import CacheStore
 from alignkd.capture import enable_capture
 from alignkd.encoder import Planned
+from alignkd.layers import find_teacher_layers
 from alignkd.logits import LogitCodec
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.fit import describe
 from alignkd.pipeline.interrupt import StopFlag
 from alignkd.pipeline.logits_io import CALIBRATION_POSITIONS, CALIBRATION_SAMPLES, calibrate, fitted, logit_arrays, open_codec
 from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Prepared, Preparer, SampleError
@@ -42,7 +44,8 @@ class CacheTeacherConfig:
     """What ``alignkd cache-teacher`` was asked to do. ``batch_tokens`` counts positions after padding.
 
     ``alignment``: whether rows hold attention and vision tokens ("targets"), or the cache holds once what stage two
-    recomputes them from ("slice"), ``slice_without_tower`` without its vision tower.
+    recomputes them from ("slice"), ``slice_without_tower`` without its vision tower. ``attention_layers``: see
+    :func:`alignkd.layers.find_teacher_layers`.
     """
 
     teacher: str
@@ -55,6 +58,7 @@ class CacheTeacherConfig:
     settings: TargetSettings = field(default_factory=TargetSettings)
     alignment: str = "targets"
     slice_without_tower: bool = False
+    attention_layers: str = "first"
     shard_samples: int = 512
     batch_tokens: int = 16_384
     dtype: str = "float32"
@@ -139,22 +143,30 @@ class StageOne:
         template = config.template or teacher.default_template
         check_template(template, teacher.templates)
         logits = fitted(config.settings.logits, teacher.vocabulary, teacher.hidden_size)
-        config = replace(config, settings=replace(config.settings, logits=logits))
+        layers = _attention_layers(config, teacher.layers)
+        settings = replace(config.settings, logits=logits, attention_layers=layers, layers=teacher.layers)
+        config = replace(config, settings=settings)
         return cls(config, teacher, template, samples, plan, StopFlag() if stop is None else stop)
 
     @cached_property
     def preparer(self) -> Preparer:
         """How samples become inputs of this teacher."""
         config = self.config
-        return Preparer.of(self.teacher, template=self.template, max_length=config.max_length, image_root=config.images)
+        return Preparer.of(
+            self.teacher,
+            template=self.template,
+            max_length=config.max_length,
+            image_root=config.images,
+            with_spans=self.row_settings.across,
+        )
 
     @cached_property
     def row_settings(self) -> TargetSettings:
-        """The targets that rows hold: those that no slice gives."""
+        """The targets that rows hold: those that no slice gives. A slice serves students of the teacher's make alone."""
         settings = self.config.settings
         if self.config.alignment == "targets":
             return settings
-        return replace(settings, targets=tuple(name for name in settings.targets if name not in SLICED))
+        return replace(settings, targets=tuple(name for name in settings.targets if name not in SLICED), across=False)
 
     def spec(self) -> CacheSpec:
         """The cache's fields and fingerprint."""
@@ -164,17 +176,8 @@ class StageOne:
         """Everything that determines the targets; stage one refuses to go on, and stage two to read, under another."""
         teacher, config = self.teacher, self.config
         return {
-            "teacher": {
-                "weights": self._weights,
-                "dtype": config.dtype,
-                "vocabulary": teacher.vocabulary,
-                "heads": teacher.heads,
-                "width": teacher.hidden_size,
-            },
-            "tokenizer": teacher.tokenizer_fingerprint(),
-            "template": self.template,
-            "image_preprocessing": teacher.image_fingerprint(),
-            "vision_tokens_per_image": teacher.vision_tokens_per_image,
+            **describe(teacher, self.template),
+            "teacher": {"weights": self._weights, "dtype": config.dtype, **describe(teacher, self.template)["teacher"]},
             "max_length": config.max_length,
             "targets": config.settings.fingerprint(),
             "alignment": config.alignment,
@@ -273,6 +276,26 @@ class StageOne:
         assert ready.batch is not None
         keys = [item.sample.key for item, _ in ready.items]
         return run_teacher(self.teacher, ready.batch, ready.inputs, self.row_settings, self.logit_codec, keys)
+
+
+def _attention_layers(config: CacheTeacherConfig, depth: int) -> tuple[int, ...]:
+    """The teacher's layers whose attention is cached.
+
+    Raises:
+        ValueError: it has no such layers, or they cannot be cached under the other options.
+    """
+    try:
+        layers = find_teacher_layers(config.attention_layers, depth)
+    except ValueError as error:
+        raise ValueError(f"--attention-layers: {error}") from error
+    if layers != (0,) and config.alignment == "slice":
+        raise ValueError(
+            f"--alignment slice gives the attention of the first layer alone, not of --attention-layers"
+            f" {config.attention_layers}: all layers before would have to be kept. Use --alignment targets"
+        )
+    if layers != (0,) and "attention" not in config.settings.targets:
+        raise ValueError(f"--attention-layers {config.attention_layers} needs attention among --targets")
+    return layers
 
 
 def rows(ready: ReadyBatch, output: TeacherOutput) -> list[Row]:

@@ -3,7 +3,7 @@
 Shapes: H teacher heads, T text rows, V vision columns, D teacher width, A answers, J draws, L ids.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,35 +26,71 @@ TARGETS = ("attention", "vision", "logits")
 QUANTISED = {"attention": "attention_BHTV", "vision_tokens": "vision_BVD"}
 """Fields that stay as they are stored until they are on the device, and what they become there."""
 
+_OF_LAYER = "attention_"
+"""Begins the fields of attention of other layers than the first."""
+
+
+def attention_field(layer: int) -> str:
+    """The field that holds the attention of one of the teacher's layers."""
+    return f"{_OF_LAYER}{layer}" if layer else "attention"
+
+
+def attention_layer(name: str) -> int | None:
+    """The layer whose attention a field holds; None where it holds another target."""
+    if name == "attention":
+        return 0
+    return int(name.removeprefix(_OF_LAYER)) if name.startswith(_OF_LAYER) else None
+
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """Which targets a cache holds, and how."""
+    """Which targets a cache holds, and how. ``attention_layers`` are the teacher's, of ``layers`` that it has.
+
+    ``across``: rows say where their vision tokens lie and which characters their ids cover, for students of another make.
+    """
 
     targets: tuple[str, ...] = TARGETS
     attention: str = "per-head"
     logits: LogitSettings = field(default_factory=LogitSettings)
     attention_codec: str = "sqrt8"
     vision_codec: str = "int8-rows"
+    attention_layers: tuple[int, ...] = (0,)
+    layers: int = 1
+    across: bool = True
 
     def fingerprint(self) -> dict[str, Any]:
         """The part of a cache's fingerprint that these settings are."""
+        others = "attention" in self.targets and self.attention_layers != (0,)
         return {
+            **({"attention_layers": {"held": list(self.attention_layers), "of": self.layers}} if others else {}),
             "attention": self.attention if "attention" in self.targets else None,
             "vision": "vision" in self.targets,
             "logits": self.logits.fingerprint() if "logits" in self.targets else None,
         }
 
     def fields(self, vocabulary: int) -> tuple[FieldSpec, ...]:
-        """The cache's fields: ids and labels always, then the targets."""
+        """The cache's fields: ids and labels always, what another make of student needs, then the targets."""
         fields = [FieldSpec("input_ids", ("L",), "int32", "exact"), FieldSpec("labels", ("L",), "int32", "exact")]
+        if self.across:
+            fields.append(FieldSpec("spans", ("L", "E"), "int32", "exact"))
+        if self.across and {"attention", "vision"} & set(self.targets):
+            fields.append(FieldSpec("regions", ("R", "C"), "float32", "exact", per_image=True))
         if "attention" in self.targets:
-            fields.append(FieldSpec("attention", ("H", "T", "V"), "float32", self.attention_codec))
+            names = [attention_field(layer) for layer in self.attention_layers]
+            fields += [FieldSpec(name, ("H", "T", "V"), "float32", self.attention_codec) for name in names]
         if "vision" in self.targets:
             fields.append(FieldSpec("vision_tokens", ("V", "D"), "float32", self.vision_codec, per_image=True))
         if "logits" in self.targets:
             fields += logit_fields(self.logits, vocabulary)
         return tuple(fields)
+
+
+_OF_INPUT: dict[str, Callable[[ModelInput], np.ndarray]] = {
+    "input_ids": lambda given: given.input_ids.astype(np.int32),
+    "labels": lambda given: given.labels.astype(np.int32),
+    "spans": lambda given: given.spans.astype(np.int32),
+    "regions": lambda given: given.regions_R8,
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +102,7 @@ class TeacherOutput:
     batch: Batch
     inputs: Sequence[ModelInput]
     answer_fields: tuple[FieldSpec, ...] = ()
+    input_fields: tuple[str, ...] = ("input_ids", "labels")
 
     def values(self) -> list[dict[str, np.ndarray]]:
         """The values of each sample's row, unpadded."""
@@ -75,7 +112,7 @@ class TeacherOutput:
         rows, columns = self.batch.text_mask_BT.sum(1).tolist(), self.batch.vision_mask_BV.sum(1).tolist()
         owners = self.batch.answer_samples_A.numpy()
         return [
-            {"input_ids": sample.input_ids.astype(np.int32), "labels": sample.labels.astype(np.int32)}
+            {name: _OF_INPUT[name](sample) for name in self.input_fields}
             | self._values(arrays, i, rows[i], columns[i], owners == i)
             for i, sample in enumerate(self.inputs)
         ]
@@ -84,8 +121,8 @@ class TeacherOutput:
         self, arrays: Mapping[str, np.ndarray], i: int, rows: int, columns: int, mine: np.ndarray
     ) -> dict[str, np.ndarray]:
         values = {}
-        if "attention" in arrays:
-            values["attention"] = arrays["attention"][i, :, :rows, :columns]
+        for name in filter(lambda name: attention_layer(name) is not None, arrays):
+            values[name] = arrays[name][i, :, :rows, :columns]
         if "vision_tokens" in arrays:
             values["vision_tokens"] = arrays["vision_tokens"][i, :columns]
         for answer_field in self.answer_fields:
@@ -106,14 +143,16 @@ def run_teacher(
 
     ``codec`` is what encodes the logits, if they are wanted; ``keys`` of the samples are what it draws by, if it draws.
     """
+    of_input = tuple(field.name for field in settings.fields(teacher.vocabulary) if field.name in _OF_INPUT)
     if not settings.targets:  # all that is wanted comes from the teacher's slice
-        return TeacherOutput({}, None, batch, inputs)
+        return TeacherOutput({}, None, batch, inputs, input_fields=of_input)
     on_device = batch.to(teacher.device)
-    captured = capture(teacher, on_device, attention="attention" in settings.targets)
-    tensors = {}
-    if captured.attention_BHTV is not None:
-        attention = captured.attention_BHTV
-        tensors["attention"] = attention.mean(dim=1, keepdim=True) if settings.attention == "mean" else attention
+    attention = "attention" in settings.targets
+    captured = capture(teacher, on_device, attention=attention, layers=settings.attention_layers)
+    tensors = {
+        attention_field(layer): found.mean(dim=1, keepdim=True) if settings.attention == "mean" else found
+        for layer, found in captured.layers.items()
+    }
     if "vision" in settings.targets:
         tensors["vision_tokens"] = captured.vision_BVD.float()
     fields: tuple[FieldSpec, ...] = ()
@@ -123,7 +162,7 @@ def run_teacher(
         tensors |= _encode_answers(teacher, codec, captured.hidden_AD, on_device.answer_ids_A, uniform_AJ)
         fields = logit_fields(codec.settings, teacher.vocabulary)
     host, arrived = _to_host(tensors)
-    return TeacherOutput(host, arrived, batch, inputs, fields)
+    return TeacherOutput(host, arrived, batch, inputs, fields, of_input)
 
 
 def _encode_answers(
@@ -167,8 +206,14 @@ def collate_targets(stored: Sequence[Mapping[str, Stored]], batch: Batch) -> Tar
         for name, target in QUANTISED.items()
         if name in stored[0]
     }
-    answers = {name: _concatenate([row[name] for row in stored]) for name in stored[0] if name not in QUANTISED}
-    return Targets(quantised=quantised, quantised_answers=answers)
+    layers = {
+        layer: _pad([row[name] for row in stored], _padded_shape(name, stored, batch))
+        for name in stored[0]
+        if (layer := attention_layer(name))
+    }
+    others = [name for name in stored[0] if name not in QUANTISED and attention_layer(name) is None]
+    answers = {name: _concatenate([row[name] for row in stored]) for name in others}
+    return Targets(quantised=quantised, quantised_answers=answers, quantised_layers=layers)
 
 
 def _concatenate(stored: Sequence[Stored]) -> Quantised:
@@ -180,7 +225,7 @@ def _concatenate(stored: Sequence[Stored]) -> Quantised:
 def _padded_shape(name: str, stored: Sequence[Mapping[str, Stored]], batch: Batch) -> tuple[int, ...]:
     """``[H, T, V]`` or ``[V, D]`` of the batch."""
     text, vision = batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
-    if name == "attention":
+    if attention_layer(name) is not None:
         return max(row[name].shape[0] for row in stored), text, vision
     return vision, max(row[name].shape[1] for row in stored)
 

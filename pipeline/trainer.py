@@ -17,7 +17,7 @@ from alignkd.objective import Objective, Outcome
 from alignkd.pipeline.checkpoints import seal
 from alignkd.pipeline.interrupt import StopFlag
 from alignkd.pipeline.loader import Item, MisalignedRow, TrainingLoader, TrainingSet
-from alignkd.pipeline.metrics import Metrics
+from alignkd.pipeline.metrics import PRECISION, Metrics
 from alignkd.pipeline.optimizers import OptimizerName, make_optimizer
 from alignkd.pipeline.order import BatchOrder, StepSampler
 from alignkd.pipeline.processes import Processes
@@ -118,7 +118,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
                 if failure.fatal:
                     raise MisalignedRow(failure.reason)
                 self.data.rejects.add(failure.sample_id, failure.reason, key=failure.key)
-        mine = [inputs["batch"].counts() for inputs in batches if inputs["batch"] is not None]
+        mine = [inputs["targets"].compared(inputs["batch"]).counts() for inputs in batches if inputs["batch"] is not None]
         sums = self.processes.sum(
             [
                 sum(counts.answers for counts in mine),
@@ -159,8 +159,10 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         batch = inputs["batch"]
         self.finite.add(found["bad_B"], inputs["ids"], step=self.state.global_step + 1)
         outputs = {"loss": found["loss"].detach() / counts.processes, **found["terms"]}
+        outputs |= {PRECISION.format(name): precision for name, precision in found["precisions"].items()}
         if found["attention_BHTV"] is not None:
-            masks = batch.text_mask_BT, batch.vision_mask_BV
+            compared = inputs["targets"].compared(batch)
+            masks = compared.text_mask_BT, compared.vision_mask_BV
             outputs["attention_contrast"] = attention_contrast(found["attention_BHTV"], *masks)
         tokens, answers = batch.input_ids_BS.numel(), batch.answer_ids_A.numel()
         self.metrics.add(outputs, samples=batch.samples, tokens=tokens, answers=answers)
@@ -189,14 +191,17 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         if self.optimizer is None:  # type: ignore[has-type]
             settings = self.optimizer_settings
             projector = set(map(id, self.objective.vlm.projector.parameters()))
-            rate = settings.projector_learning_rate
+            rate, learned = settings.projector_learning_rate, self.objective.learned_weights
+            learned_ids = set() if learned is None else set(map(id, learned.parameters()))
+            own_rates = {} if rate is None else dict.fromkeys(projector, rate)
             self.optimizer = make_optimizer(
                 settings.name,
                 self.objective.named_parameters(),
                 learning_rate=self.args.learning_rate,
                 muon_learning_rate=settings.muon_learning_rate,
                 weight_decay=self.args.weight_decay,
-                own_rates={} if rate is None else dict.fromkeys(projector, rate),
+                own_rates=own_rates | dict.fromkeys(learned_ids, self.objective.recipe.weighting_learning_rate),
+                undecayed=learned_ids,
                 fused=self.args.device.type == "cuda",
             )
         return self.optimizer
@@ -244,6 +249,29 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         if self.processes.first:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             seal(folder, {"metrics": totals, "processes": self.processes.world_size})
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
+        """Weights that two modules share, as an output head that is the embedding: once, as safetensors wants it."""
+        super()._save(output_dir, once_each(self.model.state_dict() if state_dict is None else state_dict))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Weights of a checkpoint are all there: those that :meth:`_save` left out came with the first of their names.
+
+        Raises:
+            ValueError: others are missing, or are not known.
+        """
+        odd = [*(set(load_result.missing_keys) & set(once_each(self.model.state_dict()))), *load_result.unexpected_keys]
+        if odd:
+            names = ", ".join(sorted(odd)[:4])
+            raise ValueError(f"--resume: the checkpoint does not hold this student's weights: {names}; choose another --out")
+
+
+def once_each(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state without the further names of tensors that have several."""
+    kept: dict[Any, str] = {}
+    for name, tensor in state.items():
+        kept.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name, name)
+    return {name: state[name] for name in kept.values()}
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc]

@@ -41,7 +41,8 @@ class Watch:
         return [*self._shares(line), *self._uniformity(line)]
 
     def _shares(self, line: Mapping[str, Any]) -> list[str]:
-        if len(self.active) < 2:
+        # Learned weights make every term weigh the same in the end.
+        if len(self.active) < 2 or self.recipe.weighting == "learned":
             return []
         found = []
         for name in self.active:

@@ -23,6 +23,7 @@ from alignkd.encoder import Planned
 from alignkd.models.processors import load_processor
 from alignkd.prompts import IGNORE, IMAGE_TAG, PromptError, Turns
 from alignkd.regions import stack
+from alignkd.spans import counted as counted_characters
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 """Unicode's non-characters: no text may hold them, so they mark without being mistaken."""
@@ -53,15 +54,21 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Processed:
-    """What the processor made: ids, the characters ``[L, 2]`` of each, and where placeholders moved the rendered text.
-
-    ``moved``: for each image the end of its placeholder before and after, and how many vision tokens it has.
-    """
+    """What the processor made: ids, the characters ``[L, 2]`` of each, and where placeholders moved the rendered text."""
 
     ids: np.ndarray
     offsets: np.ndarray
-    moved: list[tuple[int, int, int]]
+    moved: list["Moved"]
     outputs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """An image's placeholder: ``(start, end)`` in the rendered text and in the processor's, and its vision tokens."""
+
+    span: tuple[int, int]
+    new_span: tuple[int, int]
+    tokens: int
 
 
 @dataclass
@@ -76,16 +83,16 @@ class ChatEncoder:
     max_length: int
     template: str = "chat"
     needs_sizes = True
+    with_spans = True
     processor: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.processor = self.processor or load_processor(self.folder, self.model_type)
         self.tokenizer = self.processor.tokenizer
-        self._specials = sorted(map(str, self.tokenizer.all_special_tokens), key=len, reverse=True)
+        self._specials = _special_tokens(self.tokenizer)
         self._closing = ""
-        self._placeholders = lru_cache(4096)(self._count_placeholders)
-        if not self._closes(self.render([("human", "a"), ("gpt", "b")], 0)):
-            self._closing = str(self.tokenizer.eos_token)
+        self._written = lru_cache(4096)(self._write_image)
+        self._closing = self._find_closing()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the processor behind: its class is made when it is loaded, and no other process knows it."""
@@ -103,8 +110,11 @@ class ChatEncoder:
     def plan(self, turns: Turns, images: int, sizes: Sequence[tuple[int, int]] = ()) -> Planned:
         """The length; ids wait for the images."""
         rendered = self.render(turns, images)
-        ids = self.tokenizer(rendered.text, add_special_tokens=self._adds_start(rendered.text)).input_ids
-        return Planned(len(ids) + sum(self._placeholders(size) for size in sizes))
+        written = [self._written(size, len(sizes) > 1) for size in sizes]
+        first, *rest = rendered.text.split(self.processor.image_token) if sizes else [rendered.text]
+        text = first + "".join(image + after for (image, _), after in zip(written, rest, strict=True))
+        ids = self.tokenizer(text, add_special_tokens=self._adds_start(rendered.text)).input_ids
+        return Planned(len(ids) + sum(left_out for _, left_out in written))
 
     def finish(self, turns: Turns, planned: Planned, images: Sequence[Image.Image]) -> tuple[ModelInput, bool]:
         """Ids, labels, pixel values and all else the model takes."""
@@ -124,13 +134,17 @@ class ChatEncoder:
 
     def render(self, turns: Turns, images: int, *, opened: bool = False) -> Rendered:
         """The conversation as text; ``opened``: an answer is about to begin."""
-        messages, owners = [], []
+        messages: list[dict[str, Any]] = []
+        owners = []
         for number, (speaker, text) in enumerate(turns):
             if speaker != ("human", "gpt")[number % 2]:
                 raise PromptError(f"turn {number} is from {speaker!r}; turns must alternate human, gpt")
             content: list[dict[str, str]] = []
             answer = speaker == "gpt"
-            for position, part in enumerate(text.split(IMAGE_TAG) if images else [text]):
+            pieces = text.split(IMAGE_TAG) if images else [text]
+            if answer and len(pieces) > 1:
+                raise PromptError(f"turn {number} is an answer that holds an image, which no model here can learn to give")
+            for position, part in enumerate(pieces):
                 content += [{"type": "image"}] if position else []
                 part = part.strip()
                 self._check_part(part)
@@ -173,19 +187,36 @@ class ChatEncoder:
             raise PromptError(f"the chat template left out {len(owners) - len(parts)} of its {len(owners)} texts")
         return Rendered(text, [(owner, *part) for owner, part in zip(owners, parts, strict=True)])
 
+    def _find_closing(self) -> str:
+        """What ends an answer, where the template does not.
+
+        Raises:
+            ValueError: there is no chat template.
+        """
+        if self.processor.chat_template is None:
+            raise ValueError(
+                f"{self.folder} has no chat template, so it cannot be known how its prompts look: expected chat_template.jinja;"
+                " copy that of the model's instruction-tuned release there, or of the model it was made from"
+            )
+        return "" if self._closes(self.render([("human", "a"), ("gpt", "b")], 0)) else str(self.tokenizer.eos_token)
+
     def _closes(self, rendered: Rendered) -> bool:
         """Whether a special token follows the last answer."""
         return any(rendered.text[rendered.parts[-1][2] :].lstrip().startswith(token) for token in self._specials)
 
     def _ends(self, rendered: Rendered) -> list[tuple[int, int, int]]:
-        """The parts, each with the special token that follows it at once: for an answer, the end of its turn."""
-        found = []
-        for turn, start, end in rendered.parts:
-            rest = rendered.text[end:]
-            space = len(rest) - len(rest.lstrip())
-            token = next((token for token in self._specials if rest[space:].startswith(token)), "")
-            found.append((turn, start, end + space + len(token) if token else end))
-        return found
+        """The parts, each with what closes it at once: for an answer, the end of its turn."""
+        return [(turn, start, end + self._end_of_turn(rendered.text[end:])) for turn, start, end in rendered.parts]
+
+    def _end_of_turn(self, rest: str) -> int:
+        """How many characters close a turn: its end token and special tokens right before it, or else one special token."""
+        space = len(rest) - len(rest.lstrip())
+        tokens: list[str] = []
+        while found := next((t for t in self._specials if rest.startswith(t, space + sum(map(len, tokens)))), ""):
+            tokens.append(found)
+            if found == self.tokenizer.eos_token:
+                return space + sum(map(len, tokens))
+        return space + len(tokens[0]) if tokens else 0
 
     def _adds_start(self, text: str) -> bool:
         """Whether the tokenizer adds its start token: not where the template wrote one."""
@@ -194,19 +225,24 @@ class ChatEncoder:
 
     def process(self, rendered: Rendered, images: Sequence[Image.Image]) -> Processed:
         """Run the processor over one conversation."""
+        return self._process(rendered.text, images, add_special_tokens=self._adds_start(rendered.text))
+
+    def _process(self, text: str, images: Sequence[Image.Image], **settings: Any) -> Processed:
         try:
             outputs = self.processor(
-                text=[rendered.text],
+                text=[text],
                 images=[list(images)] if images else None,
-                add_special_tokens=self._adds_start(rendered.text),
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
+                **settings,
             )
         except Exception as error:  # processors raise what they like
             raise PromptError(f"the model's processor refuses it ({type(error).__name__}: {str(error)[:200]})") from error
         replaced = (outputs.get("text_replacement_offsets") or [[]])[0]
         token = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
-        moved = [(r["span"][1], r["new_span"][1], r["replacement"].count(token)) for r in replaced]
+        moved = [Moved(r["span"], r["new_span"], r["replacement"].count(token)) for r in replaced]
+        if len(moved) != len(images):
+            raise PromptError(f"the model's processor tells of {len(moved)} places of images where it has put {len(images)}")
         ids, offsets = np.asarray(outputs["input_ids"][0]), np.asarray(outputs["offset_mapping"][0])
         return Processed(ids, offsets.reshape(-1, 2), moved, outputs)
 
@@ -216,7 +252,7 @@ class ChatEncoder:
         counted = np.zeros(len(rendered.text) + 1, dtype=np.int64)
         for turn, start, end in rendered.parts:
             end -= len(self._closing) if turn % 2 else 0
-            counted[start + 1 : end + 1] = [not character.isspace() for character in rendered.text[start:end]]
+            counted[start + 1 : end + 1] = counted_characters(rendered.text[start:end])
         counted = counted.cumsum()
         start, end = (counted[_before(edge, processed, len(rendered.text))] for edge in processed.offsets.T)
         return np.stack([start, end], axis=1).astype(np.int32)
@@ -247,8 +283,8 @@ class ChatEncoder:
         given = {name: _tensor(value) for name, value in outputs.items() if name in self.image_inputs and name not in _TEXT}
         regions = [
             region
-            for index, (image, (_, _, tokens)) in enumerate(zip(images, processed.moved, strict=True))
-            for region in self.regions(self.processor, outputs, index, image.size, tokens)
+            for index, (image, moved) in enumerate(zip(images, processed.moved, strict=True))
+            for region in self.regions(self.processor, outputs, index, image.size, moved.tokens)
         ]
         return ModelInput(
             processed.ids[:length],
@@ -260,11 +296,24 @@ class ChatEncoder:
             spans[:length],
         )
 
-    def _count_placeholders(self, size: tuple[int, int]) -> int:
-        """How many more ids a text has with an image of this size."""
-        rendered = self.render([("human", f"{IMAGE_TAG}\na"), ("gpt", "b")], 1)
-        without = self.tokenizer(rendered.text, add_special_tokens=self._adds_start(rendered.text)).input_ids
-        return len(self.process(rendered, [Image.new("RGB", size)]).ids) - len(without)
+    def _write_image(self, size: tuple[int, int], several: bool) -> tuple[str, int]:
+        """What the processor writes for an image of this size, with one vision token of each run, and how many are left out.
+
+        ``several``: for one of several images, which some models show in fewer tokens.
+        """
+        images = 2 if several else 1
+        rendered = self.render([("human", f"{IMAGE_TAG * images}\na"), ("gpt", "b")], images)
+        processed = self.process(rendered, [Image.new("RGB", size)] * images)
+        written: str = processed.outputs["text_replacement_offsets"][0][0]["replacement"]
+        token = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+        short = re.sub(f"({re.escape(token)})+", lambda run: run[1], written)
+        return short, written.count(token) - short.count(token)
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    """All of them, the longest first: a tokenizer names only some (Gemma's end of a turn has no name)."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(added | set(map(str, tokenizer.all_special_tokens)), key=len, reverse=True)
 
 
 def _tensor(value: Any) -> torch.Tensor:
@@ -272,11 +321,15 @@ def _tensor(value: Any) -> torch.Tensor:
 
 
 def _before(edge_L: np.ndarray, processed: Processed, longest: int) -> np.ndarray:
-    """Characters of the processor's text, as characters of the rendered text it was made of."""
-    moved = edge_L.copy()
-    for end, new_end, _ in processed.moved:
-        moved = np.where(edge_L >= new_end, edge_L - (new_end - end), moved)
-    return moved.clip(0, longest)
+    """Characters of the processor's text, as characters of the rendered text it was made of.
+
+    What a placeholder became lies where the placeholder was, and nowhere beyond.
+    """
+    before_L = edge_L.copy()
+    for moved in processed.moved:
+        (_, end), (new_start, new_end) = moved.span, moved.new_span
+        before_L = np.where(edge_L > new_start, end + np.maximum(edge_L - new_end, 0), before_L)
+    return before_L.clip(0, longest)
 
 
 def _covers(processed: Processed, ranges: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -7,7 +7,10 @@ One id too many or too few shifts every label after it, so the original library 
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from transformers.tokenization_utils_sentencepiece import SPIECE_UNDERLINE, SentencePieceBackend
+
+from alignkd.models.piece_offsets import Piece, piece_offsets
 
 
 class LlamaSentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]
@@ -44,15 +47,43 @@ class LlamaSentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]
             **kwargs,
         )
         # Prompts repeat the same system text and the same pieces: every sample is otherwise split anew many times.
+        self._remember()
+
+    def _remember(self) -> None:
         self.encode_chunk = lru_cache(maxsize=65_536)(self._encode_chunk)
+        self.chunk_offsets = lru_cache(maxsize=4096)(self._chunk_offsets)
+        self._piece = lru_cache(maxsize=None)(self._make_piece)
 
     def _encode_chunk(self, text: str) -> tuple[int, ...]:
         return tuple(self(text).input_ids)
 
+    def _chunk_offsets(self, text: str) -> np.ndarray:
+        """First and last character (exclusive) of each id of ``encode_chunk(text)``, ``[L, 2]``; none of the start token.
+
+        Raises:
+            ValueError: the pieces do not spell the text.
+        """
+        added = self.build_inputs_with_special_tokens([])
+        starts = int(self.add_bos_token)
+        ids = self.encode_chunk(text)
+        pieces = [self._piece(i) for i in ids[starts : len(ids) - (len(added) - starts)]]
+        unknown = self.sp_model.unk_id()
+        offsets = piece_offsets(pieces, text, lambda character: self.sp_model.piece_to_id(character) != unknown)
+        end = np.full((len(added) - starts, 2), len(text), dtype=np.int64)
+        return np.concatenate([np.zeros((starts, 2), dtype=np.int64), offsets, end])
+
+    def _make_piece(self, token: int) -> Piece:
+        text = str(self.convert_ids_to_tokens(token))
+        if token >= self.sp_model.get_piece_size():
+            return Piece(text)
+        is_byte, is_unknown = self.sp_model.is_byte(token), self.sp_model.is_unknown(token)
+        return Piece(text, "byte" if is_byte else "unknown" if is_unknown else "text")
+
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the cache behind and carry the SentencePiece model by its bytes."""
+        """Leave the caches behind and carry the SentencePiece model by its bytes."""
         state = self.__dict__.copy()
-        del state["encode_chunk"]
+        for cached in ("encode_chunk", "chunk_offsets", "_piece"):
+            del state[cached]
         state["sp_model"] = self.sp_model.serialized_model_proto()
         return state
 
@@ -61,7 +92,7 @@ class LlamaSentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]
 
         self.__dict__ = state
         self.sp_model = SentencePieceProcessor(model_proto=state["sp_model"])
-        self.encode_chunk = lru_cache(maxsize=65_536)(self._encode_chunk)
+        self._remember()
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """Split text into pieces."""

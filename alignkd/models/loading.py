@@ -10,6 +10,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from alignkd.models.families import family_class
 from alignkd.models.images import ImagePreprocessor
 from alignkd.models.llama_tokenizer import LlamaSentencePieceTokenizer
+from alignkd.models.minigpt4 import MiniGpt4, MiniGpt4Config
+from alignkd.models.minigpt4_family import MiniGpt4Family, image_settings
+from alignkd.models.minigpt4_layout import is_official, read_released, vicuna_folder
 from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
 from alignkd.models.mobilevlm_family import MobileVlmFamily
 from alignkd.models.official_layout import build_model, read_official
@@ -26,7 +29,7 @@ def load_vlm(
     device: str | torch.device = "cpu",
     vision_tower: Path | None = None,
 ) -> Vlm:
-    """Load a vision-language model from a local folder, official MobileVLM V2 or as alignkd or transformers saved it.
+    """Load a vision-language model from a local folder: as released, or as alignkd or transformers saved it.
 
     Raises:
         ValueError: not a checkpoint, a family that is not known, weights that do not fit, or no tokenizer.
@@ -36,6 +39,8 @@ def load_vlm(
     kind = config.get("model_type")
     if kind is None:
         raise ValueError(f"{folder}/config.json names no model_type: what kind of model it is cannot be known")
+    if kind == MiniGpt4Config.model_type:
+        return _read_minigpt4(folder, config, dtype, device)
     if kind not in ("mobilevlm", MobileVlmConfig.model_type):
         return _read_transformers(folder, str(kind), dtype, device)
     tokenizer = load_tokenizer(folder)
@@ -43,13 +48,33 @@ def load_vlm(
         model, images = read_official(folder, config, dtype, vision_tower)
     else:
         model, images = _read_own(folder, dtype)
+    _check_vocabulary(folder, tokenizer, model)
+    model.eval().to(device)
+    return MobileVlmFamily(model, tokenizer, folder, images, official_config=config if kind == "mobilevlm" else None)
+
+
+def _check_vocabulary(folder: Path, tokenizer: Any, model: Any) -> None:
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens but the model {model.config.text_config.vocab_size};"
             " they do not belong together"
         )
+
+
+def _read_minigpt4(folder: Path, config: dict[str, Any], dtype: torch.dtype, device: str | torch.device) -> MiniGpt4Family:
+    """MiniGPT-4, from the files of its release or as alignkd saved it."""
+    place = vicuna_folder(folder, config) if is_official(config) else folder
+    tokenizer = load_tokenizer(place)
+    if is_official(config):
+        model = read_released(folder, config, dtype)
+        settings = image_settings(int(model.config.vision_config.image_size))
+    else:
+        saved = MiniGpt4Config.from_pretrained(folder, local_files_only=True)
+        model = build_model(folder, saved, read_state(folder), dtype, MiniGpt4)
+        settings = _image_settings(folder)
+    _check_vocabulary(folder, tokenizer, model)
     model.eval().to(device)
-    return MobileVlmFamily(model, tokenizer, folder, images, official_config=config if kind == "mobilevlm" else None)
+    return MiniGpt4Family(model, tokenizer, folder, ImagePreprocessor(settings, "stretch"), place)
 
 
 def _read_transformers(folder: Path, kind: str, dtype: torch.dtype, device: str | torch.device) -> TransformersVlm:
@@ -85,10 +110,15 @@ def _read_own(folder: Path, dtype: torch.dtype) -> tuple[MobileVlm, ImagePreproc
     state = read_state(folder)
     if config.tie_word_embeddings and "model.language_model.embed_tokens.weight" in state:
         state.setdefault("lm_head.weight", state["model.language_model.embed_tokens.weight"])
+    settings = _image_settings(folder)
+    return build_model(folder, config, state, dtype), ImagePreprocessor(settings, config.image_aspect_ratio)
+
+
+def _image_settings(folder: Path) -> dict[str, Any]:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no preprocessor_config.json; save it again with alignkd, or copy it there")
-    return build_model(folder, config, state, dtype), ImagePreprocessor(read_json(path), config.image_aspect_ratio)
+    return read_json(path)
 
 
 def save_vlm(vlm: Vlm, folder: str | Path, *, official: bool = False) -> None:

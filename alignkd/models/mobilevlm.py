@@ -1,4 +1,4 @@
-"""MobileVLM V2 as transformers' LLaVA with the LDPv2 projector: generation, KV cache, saving, PEFT and Trainer come from there.
+"""MobileVLM as transformers' LLaVA with its own projector: generation, KV cache, saving, PEFT and Trainer come from there.
 
 Shapes: N images, P patches, C tower width, V vision tokens an image, M of all images, D language-model width, B samples,
 S positions.
@@ -12,15 +12,21 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Lla
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel
 
+from alignkd.models.embedding import PlaceholderEmbedding, insert
+from alignkd.models.ldpv1 import LdpV1Projector, ldpv1_grid
 from alignkd.models.ldpv2 import LdpV2Projector
 from alignkd.prompts import IMAGE_TOKEN_ID
 
 
 class MobileVlmConfig(LlavaConfig):  # type: ignore[misc]
-    """LLaVA's configuration and what LDPv2 adds: the side of the pooled grid, and how images become square."""
+    """LLaVA's configuration, the projector (``ldpnet`` is V1's, ``ldpnetv2`` V2's), and how images become square.
+
+    ``projector_grid``: side of the grid of vision tokens. LDPv2 pools to any; LDP halves the grid of patches.
+    """
 
     model_type = "mobilevlm_v2"
 
+    projector_type: str = "ldpnetv2"
     projector_grid: int = 12
     image_aspect_ratio: str = "pad"
     image_token_index: int = IMAGE_TOKEN_ID
@@ -31,24 +37,33 @@ class MobileVlmConfig(LlavaConfig):  # type: ignore[misc]
         return int(self.projector_grid) ** 2
 
 
-class _TokenEmbedding(nn.Embedding):
-    """An embedding that accepts the image placeholder, whose rows are overwritten by vision tokens afterwards."""
+PROJECTORS = ("ldpnet", "ldpnetv2")
+"""Names of the known projectors, as ``mm_projector_type`` in official configurations."""
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(input_ids.clamp(min=0))
+
+def _projector(config: MobileVlmConfig) -> nn.Module:
+    vision, width = config.vision_config, config.text_config.hidden_size
+    if config.projector_type == "ldpnetv2":
+        return LdpV2Projector(vision.hidden_size, width, config.projector_grid)
+    if config.projector_type != "ldpnet":
+        raise ValueError(f"projector_type is {config.projector_type!r}; known are {', '.join(PROJECTORS)}")
+    grid = ldpv1_grid(vision.image_size, vision.patch_size)
+    if config.projector_grid != grid:
+        raise ValueError(f"projector_grid is {config.projector_grid}, but ldpnet gives {grid} x {grid} vision tokens here")
+    return LdpV1Projector(vision.hidden_size, width)
 
 
 class MobileVlmModel(LlavaModel):  # type: ignore[misc]
-    """Tower, LDPv2 projector and Llama decoder."""
+    """Tower, projector and Llama decoder."""
 
     config: MobileVlmConfig
 
     def __init__(self, config: MobileVlmConfig) -> None:
         super().__init__(config)
         text = config.text_config
-        self.multi_modal_projector = LdpV2Projector(config.vision_config.hidden_size, text.hidden_size, config.projector_grid)
+        self.multi_modal_projector = _projector(config)
         self.language_model.set_input_embeddings(
-            _TokenEmbedding(text.vocab_size, text.hidden_size, padding_idx=text.pad_token_id)
+            PlaceholderEmbedding(text.vocab_size, text.hidden_size, padding_idx=text.pad_token_id)
         )
         self.post_init()
 
@@ -88,11 +103,7 @@ class MobileVlmModel(LlavaModel):  # type: ignore[misc]
         The positions are known on the host, so nothing waits for the device, as LLaVA's own placeholder check would.
         """
         embeddings_BSD: torch.Tensor = self.get_input_embeddings()(input_ids_BS)
-        if vision_tokens_MD is None:
-            return embeddings_BSD
-        tokens_MD = vision_tokens_MD.to(embeddings_BSD.dtype)
-        flat = embeddings_BSD.flatten(0, 1).index_copy(0, vision_positions, tokens_MD)
-        return flat.view_as(embeddings_BSD)
+        return insert(embeddings_BSD, vision_tokens_MD, vision_positions)
 
     def decode(
         self,
@@ -113,7 +124,7 @@ class MobileVlmModel(LlavaModel):  # type: ignore[misc]
 
 
 class MobileVlm(LlavaForConditionalGeneration):  # type: ignore[misc]
-    """MobileVLM V2 with its output head."""
+    """MobileVLM with its output head."""
 
     config_class = MobileVlmConfig
     config: MobileVlmConfig

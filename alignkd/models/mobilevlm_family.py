@@ -25,6 +25,7 @@ class MobileVlmFamily(Vlm):
     """A loaded MobileVLM with its image preprocessing."""
 
     family: ClassVar[str] = "mobilevlm"
+    not_sliced: ClassVar[str] = ""
     caches_tower: ClassVar[bool] = True
 
     model: MobileVlm
@@ -65,7 +66,7 @@ class MobileVlmFamily(Vlm):
 
     @property
     def projector(self) -> nn.Module:
-        """LDPv2."""
+        """LDP or LDPv2."""
         projector: nn.Module = self.model.model.multi_modal_projector
         return projector
 
@@ -108,7 +109,7 @@ class MobileVlmFamily(Vlm):
         self._save_preprocessing(folder)
 
     def save_official(self, folder: Path) -> None:
-        """In the official MobileVLM V2 layout."""
+        """In the official MobileVLM layout."""
         write_official(self.model, folder, tower_name="./clip", original=self.official_config)
         (folder / "clip").mkdir(exist_ok=True)
         (folder / "clip" / "config.json").write_text(self.model.config.vision_config.to_json_string())

@@ -1,4 +1,4 @@
-"""The folder layout of the official ``mtgv/MobileVLM_V2-*`` checkpoints, read and written without their repository."""
+"""The folder layout of the official ``mtgv/MobileVLM-*`` and ``MobileVLM_V2-*`` checkpoints, without their repository."""
 
 import json
 import re
@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 
 from alignkd.models.clip_tower import find_tower, image_settings, tower_config
 from alignkd.models.images import ImagePreprocessor
-from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
+from alignkd.models.ldpv1 import ldpv1_grid
+from alignkd.models.mobilevlm import PROJECTORS, MobileVlm, MobileVlmConfig
 from alignkd.models.state_files import read_state
 
 _TO_OURS = (
@@ -48,8 +49,11 @@ def read_official(
         ValueError: an unknown projector or tower, or weights that do not fit the configuration.
     """
     projector = official.get("mm_projector_type")
-    if projector != "ldpnetv2":
-        raise ValueError(f"{folder}/config.json: mm_projector_type is {projector!r}; known is 'ldpnetv2' (MobileVLM V2)")
+    if projector not in PROJECTORS:
+        raise ValueError(
+            f"{folder}/config.json: mm_projector_type is {projector!r}; known are 'ldpnet' (MobileVLM) and 'ldpnetv2'"
+            " (MobileVLM V2)"
+        )
     tower_name = official.get("mm_vision_tower") or official.get("vision_tower")
     if not tower_name:
         raise ValueError(f"{folder}/config.json names no mm_vision_tower; is this a text-only checkpoint?")
@@ -81,13 +85,16 @@ def _to_config(folder: Path, official: dict[str, Any], vision: Any) -> MobileVlm
     text = {k: v for k, v in official.items() if not k.startswith(dropped) and k not in ("torch_dtype", "dtype")}
     feature = official.get("mm_vision_select_feature", "patch")
     if feature != "patch":
-        raise ValueError(f"{folder}/config.json: mm_vision_select_feature is {feature!r}; LDPv2 needs 'patch', a square")
+        raise ValueError(f"{folder}/config.json: mm_vision_select_feature is {feature!r}; LDP needs 'patch', a square")
+    projector = str(official["mm_projector_type"])
+    halved = ldpv1_grid(vision.image_size, vision.patch_size)
     return MobileVlmConfig(
         vision_config=vision.to_dict(),
         text_config=LlamaConfig(**text).to_dict(),
         vision_feature_layer=int(official.get("mm_vision_select_layer", -2)),
         vision_feature_select_strategy="default",
-        projector_grid=int(official.get("mm_projector_grid", 12)),
+        projector_type=projector,
+        projector_grid=halved if projector == "ldpnet" else int(official.get("mm_projector_grid", 12)),
         image_aspect_ratio=official.get("image_aspect_ratio") or "square",
         tie_word_embeddings=bool(official.get("tie_word_embeddings", False)),
     )
@@ -101,14 +108,16 @@ def _tower_state(folder: Path, name: str, tower_folder: Path | None) -> dict[str
     return {f"model.vision_tower.{k}": v for k, v in (towers or state).items() if not _BUFFERS.search(k)}
 
 
-def build_model(folder: Path, config: MobileVlmConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> MobileVlm:
-    """A model with exactly these weights.
+def build_model(
+    folder: Path, config: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, kind: type[Any] = MobileVlm
+) -> Any:
+    """A model of a kind with exactly these weights.
 
     Raises:
         ValueError: a tensor is missing, is not the model's, or has another shape.
     """
     with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in MobileVlm(config).state_dict().items()}
+        expected = {name: tuple(t.shape) for name, t in kind(config).state_dict().items()}
     missing = sorted(set(expected) - set(state))
     unexpected = sorted(set(state) - set(expected))
     misshapen = [
@@ -119,8 +128,7 @@ def build_model(folder: Path, config: MobileVlmConfig, state: dict[str, torch.Te
     for what, names in (("lack", missing), ("also hold", unexpected), ("do not fit the configuration:", misshapen)):
         if names:
             raise ValueError(f"{folder}: the weights {what} {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
-    model: MobileVlm = MobileVlm.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    return model
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
 def write_official(
@@ -148,7 +156,7 @@ def write_official(
         "rope_theta": model.config.text_config.rope_parameters["rope_theta"],
         "model_type": "mobilevlm",
         "architectures": ["MobileLlamaForCausalLM"],
-        "mm_projector_type": "ldpnetv2",
+        "mm_projector_type": model.config.projector_type,
         "mm_projector_grid": model.config.projector_grid,
         "mm_hidden_size": model.config.vision_config.hidden_size,
         "mm_vision_tower": tower_name,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,18 @@ from PIL import Image
 from alignkd.batch import ModelInput
 from alignkd.encoder import Planned
 from alignkd.models.images import ImagePreprocessor
-from alignkd.prompts import IGNORE, PromptError, Turns, encode_conversation, encode_question
+from alignkd.models.text_offsets import text_offsets
+from alignkd.prompts import (
+    IGNORE,
+    IMAGE_TAG,
+    PromptError,
+    Turns,
+    encode_conversation,
+    encode_question,
+    parts_of,
+)
 from alignkd.regions import region, square_box, stack
+from alignkd.spans import NO_SPANS, counted, places
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class PlaceholderEncoder:
     template: str
     max_length: int
     tokens_per_placeholder: int
+    with_spans: bool = True
     needs_sizes = False
 
     def plan(self, turns: Turns, images: int, sizes: Sequence[tuple[int, int]] = ()) -> Planned:
@@ -55,15 +67,44 @@ class PlaceholderEncoder:
         """The planned ids with the images."""
         encoded = planned.encoded
         assert encoded is not None
-        return self._input(encoded.input_ids, encoded.labels, images), encoded.truncated
+        spans = self._spans(turns, bool(images))[: len(encoded.input_ids)]
+        return self._input(encoded.input_ids, encoded.labels, images, spans), encoded.truncated
 
     def question(self, turns: Turns, images: Sequence[Any]) -> ModelInput:
         """The prompt; its labels are all ignored."""
         ids = encode_question(turns, template=self.template, tokenizer=self.tokenizer, has_image=bool(images))
         return self._input(ids, ids * 0 + IGNORE, images)
 
-    def _input(self, ids: np.ndarray, labels: np.ndarray, images: Sequence[Picture]) -> ModelInput:
+    def _spans(self, turns: Turns, has_image: bool) -> np.ndarray:
+        """Which of the conversation's characters each id stands for; none where the tokenizer does not tell."""
+        if not self.with_spans:
+            return NO_SPANS
+        parts, left_out = parts_of(turns, template=self.template, has_image=has_image)
+        before = sum(int(counted(text).sum()) for _, text in turns[:left_out])
+        text, places_C = "".join(part for part, _ in parts), places(parts, before)
+        spans, start = [], 0
+        for number, chunk in enumerate(text.split(IMAGE_TAG) if has_image else [text]):
+            offsets = text_offsets(self.tokenizer, chunk)
+            if offsets is None:
+                return NO_SPANS
+            if number:
+                spans.append(np.full((1, 2), start - len(IMAGE_TAG)))
+                offsets = offsets[self._starts :]
+            spans.append(offsets + start)
+            start += len(chunk) + len(IMAGE_TAG)
+        found: np.ndarray = places_C[np.concatenate(spans)]
+        return found
+
+    @cached_property
+    def _starts(self) -> int:
+        """Start tokens that the tokenizer puts before a text."""
+        ids = self.tokenizer("").input_ids
+        return int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
+
+    def _input(
+        self, ids: np.ndarray, labels: np.ndarray, images: Sequence[Picture], spans: np.ndarray = NO_SPANS
+    ) -> ModelInput:
         side = math.isqrt(self.tokens_per_placeholder)
         regions = [region(i, (side, side), square_box(image.size, self.images.fit)) for i, image in enumerate(images)]
         pixels = torch.stack([image.values for image in images]) if images else torch.zeros(0)
-        return ModelInput(ids, labels, pixels, regions_R8=stack(regions))
+        return ModelInput(ids, labels, pixels, regions_R8=stack(regions), spans=spans)

@@ -54,9 +54,25 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(names.values()))
 
 
+def read_wrapped(path: Path) -> dict[str, torch.Tensor]:
+    """One file of tensors by name, or of those under ``model``, as training code that saves its whole state does.
+
+    Raises:
+        ValueError: it is missing, or cannot be read as tensors.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: copy it there, or name the place where it is")
+    state = _load(path)
+    return _tensors(state["model"] if isinstance(state.get("model"), dict) else state)
+
+
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ValueError(f"{path} is named by the checkpoint's index but is missing; copy the whole folder again")
+    return _tensors(_load(path))
+
+
+def _load(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -68,4 +84,8 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} cannot be read as tensors ({type(error).__name__}): {str(error)[:200]}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected tensors by name")
+    return state
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}

@@ -18,8 +18,13 @@ from torch import nn
 from alignkd.batch import Batch, ModelInput, collate
 from alignkd.models.chat_encoder import ChatEncoder
 from alignkd.models.vlm import Vision, Vlm, fingerprint
-from alignkd.prompts import check_template
+from alignkd.prompts import PromptError, check_template
 from alignkd.regions import no_place
+
+_TOWERS = tuple(f"model.{name}" for name in ("vision_tower", "vision_model", "visual", "vision_encoder"))
+_PROJECTORS = tuple(
+    f"model.{name}" for name in ("multi_modal_projector", "connector", "aligner", "projector", "embed_vision", "visual.merger")
+)
 
 
 @dataclass
@@ -27,8 +32,11 @@ class TransformersVlm(Vlm):
     """A model of :class:`transformers.AutoModelForImageTextToText` with its processor."""
 
     family: ClassVar[str] = "transformers"
-    tower_path: ClassVar[str] = "model.vision_tower"
-    projector_path: ClassVar[str] = "model.multi_modal_projector"
+    tower_path: ClassVar[str] = ""
+    """Where it is in the model; looked for under the usual names where a family does not say."""
+    projector_path: ClassVar[str] = ""
+    """As ``tower_path``."""
+    encoder_class: ClassVar[type[ChatEncoder]] = ChatEncoder
 
     processor: Any
 
@@ -57,12 +65,21 @@ class TransformersVlm(Vlm):
     @property
     def tower(self) -> nn.Module:
         """Kept frozen."""
-        return self.model.get_submodule(self.tower_path)  # type: ignore[no-any-return]
+        return self._part(self.tower_path, _TOWERS)
 
     @property
     def projector(self) -> nn.Module:
         """Between tower and language model."""
-        return self.model.get_submodule(self.projector_path)  # type: ignore[no-any-return]
+        return self._part(self.projector_path, _PROJECTORS)
+
+    def _part(self, path: str, usual: tuple[str, ...]) -> nn.Module:
+        for name in [path] if path else usual:
+            try:
+                found: nn.Module = self.model.get_submodule(name)
+            except AttributeError:
+                continue
+            return found
+        raise AttributeError(f"none of {', '.join(usual)}")
 
     @property
     def decoder(self) -> Any:
@@ -79,13 +96,14 @@ class TransformersVlm(Vlm):
     def encoder(self, template: str, max_length: int) -> ChatEncoder:
         """See :class:`alignkd.models.vlm.Vlm`."""
         check_template(template, self.templates)
-        return ChatEncoder(
+        return self.encoder_class(
             self.folder,
             self.model.config.model_type,
             self.image_token_id,
             self._image_inputs | {"pixel_values"},
             self.regions,
             max_length,
+            template,
             processor=self.processor,
         )
 
@@ -101,23 +119,34 @@ class TransformersVlm(Vlm):
         return [no_place(index, tokens)]
 
     def check(self) -> None:
-        """Refuse a model that the contract does not fit.
+        """Refuse a model that the contract does not fit, before any data is read.
 
         Raises:
-            ValueError: names what is missing.
+            ValueError: names what is missing, or what is wrong with its prompts.
         """
-        kind, missing = self.model.config.model_type, []
+        missing = [part for part, there in self._parts().items() if not there]
+        if missing:
+            kind = self.model.config.model_type
+            raise ValueError(f"{self.folder}: a model of type {kind!r} lacks {', '.join(missing)}: it cannot be aligned")
+        try:
+            assert len(self._grey.images)
+        except PromptError as error:
+            raise ValueError(f"{self.folder}: prompts of this model cannot be made: {error}") from error
+
+    def _parts(self) -> dict[str, bool]:
+        """What the contract asks of a model, and whether it is there."""
         base = getattr(self.model, "model", None)
         takes = inspect.signature(base.forward).parameters if base is not None else {}
-        if not hasattr(base, "get_image_features") or "mm_encoder_outputs" not in takes:
-            missing.append("an encoder of images that runs by itself")
-        layers = getattr(self.decoder, "layers", None)
-        if not layers or not hasattr(layers[0], "self_attn"):
-            missing.append("self-attention in its first layer")
-        if self.head is None:
-            missing.append("an output head")
-        if missing:
-            raise ValueError(f"{self.folder}: a model of type {kind!r} lacks {', '.join(missing)}: it cannot be aligned")
+        layers = getattr(self.model.get_decoder(), "layers", None)
+        ids = ("image_token_id", "image_token_index")
+        return {
+            "an encoder of images that runs by itself": hasattr(base, "get_image_features") and "mm_encoder_outputs" in takes,
+            f"a vision tower by one of the names {', '.join(_TOWERS)}": hasattr(self, "tower"),
+            f"a projector by one of the names {', '.join(_PROJECTORS)}": hasattr(self, "projector"),
+            "self-attention in its first layer": layers is not None and hasattr(layers[0], "self_attn"),
+            "an id for the places of vision tokens": any(getattr(self.model.config, name, None) is not None for name in ids),
+            "an output head": self.head is not None,
+        }
 
     def see(self, batch: Batch) -> Vision | None:
         """Run the model's own encoder of images."""
@@ -140,9 +169,12 @@ class TransformersVlm(Vlm):
 
     def nothing_seen(self) -> torch.Tensor:
         """Of a grey image."""
+        return self._see_grey().tokens_MD.float().sum() * 0.0
+
+    def _see_grey(self) -> Vision:
         vision = self.see(self.batch_of([self._grey]).to(self.device))
         assert vision is not None
-        return vision.tokens_MD.float().sum() * 0.0
+        return vision
 
     @cached_property
     def _grey(self) -> ModelInput:
@@ -161,6 +193,10 @@ class TransformersVlm(Vlm):
     def image_fingerprint(self) -> str:
         """Of the image processor's settings."""
         return fingerprint(self.processor.image_processor.to_dict())
+
+    def template_fingerprint(self) -> str:
+        """Of the chat template."""
+        return fingerprint(self.processor.chat_template)
 
     def save(self, folder: Path) -> None:
         """With transformers' own means."""

@@ -34,6 +34,14 @@ class Vlm(ABC):
     """A loaded vision-language model with its tokenizer."""
 
     family: ClassVar[str]
+    not_sliced: ClassVar[str] = "slices are made of MobileVLM's parts alone so far"
+    """Why its targets cannot be recomputed from a slice of the teacher; empty where they can."""
+    one_image: ClassVar[str] = ""
+    """Why a sample may not have several images; empty where it may."""
+    not_captured: ClassVar[str] = ""
+    """Why there is no first-layer attention; empty where there is."""
+    no_place: ClassVar[str] = ""
+    """Why its vision tokens lie nowhere in the image, so that only a model of the same family can be its student."""
     caches_tower: ClassVar[bool] = False
     """Whether batches may carry ready features of the frozen tower instead of pixel values."""
 
@@ -135,6 +143,11 @@ class Vlm(ABC):
         return int(self.text_config.num_attention_heads)
 
     @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return int(self.text_config.num_hidden_layers)
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device  # type: ignore[no-any-return]
@@ -154,6 +167,11 @@ class Vlm(ABC):
     def end_token_ids(self) -> list[int]:
         """What ends an answer."""
         return [int(self.tokenizer.eos_token_id)]
+
+    def answer_text(self, ids: list[int]) -> str:
+        """What generated ids say, without what ends an answer."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip()
 
     def freeze_tower(self) -> None:
         """Keep the tower as it is: no gradients, evaluation mode; a projector inside of it is trained all the same."""
@@ -176,6 +194,10 @@ class Vlm(ABC):
             list(self.tokenizer(probe).input_ids),
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def template_fingerprint(self) -> str:
+        """Digest of what a template's name does not say; empty where it says all."""
+        return ""
 
     def weights_fingerprint(self) -> str:
         """Digest of every parameter, in the dtype the model was loaded in."""

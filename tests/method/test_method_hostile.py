@@ -257,7 +257,7 @@ def test_a_configuration_that_is_no_object_is_refused(folder, text, message):
     [
         ({"model_type": "llama"}, "model_type is 'llama', which is no vision-language model"),
         ({"model_type": ...}, "names no model_type"),
-        ({"mm_projector_type": "ldpnet"}, "mm_projector_type is 'ldpnet'; known is 'ldpnetv2'"),
+        ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type is 'mlp2x_gelu'; known are 'ldpnet'"),
         ({"mm_projector_type": ...}, "mm_projector_type is None"),
         ({"mm_vision_tower": ...}, "names no mm_vision_tower"),
         ({"mm_vision_tower": "google/siglip"}, "'google/siglip' is not a local folder.*--vision-tower"),

@@ -32,12 +32,14 @@ def teacher(tmp_path_factory):
 
 def targets_of(teacher, batch, k=20):
     with torch.no_grad():
-        captured = capture(teacher, batch)
-        return Targets(captured.attention_BHTV, captured.vision_BVD, exact_answers(teacher, captured.hidden_AD, k))
+        captured = capture(teacher, batch, layers=range(teacher.layers))
+        others = {layer: attention for layer, attention in captured.layers.items() if layer}
+        answers = exact_answers(teacher, captured.hidden_AD, k)
+        return Targets(captured.attention_BHTV, captured.vision_BVD, answers, other_layers=others)
 
 
 def shape_of(teacher):
-    return TeacherShape(teacher.heads, teacher.hidden_size)
+    return TeacherShape(teacher.heads, teacher.hidden_size, teacher.layers)
 
 
 def run(tiny, teacher, recipe, samples=None):
@@ -159,7 +161,7 @@ def test_a_recipe_needs_no_target_but_those_it_names(tiny, teacher, name):
     batch = batch_of(tiny, mixture(tiny))
     all_targets = targets_of(teacher, batch)
     fields = {
-        "attention": {"attention_BHTV": all_targets.attention_BHTV},
+        "attention": {"attention_BHTV": all_targets.attention_BHTV, "other_layers": all_targets.other_layers},
         "vision": {"vision_BVD": all_targets.vision_BVD},
         "logits": {"answers": all_targets.answers},
     }

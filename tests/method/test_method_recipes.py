@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignkd.cli import distill_command
 from alignkd.objective import term_weights
-from alignkd.recipes import RECIPES, Recipe, describe, get_recipe, one_term_recipes
+from alignkd.recipes import ABOUT, RECIPES, Recipe, describe, get_recipe, one_term_recipes
 
 
 @pytest.fixture
@@ -24,7 +26,8 @@ def write(tmp_path):
 
 
 def test_a_recipe_is_found_by_its_name():
-    assert set(RECIPES) == {"align-kd", "paper", "sft", "logits-only"}
+    relatives = {"llavadi-forward", "llavadi-reverse", "llavadi-js", "compodistill", "beta-kd"}
+    assert set(RECIPES) == {"align-kd", "paper", "sft", "logits-only", *relatives}
     assert all(get_recipe(name) is not None and get_recipe(name) == recipe for name, recipe in RECIPES.items())
 
 
@@ -80,6 +83,16 @@ WRONG = [
     ("head_map", "magic", "mixture, convolution, mean"),
     ("head_map", "3", "expected str"),
     ("width_map", "magic", "lift, isometry, projection"),
+    ("attention_distance", "l1", "mse, kl, cosine"),
+    ("attention_rows", "all", "text, answer, instruction"),
+    ("attention_layers", "second", "first, last, middle, all, or layers such as 0,5,11"),
+    ("attention_layers", "[0, -1]", "expected first, last"),
+    ("attention_layers", "[]", "expected first, last"),
+    ("attention_layers", "1.5", "expected first, last"),
+    ("attention_layers", "true", "expected first, last"),
+    ("attention_layers", "0,0", "names a layer twice"),
+    ("weighting", "free", "fixed, learned"),
+    ("weighting_learning_rate", "0", "more than 0"),
     ("name", "3", "expected str"),
 ]
 
@@ -94,6 +107,47 @@ def test_a_wrong_value_is_refused_with_its_field_and_what_was_expected(write, fi
 
 def test_every_field_has_a_wrong_value_above():
     assert {field for field, _, _ in WRONG} == {f.name for f in fields(Recipe)}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("last", "last"), ("middle", "middle"), ("5", "5"), ("0,5,11", "0,5,11"), ("[0, 5, 11]", "0,5,11"), ("0, 5", "0,5")],
+)
+def test_layers_may_be_words_a_number_or_a_list(write, text, expected):
+    assert get_recipe("align-kd", {"attention_layers": text}).attention_layers == expected
+    assert get_recipe(write(f"attention_layers: {text}\n")).attention_layers == expected
+
+
+def test_a_head_map_that_gives_no_distributions_is_refused_where_distributions_are_compared():
+    with pytest.raises(ValueError, match=r"attention_distance kl compares distributions.*mixture or mean"):
+        get_recipe("paper", {"attention_distance": "kl"})
+
+
+def test_every_recipe_says_what_it_is_and_those_of_a_paper_cite_it():
+    assert ABOUT.keys() == RECIPES.keys()
+    ours = {"paper", "sft", "logits-only", "llavadi-reverse", "llavadi-js"}
+    assert all("arXiv" in words for name, words in ABOUT.items() if name not in ours)
+
+
+def test_help_and_the_page_of_the_method_name_every_recipe():
+    (option,) = (p for p in distill_command.params if p.name == "recipe")
+    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    for name in RECIPES:
+        assert name in option.help
+        assert f"`{name}`" in page
+    for field in fields(Recipe):
+        assert field.name == "name" or f"`{field.name}`" in page
+
+
+def test_what_the_recipes_after_other_papers_compare():
+    assert [RECIPES[f"llavadi-{x}"].divergences for x in ("forward", "reverse", "js")] == [
+        ("forward_kl",),
+        ("reverse_kl",),
+        ("jensen_shannon",),
+    ]
+    assert all(RECIPES[f"llavadi-{x}"].needs == {"logits"} for x in ("forward", "reverse", "js"))
+    assert RECIPES["compodistill"].needs == {"attention", "logits"}
+    assert replace(RECIPES["beta-kd"], name="align-kd", weighting="fixed") == RECIPES["align-kd"]
 
 
 def test_an_unknown_field_is_refused_with_the_known_ones(write):
@@ -167,8 +221,12 @@ def test_a_recipe_of_one_term_has_its_weight_and_no_other(recipe):
 
 def test_a_recipe_of_one_term_keeps_every_setting_that_is_no_weight():
     recipe = Recipe("mine", attention=1.0, vision=1.0, focus_k=3, temperature=2.0, normalise=False, head_map="mean")
+    recipe = replace(recipe, attention_distance="kl", attention_rows="answer", attention_layers="last", weighting="learned")
     for term, alone in one_term_recipes(recipe).items():
-        for name in ("focus_k", "temperature", "normalise", "head_map", "width_map"):
+        for name in (
+            *("focus_k", "temperature", "normalise", "head_map", "width_map"),
+            *("attention_distance", "attention_rows", "attention_layers", "weighting"),
+        ):
             assert getattr(alone, name) == getattr(recipe, name)
         assert alone.name == f"mine: {term} alone"
 

@@ -12,30 +12,31 @@ from test_pipeline_distill_resume import sigterm_at
 from tiny_runs import (
     IMAGES,
     SAMPLES,
-    STUDENT,
     TEACHER,
     content,
     metrics,
     stage_one_config,
-    stage_two_config,
     student_sha256,
     train,
     without_time,
     write_cache,
 )
 
+from alignkd.batch import collate
 from alignkd.cache_store.convert import convert
 from alignkd.cache_store.reader import CacheReader
 from alignkd.cache_store.spec import FingerprintMismatch
+from alignkd.capture import capture
 from alignkd.cli import main
 from alignkd.logits import LogitSettings
 from alignkd.objective import term_weights
-from alignkd.pipeline import distill as distill_module
 from alignkd.pipeline.dry_run import dry_run
 from alignkd.pipeline.inspect_cache import find_row, row_arrays
 from alignkd.pipeline.interrupt import Interrupted
 from alignkd.pipeline.metrics import Metrics
 from alignkd.pipeline.optimizers import make_optimizer
+from alignkd.pipeline.prepare import Preparer
+from alignkd.pipeline.samples import parse_sample
 from alignkd.pipeline.targets_io import TargetSettings
 from alignkd.pipeline.watch import Watch
 from alignkd.recipes import RECIPES, get_recipe
@@ -64,22 +65,16 @@ def test_a_cache_says_which_layers_it_holds_and_its_first_is_that_of_any_cache(d
 
 
 def test_cached_layers_are_those_that_the_teacher_has(layered, teacher_vlm):
-    from alignkd.capture import capture
-    from alignkd.pipeline.prepare import Preparer
-    from alignkd.pipeline.samples import parse_sample
-
     reader = CacheReader(layered)
     preparer = Preparer.of(teacher_vlm, template="v1", max_length=2048, image_root=str(IMAGES))
     for sample in SAMPLES[:2]:
-        from alignkd.batch import collate
-
         one = preparer(parse_sample(sample, "here")).input
         batch = collate([one], tokens_per_placeholder=teacher_vlm.tokens_per_placeholder, pad_token_id=0)
         with torch.no_grad():
             expected = capture(teacher_vlm, batch, layers=(0, 2)).layers
         found = row_arrays(reader, find_row(reader, str(sample["id"])))
-        np.testing.assert_allclose(found["attention_HTV"], expected[0][0], atol=1e-6)
-        np.testing.assert_allclose(found["attention_2_HTV"], expected[2][0], atol=1e-6)
+        np.testing.assert_allclose(found["attention_HTV"], expected[0][0], atol=1e-5)
+        np.testing.assert_allclose(found["attention_2_HTV"], expected[2][0], atol=1e-5)
 
 
 def test_a_cache_of_layers_converts_without_a_change(layered, tmp_path):
@@ -88,13 +83,17 @@ def test_a_cache_of_layers_converts_without_a_change(layered, tmp_path):
 
 
 @pytest.mark.parametrize("layers", ["first", "0", "first@24"])
-def test_the_first_layer_by_any_name_is_the_cache_as_ever(data, cache, layers):
-    write_cache(data, cache, attention_layers=layers)  # goes on with it: a changed fingerprint would be refused
+def test_the_first_layer_by_any_name_is_the_cache_as_ever(data, tmp_path, layers):
+    write_cache(data, tmp_path / "cache")
+    before = content(tmp_path / "cache")
+    write_cache(data, tmp_path / "cache", attention_layers=layers)  # goes on with it: a changed fingerprint would be refused
+    assert content(tmp_path / "cache") == before
+    assert "attention_layers" not in CacheReader(tmp_path / "cache").fingerprint["targets"]
 
 
-def test_a_cache_of_other_layers_is_refused_with_both(data, cache):
-    with pytest.raises(FingerprintMismatch, match="attention_layers"):
-        write_cache(data, cache, attention_layers="all")
+def test_a_cache_of_other_layers_is_refused_with_both(data, layered):
+    with pytest.raises(FingerprintMismatch, match=r"attention_layers.*cache has.*wanted"):
+        write_cache(data, layered, settings=EXACT, attention_layers="all")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +145,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_recipe_whose_layers_the_cache_lacks_is_refused_with_both_and_the_way_out(request, data, tmp_path, name):
     fixture, recipe, overrides, parts = REFUSED[name]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="attention") as error:
         train(data, request.getfixturevalue(fixture), tmp_path / "out", recipe=recipe, overrides=overrides)
     for part in parts:
         assert part in str(error.value)
@@ -258,5 +257,9 @@ def test_a_run_records_the_fields_of_its_recipe(data, layered, tmp_path):
     train(data, layered, tmp_path / "out", recipe="compodistill", max_steps=1)
     found = json.loads((tmp_path / "out" / "run.json").read_text())["configuration"]["recipe"]
     assert (found["attention_distance"], found["attention_layers"], found["weighting"]) == ("cosine", "middle", "fixed")
-    assert stage_two_config(data, layered, tmp_path / "out", recipe="compodistill").recipe == RECIPES["compodistill"]
-    assert distill_module.load_vlm(tmp_path / "out" / "student").vocabulary == distill_module.load_vlm(STUDENT).vocabulary
+
+
+def test_learned_weights_train_beside_low_rank_updates(data, layered, tmp_path):
+    overrides = {"weighting_learning_rate": "0.1"}
+    train(data, layered, tmp_path / "out", recipe="beta-kd", overrides=overrides, lora=True, lora_rank=2, max_steps=4)
+    assert metrics(tmp_path / "out")[3]["precision/reverse_kl"] != 1

@@ -11,7 +11,6 @@ from tiny_runs import (
     SAMPLES,
     STUDENT,
     TEACHER,
-    copy_checkpoint,
     metrics,
     stage_two_config,
     student_sha256,
@@ -86,7 +85,6 @@ def test_a_folder_that_holds_a_run_is_refused(run, data, cache):
 
 MISFITS = {
     "vocabulary": ["vocabulary: 512 in the cache, 520 here"],
-    "vision tokens": ["vision tokens an image: 144 in the cache, 36 here"],
     "template": ["template: v1 in the cache, plain here"],
     "maximum length": ["maximum length: 2048 in the cache, 100 here"],
     "temperature": ["temperature 1.0, the recipe wants 2.0", "--set temperature=1.0", "--temperature 2.0"],
@@ -98,8 +96,6 @@ def test_a_cache_that_does_not_fit_is_refused_with_both_values_and_the_way_out(d
     changes = {"template": {"template": "plain"}, "maximum length": {"max_length": 100}}.get(name, {})
     if name == "vocabulary":
         changes = {"student": str(with_vocabulary(STUDENT, tmp_path / "student", 520))}
-    if name == "vision tokens":
-        changes = {"student": str(copy_checkpoint(STUDENT, tmp_path / "student", mm_projector_grid=6))}
     if name == "temperature":
         changes = {"overrides": {"temperature": "2.0"}}
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the parts follow

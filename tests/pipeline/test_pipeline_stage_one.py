@@ -79,7 +79,7 @@ def test_a_head_mean_is_the_mean_of_the_heads(tmp_path, data, cache):
     settings = TargetSettings(targets=("attention",), attention="mean", attention_codec="exact")
     write_cache(data, tmp_path / "mean", settings=settings)
     per_head, mean = CacheReader(cache), CacheReader(tmp_path / "mean")
-    assert {f.name for f in mean.spec.fields} == {"input_ids", "labels", "attention"}
+    assert {f.name for f in mean.spec.fields} == {"input_ids", "labels", "spans", "regions", "attention"}
     for key in mean:
         heads = per_head.row(key).values["attention"]
         assert heads.shape[0] == 8

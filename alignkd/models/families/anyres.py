@@ -1,0 +1,70 @@
+"""Where the tokens of LLaVA's "any resolution" lie: the whole image first, then tiles of it joined to one grid.
+
+The image is scaled into a canvas of whole tiles, in its middle, and grid rows or columns that show nothing but the canvas's
+border are left out; a token that stands for a line's end follows each row. Source: LLaVA-NeXT's ``spatial_unpad``.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers.image_processing_utils import select_best_resolution
+
+from alignkd.regions import no_place, region
+
+Box = tuple[float, float, float, float]
+
+
+def anyres_regions(
+    index: int,
+    size: tuple[int, int],
+    side: int,
+    tile: tuple[int, int],
+    canvases: Sequence[Sequence[int]],
+    *,
+    most_tiles: int | None = None,
+) -> list[np.ndarray]:
+    """Regions of an image of ``size`` (width, height), of which a ``tile`` (height, width) becomes ``side`` x ``side`` tokens.
+
+    ``canvases``: heights and widths to choose from. ``most_tiles``: a grid of more tokens than these have is shrunk to as many.
+    """
+    width, height = size
+    canvas = select_best_resolution([height, width], canvases)
+    grid, box = _unpadded((height, width), canvas, (side * (canvas[0] // tile[0]), side * (canvas[1] // tile[1])))
+    if most_tiles is not None:
+        grid = _shrunk(grid, most_tiles * side**2)
+    return [region(index, (side, side)), region(index, grid, box, row_ends=1)]
+
+
+def single_regions(index: int, side: int, box: Box) -> list[np.ndarray]:
+    """Regions of an image without tiles: its tokens, and one line's end."""
+    return [region(index, (side, side), box), no_place(index, 1)]
+
+
+def _unpadded(size: tuple[int, int], canvas: tuple[int, int], grid: tuple[int, int]) -> tuple[tuple[int, int], Box]:
+    """The grid left of a canvas, and its box in the image; all pairs are (height, width)."""
+    wide = size[1] / size[0] > grid[1] / grid[0]
+    long, short = (1, 0) if wide else (0, 1)
+    shown = int(round(size[short] * (grid[long] / size[long]), 7))
+    border = (grid[short] - shown) // 2
+    left = list(grid)
+    left[short] -= 2 * border
+    edges = [(0.0, 1.0), (0.0, 1.0)]
+    for axis in (0, 1):
+        first = border / grid[axis] * canvas[axis] if axis == short else 0.0
+        edges[axis] = _in_image(axis, first, size, canvas)
+    (top, bottom), (start, end) = edges
+    return (left[0], left[1]), (top, start, bottom, end)
+
+
+def _in_image(axis: int, first: float, size: tuple[int, int], canvas: tuple[int, int]) -> tuple[float, float]:
+    """Where a stretch of the canvas, as far from both of its ends, begins and ends in the image that lies in its middle."""
+    scale = min(canvas[0] / size[0], canvas[1] / size[1])
+    length = size[axis] * scale
+    start = (first - (canvas[axis] - length) / 2) / length
+    return start, 1 - start
+
+
+def _shrunk(grid: tuple[int, int], tokens: int) -> tuple[int, int]:
+    """LLaVA-OneVision's ``anyres_max``: a grid of clearly more tokens is scaled down."""
+    ratio = (grid[0] * grid[1] / tokens) ** 0.5
+    return (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > 1.1 else grid

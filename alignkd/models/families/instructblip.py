@@ -1,0 +1,139 @@
+"""InstructBLIP: queries that read the image for a question, before the prompt.
+
+The queries' outputs are the vision tokens. They depend on the question, so the Q-Former is given it, and nothing that comes
+after: neither an answer, which it would give away, nor a later question.
+
+Shapes: N images, Q queries, W word pieces of the longest question, L ids.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from alignkd.batch import Batch, ModelInput
+from alignkd.models.embedding import run_decoder
+from alignkd.models.piecewise import Piece, PiecewiseEncoder, own_text
+from alignkd.models.transformers_vlm import TransformersVlm
+from alignkd.models.vlm import Vision
+from alignkd.prompts import PromptError, Turns, check_template
+
+
+@dataclass
+class InstructBlipEncoder(PiecewiseEncoder):
+    """The queries of all images, the start token, the question as it is, the answer, the end token.
+
+    So it was tuned, on one image, one question and one answer, without any words of a template; further turns follow in the
+    same way. Source: InstructBLIP (arXiv 2305.06500), and the inputs that its released processor makes.
+    """
+
+    image_processor: Any = None
+    qformer_tokenizer: Any = field(default=None, repr=False)
+    longest_question: int = 512
+
+    @property
+    def image(self) -> Piece:
+        """An id for each query."""
+        return Piece(ids=(self.image_token_id,) * self.vision_tokens)
+
+    def load(self, image: Image.Image) -> torch.Tensor:
+        """Its pixel values."""
+        return torch.from_numpy(np.asarray(self.image_processor([image])["pixel_values"][0]))
+
+    def pieces(self, turns: Turns, images: int) -> list[Piece]:
+        """See :class:`PiecewiseEncoder`."""
+        made = [self.image] * images + [Piece(ids=self.start)]
+        for speaker, text in turns:
+            learned = speaker == "gpt"
+            made.append(Piece(((own_text(text), True),), learned=learned))
+            if learned:
+                made.append(Piece(ids=(int(self.tokenizer.eos_token_id),), learned=True))
+        return made
+
+    def image_inputs(self, turns: Turns, images: int) -> Mapping[str, torch.Tensor]:
+        """The first question in the Q-Former's word pieces, once for each image, ``[N, W]``."""
+        ids = self.qformer_tokenizer(own_text(turns[0][1])).input_ids
+        if len(ids) > self.longest_question:
+            raise PromptError(f"its question has {len(ids)} word pieces, the Q-Former reads {self.longest_question} at most")
+        ids_NW = torch.tensor([ids] * images)
+        return {"qformer_input_ids": ids_NW, "qformer_attention_mask": torch.ones_like(ids_NW)}
+
+
+@dataclass
+class InstructBlip(TransformersVlm):
+    """``InstructBlipForConditionalGeneration`` over a decoder (Vicuna).
+
+    Frozen is the vision model alone, as in its instruction tuning, which trains the Q-Former and its queries: it is they that
+    follow an instruction. They learn with the student's rate, ``language_projection`` with the projector's.
+    """
+
+    family: ClassVar[str] = "instructblip"
+    tower_path: ClassVar[str] = "vision_model"
+    projector_path: ClassVar[str] = "language_projection"
+    no_place: ClassVar[str] = "each vision token is what a query of its Q-Former read all over the image"
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Question and answer, without words of a template."""
+        return ("instruction",)
+
+    @property
+    def vision_tokens_per_image(self) -> int:
+        """The Q-Former's queries."""
+        return int(self.model.config.num_query_tokens)
+
+    def check(self) -> None:
+        """See :class:`TransformersVlm`."""
+        config = self.model.config
+        if not config.use_decoder_only_language_model:
+            raise ValueError(
+                f"{self.folder}: this InstructBLIP has the encoder-decoder {config.text_config.model_type!r} (Flan-T5), whose"
+                " answers read the image by cross-attention: no vision tokens stand among them. Use a Vicuna checkpoint"
+            )
+        written = self.processor.num_query_tokens
+        if config.image_token_index is None or written != config.num_query_tokens:
+            raise ValueError(
+                f"{self.folder}: its model has {config.num_query_tokens} queries and image token {config.image_token_index},"
+                f" its processor writes {written} (num_query_tokens): take the checkpoint's newer files, or set both alike"
+            )
+
+    def encoder(self, template: str, max_length: int) -> InstructBlipEncoder:  # type: ignore[override]
+        """See :class:`alignkd.models.vlm.Vlm`."""
+        check_template(template, self.templates)
+        return InstructBlipEncoder(
+            self.tokenizer,
+            None,
+            template,
+            max_length,
+            self.image_token_id,
+            self.vision_tokens_per_image,
+            self.processor.image_processor,
+            self.processor.qformer_tokenizer,
+            int(self.model.config.qformer_config.max_position_embeddings),
+        )
+
+    def see(self, batch: Batch) -> Vision | None:
+        """Run tower and Q-Former over each image with its sample's question."""
+        if not batch.images.numel():
+            return None
+        found = self.model.get_image_features(self._pixels(batch), **batch.image_inputs, return_dict=True)
+        return Vision(found.pooler_output.flatten(0, 1))
+
+    def decode(self, batch: Batch, vision: Vision | None, **kwargs: Any) -> torch.Tensor:
+        """See :class:`alignkd.models.vlm.Vlm`."""
+        return run_decoder(self.model.get_input_embeddings(), self.decoder, batch, vision, **kwargs)
+
+    def generation_inputs(self, batch: Batch) -> Mapping[str, Any]:
+        """Its generation wants an image even where no sample has one: nothing then reads what it sees."""
+        seen = batch if batch.images.numel() else self.batch_of([self._grey]).to(self.device)
+        return {"pixel_values": self._pixels(seen), **seen.image_inputs}
+
+    @cached_property
+    def _grey(self) -> ModelInput:
+        encoder = self.encoder(self.default_template, 2**20)
+        picture = encoder.load(Image.new("RGB", (64, 64), (128, 128, 128)))
+        return encoder.question([("human", "<image>\na"), ("gpt", "b")], [picture])

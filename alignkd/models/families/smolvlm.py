@@ -1,0 +1,34 @@
+"""SmolVLM, and Idefics3 before it: an image is cut in tiles, row by row, with the whole image last."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from alignkd.models.transformers_vlm import TransformersVlm
+from alignkd.regions import region
+
+_TILE = re.compile(r"<row_(\d+)_col_(\d+)>")
+
+
+@dataclass
+class SmolVlm(TransformersVlm):
+    """``SmolVLMForConditionalGeneration``."""
+
+    family: ClassVar[str] = "smolvlm"
+    tower_path: ClassVar[str] = "model.vision_model"
+    projector_path: ClassVar[str] = "model.connector"
+
+    @staticmethod
+    def regions(processor: Any, outputs: Mapping[str, Any], index: int, size: tuple[int, int], tokens: int) -> list[np.ndarray]:
+        """Its tiles, then the whole image; both are stretched to whole tiles. The text beside the tiles tells how many."""
+        del size
+        written = outputs["text_replacement_offsets"][0][index]["replacement"]
+        tiles = [(int(row), int(column)) for row, column in _TILE.findall(written)]
+        rows, columns = tiles[-1] if tiles else (1, 1)
+        side = math.isqrt(tokens // (len(tiles) + 1))
+        boxes = [((row - 1) / rows, (column - 1) / columns, row / rows, column / columns) for row, column in tiles]
+        return [region(index, (side, side), box) for box in [*boxes, (0.0, 0.0, 1.0, 1.0)]]

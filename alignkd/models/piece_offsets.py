@@ -1,0 +1,95 @@
+"""Which characters of a text each SentencePiece piece covers: pieces spell the text, but for the spaces they add or drop.
+
+Shapes: L pieces.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+WORD_START = "\u2581"
+
+
+class Piece(str):
+    """A piece; ``kind``: ``text`` as it is spelt, ``byte`` of a character (``<0xE2>``), or ``unknown`` characters."""
+
+    kind: str
+
+    def __new__(cls, text: str, kind: str = "text") -> "Piece":
+        """A piece of a kind."""
+        piece = super().__new__(cls, text)
+        piece.kind = kind
+        return piece
+
+
+def piece_offsets(pieces: Sequence[Piece], text: str, is_known: Callable[[str], bool]) -> np.ndarray:
+    """First and last character (exclusive) of each piece, ``[L, 2]``; pieces that are bytes of one character all cover it.
+
+    ``is_known``: whether a character is a piece; unknown pieces cover those that are not.
+
+    Raises:
+        ValueError: the pieces do not spell the text.
+    """
+    walk, found = _Walk(text, is_known), np.zeros((len(pieces), 2), dtype=np.int64)
+    for number, piece in enumerate(pieces):
+        found[number] = walk.take(piece)
+    return found
+
+
+class _Walk:
+    """A place in a text, moved on by pieces. ``part``: bytes of its character that were taken."""
+
+    def __init__(self, text: str, is_known: Callable[[str], bool]) -> None:
+        self.text, self.is_known = text, is_known
+        self.place, self.part = 0, 0
+
+    def take(self, piece: Piece) -> tuple[int, int]:
+        """The characters that the next piece covers."""
+        if piece.kind == "byte":
+            return self._byte(int(piece[3:5], 16))
+        if piece.kind == "unknown":
+            return self._unknown()
+        start: int | None = None
+        for character in piece:
+            if character == WORD_START:
+                self.place += self.place < len(self.text) and self.text[self.place] in (" ", WORD_START)
+                continue
+            self.place = self._after_spaces(character)
+            start = self.place if start is None else start
+            self._expect(self.text[self.place : self.place + 1] == character, piece)
+            self.place += 1
+        return self.place if start is None else start, self.place
+
+    def _unknown(self) -> tuple[int, int]:
+        start = self.place = self._after_spaces("")
+        while self.place < len(self.text) and not self.is_known(self.text[self.place]):
+            self.place += 1
+        return start, self.place
+
+    def _byte(self, value: int) -> tuple[int, int]:
+        if not self.part:
+            while self.place < len(self.text) and self.text[self.place].encode()[0] != value:
+                self._expect(self.text[self.place].isspace(), f"<0x{value:02X}>")
+                self.place += 1
+        self._expect(self.place < len(self.text), f"<0x{value:02X}>")
+        place, spelt = self.place, self.text[self.place].encode()
+        self._expect(spelt[self.part] == value, f"<0x{value:02X}>")
+        self.part += 1
+        if self.part == len(spelt):
+            self.place, self.part = self.place + 1, 0
+        return place, place + 1
+
+    def _after_spaces(self, character: str) -> int:
+        """The next place that is ``character``, or no white space."""
+        place = self.place
+        while place < len(self.text) and self.text[place] != character and _is_space(self.text[place]):
+            place += 1
+        return place
+
+    def _expect(self, holds: bool, piece: str) -> None:
+        if not holds:
+            raise ValueError(f"the tokenizer gives {str(piece)!r} where the text goes on with {self.text[self.place :][:20]!r}")
+
+
+def _is_space(character: str) -> bool:
+    return character.isspace() or character == WORD_START
