@@ -110,7 +110,7 @@ machine = group(
     click.option("--device", help="cpu, cuda, cuda:1 ... [default: the GPU where there is one]"),
     click.option("--vision-tower", help="Local folder of the CLIP tower, where the checkpoint names none that is here."),
 )
-template = click.option("--template", help="Prompt template; alignkd models lists each family's. [default: the model's]")
+template = click.option("--template", help="Prompt template. [default: the model's]")
 max_rejected = click.option(
     "--max-rejected", default=100, show_default=True, help="Stop when more samples than this cannot be used."
 )
