@@ -5,6 +5,8 @@
 2. The processor prepares images, writes as many placeholders as each image has vision tokens, and splits the text; it tells
    which characters each token covers, and by how much the placeholders moved them.
 3. A token is supervised where it covers characters of an answer, or closes its turn.
+
+``v1``, LLaVA's own prompt, serves where a student of another make has it, or a checkpoint has no chat template.
 """
 
 import re
@@ -21,7 +23,7 @@ from PIL import Image
 from alignkd.batch import ModelInput
 from alignkd.encoder import Planned
 from alignkd.models.processors import load_processor
-from alignkd.prompts import IGNORE, IMAGE_TAG, PromptError, Turns
+from alignkd.prompts import IGNORE, IMAGE_TAG, SYSTEM, PromptError, Turns
 from alignkd.regions import stack
 from alignkd.spans import counted as counted_characters
 
@@ -159,7 +161,9 @@ class ChatEncoder:
         return self._unmark(self.apply_template(messages, opened=opened), owners)
 
     def apply_template(self, messages: list[dict[str, Any]], *, opened: bool) -> str:
-        """The chat template's text."""
+        """The template's text: of the model's own, or of LLaVA's ``v1``."""
+        if self.template == "v1":
+            return _as_v1(messages, self.processor.image_token, opened=opened)
         try:
             text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
         except Exception as error:  # templates raise what they like
@@ -193,10 +197,10 @@ class ChatEncoder:
         Raises:
             ValueError: there is no chat template.
         """
-        if self.processor.chat_template is None:
+        if self.template == "chat" and self.processor.chat_template is None:
             raise ValueError(
                 f"{self.folder} has no chat template, so it cannot be known how its prompts look: expected chat_template.jinja;"
-                " copy that of the model's instruction-tuned release there, or of the model it was made from"
+                " copy that of the model's instruction-tuned release there, or use LLaVA's prompts with --template v1"
             )
         return "" if self._closes(self.render([("human", "a"), ("gpt", "b")], 0)) else str(self.tokenizer.eos_token)
 
@@ -308,6 +312,16 @@ class ChatEncoder:
         token = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
         short = re.sub(f"({re.escape(token)})+", lambda run: run[1], written)
         return short, written.count(token) - short.count(token)
+
+
+def _as_v1(messages: Sequence[Mapping[str, Any]], image_token: str, *, opened: bool) -> str:
+    """Messages as LLaVA 1.5 was trained with them; an answer's end token is not the template's affair."""
+    text = f"{SYSTEM} "
+    for message in messages:
+        parts = [f"{image_token}\n" if part["type"] == "image" else part["text"] for part in message["content"]]
+        end = " " if message["role"] == "user" else ""
+        text += f"{message['role'].upper()}: {''.join(parts)}{end}"
+    return f"{text}ASSISTANT:" if opened else text
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:

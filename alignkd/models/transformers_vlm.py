@@ -42,8 +42,8 @@ class TransformersVlm(Vlm):
 
     @property
     def templates(self) -> tuple[str, ...]:
-        """The chat template of its processor."""
-        return ("chat",)
+        """The chat template of its processor, and LLaVA's prompt."""
+        return "chat", "v1"
 
     @property
     def image_token_id(self) -> int:
@@ -178,7 +178,8 @@ class TransformersVlm(Vlm):
 
     @cached_property
     def _grey(self) -> ModelInput:
-        encoder = self.encoder(self.default_template, 2**20)
+        own = "v1" if self.processor.chat_template is None and "v1" in self.templates else self.default_template
+        encoder = self.encoder(own, 2**20)
         return encoder.question([("human", "<image>\na"), ("gpt", "b")], [Image.new("RGB", (64, 64), (128, 128, 128))])
 
     def batch_of(self, inputs: list[ModelInput]) -> Batch:
