@@ -132,6 +132,11 @@ def _size(count: float) -> str:
 @click.option("--sketch-bytes", type=click.IntRange(min=1), default=64, help="sketch: bytes that give the rest its shape.")
 @click.option("--hidden-bits", type=click.Choice(["8", "16"]), default="8", help="hidden: bits of each feature.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Temperature of the logits.")
+@click.option(
+    "--logit-vocabulary",
+    type=click.IntRange(min=1),
+    help="Keep the distribution over so many first ids, for a student of fewer tokens. [default: all of the teacher's head]",
+)
 @click.option("--attention-codec", type=_ATTENTION_CODECS, default="sqrt8", help="How attention is stored.")
 @click.option("--vision-codec", type=_VISION_CODECS, default="int8-rows", help="How vision tokens are stored.")
 @click.option("--shard-samples", type=click.IntRange(min=1), default=512, help="Samples a shard: the unit of work and resume.")
@@ -157,6 +162,7 @@ def cache_teacher_command(
     sketch_bytes: int,
     hidden_bits: str,
     temperature: float,
+    logit_vocabulary: int | None,
     attention_codec: str,
     vision_codec: str,
     engine: str,
@@ -182,7 +188,7 @@ def cache_teacher_command(
     unknown = [name for name in chosen if name not in TARGETS]
     if unknown or not chosen:
         raise BadInput(f"--targets {targets}: known are {', '.join(TARGETS)}")
-    answers = LogitSettings(logits, top_k, draws, sketch_bytes, int(hidden_bits), temperature)
+    answers = LogitSettings(logits, top_k, draws, sketch_bytes, int(hidden_bits), temperature, logit_vocabulary)
     settings = TargetSettings(chosen, attention, answers, attention_codec, vision_codec)
     config = CacheTeacherConfig(settings=settings, **given)
     if only_estimate:

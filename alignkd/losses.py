@@ -64,7 +64,7 @@ def vision_loss(
     Zero for samples without an image.
 
     ``relative_to_variance`` divides by the variance of the teacher's tokens of that sample (over all its tokens and
-    features): 1 is what a constant would reach.
+    features): 1 is what a constant would reach. Where that is zero, nothing is divided.
     """
     teacher_BVD = wide(teacher_BVD)
     error_BV = (wide(student_BVD) - teacher_BVD).square().mean(dim=2)
@@ -80,5 +80,7 @@ def _variance(tokens_BVD: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
     mask_BV1 = mask_BV[:, :, None]
     mean_B = (tokens_BVD * mask_BV1).sum(dim=(1, 2)) / count_B
     centred_BVD = (tokens_BVD - mean_B[:, None, None]) * mask_BV1
-    # A padded or image-less sample has no variance; one keeps the division finite and its loss zero.
-    return torch.where(mask_BV.any(dim=1), centred_BVD.square().sum(dim=(1, 2)) / count_B, torch.ones_like(mean_B))
+    variance_B = centred_BVD.square().sum(dim=(1, 2)) / count_B
+    # A sample without an image has no variance, nor have tokens that are all alike, as an untrained Gemma 3 gives them:
+    # one keeps the division finite, and the loss of the first zero.
+    return torch.where(variance_B > 0, variance_B, torch.ones_like(mean_B))

@@ -3,6 +3,7 @@
 from typing import Any
 
 from alignkd.cache_store.store import CacheStore, Status
+from alignkd.pipeline.logits_io import logit_width
 
 RECENT_S = 600.0
 """What counts as of late, before the commit that came last."""
@@ -12,7 +13,7 @@ def status_figures(store: CacheStore) -> dict[str, Any]:
     """Progress and size of a cache, as plain figures; it may be running."""
     status = store.status()
     teacher = store.spec.fingerprint["teacher"]
-    dense = dense_bytes(status.decoded_bytes_by_field, int(teacher["vocabulary"]), int(teacher["width"]))
+    dense = dense_bytes(status.decoded_bytes_by_field, logit_width(store.spec.fingerprint), int(teacher["width"]))
     return {
         "cache": store.url,
         "format": store.manifest.shard_format,

@@ -194,10 +194,18 @@ class _Run:
 
     @cached_property
     def template(self) -> str:
-        found = str(self.reader.fingerprint["template"]) if self.reader else self.student.default_template
-        template = self.config.template or (found if found in self.student.templates else self.student.default_template)
+        template = self.config.template or self._template_of_cache() or self.student.default_template
         check_template(template, self.student.templates)
         return template
+
+    def _template_of_cache(self) -> str | None:
+        """The cache's, where a teacher of the student's family wrote it: one of another make has prompts of its own."""
+        if self.reader is None:
+            return None
+        found = self.reader.fingerprint
+        template = str(found["template"])
+        same = found["teacher"].get("family", self.student.family) == self.student.family
+        return template if same and template in self.student.templates else None
 
     @cached_property
     def max_length(self) -> int:

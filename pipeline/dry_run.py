@@ -17,6 +17,7 @@ from alignkd.cache_store.shard import encode_row, pack
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
 from alignkd.pipeline.cache_figures import dense_bytes
 from alignkd.pipeline.fit_memory import FittingRunner
+from alignkd.pipeline.logits_io import logit_width
 from alignkd.pipeline.stage_one import CacheTeacherConfig, StageOne, rows
 from alignkd.teacher_slice import check_sliceable, describe_slice, slice_sizes
 
@@ -44,7 +45,7 @@ def dry_run(config: CacheTeacherConfig, probe: int = 32) -> dict[str, Any]:
     rows_bytes = sum(stored.values()) * total
     options = {name: round(rows_bytes + difference) for name, difference in _options(stage, made, stored)}
     decoded = {f.name: sum(row.values[f.name].size for row in made) * f.numpy_dtype.itemsize for f in spec.fields}
-    dense = dense_bytes(decoded, stage.teacher.vocabulary, stage.teacher.hidden_size)
+    dense = dense_bytes(decoded, logit_width(spec.fingerprint), stage.teacher.hidden_size)
     return {
         "samples": total,
         "records": stage.plan.meta["records"],

@@ -46,7 +46,7 @@ def cache_tower_features(vlm: Vlm, data: TrainingSet, *, limit_bytes: int) -> No
         ValueError: they would take more than ``limit_bytes``, or the family has no such features.
     """
     if not vlm.caches_tower:
-        raise ValueError(f"--cache-tower-features: the {vlm.family} family's images differ in shape; leave it out")
+        raise ValueError(f"--cache-tower-features does not serve the family {vlm.family}; leave it out")
     references = sorted({reference for i in range(len(data)) for reference in data.sample(i).images})
     vision = vlm.model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2

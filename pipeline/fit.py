@@ -8,6 +8,7 @@ from typing import Any
 from alignkd.layer_pairs import compared_layers, needed_layers
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.across import Across
+from alignkd.pipeline.logits_io import logit_width
 from alignkd.recipes import Recipe
 
 VISUAL = frozenset({"attention", "vision"})
@@ -27,7 +28,8 @@ def check_fit(
     """Refuse a cache that this student, template or maximum length does not fit. ``found``: its fingerprint.
 
     A student of the teacher's make meets its rows as they are: None. One of another make needs rows that say where their vision
-    tokens lie and which characters their ids cover (``fields`` of the cache), and for logits the teacher's tokenizer.
+    tokens lie and which characters their ids cover (``fields`` of the cache), and for logits the teacher's tokenizer, or its first
+    ids where the cache keeps the distribution over those.
 
     Raises:
         ValueError: names what differs, both values and the way out.
@@ -37,13 +39,14 @@ def check_fit(
         settings = {
             "template": (found["template"], template),
             "maximum length": (found["max_length"], max_length),
-            "vocabulary": (found["teacher"]["vocabulary"], student.vocabulary),
+            "vocabulary": (logit_width(found) if "logits" in needs else found["teacher"]["vocabulary"], student.vocabulary),
         }
         differing = "" if make else _differing(settings, "in the cache")
         if differing:
+            shorter = _first_ids(student, found) if "logits" in needs else ""
             raise ValueError(
                 f"the cache {cache} does not fit: {differing}. Use a student and settings that match the teacher's, or write"
-                " another cache with alignkd cache-teacher"
+                f" another cache with alignkd cache-teacher{shorter and f'; {shorter}'}"
             )
         return None
     _check_across(student, found, needs, fields, f"the cache {cache} is of another make than the student ({make})")
@@ -71,16 +74,37 @@ def _check_across(student: Vlm, found: Mapping[str, Any], needs: Set[str], field
                 " recipe without attention and vision"
             )
     if "logits" in needs:
-        pairs = {
-            "tokenizer": (found["tokenizer"][:12], student.tokenizer_fingerprint()[:12]),
-            "vocabulary": (teacher["vocabulary"], student.vocabulary),
-        }
-        if differing := _differing(pairs, "in the cache"):
+        if differing := _differing(_vocabularies(student, found), "in the cache"):
+            shorter = _first_ids(student, found)
             raise ValueError(
                 f"{differs}, and logits need one tokenizer and one width of the output head: {differing}. Leave the logits out"
                 " (--set reverse_kl=0, forward_kl=0, jensen_shannon=0, as the recipe has them): attention and vision tokens can"
-                " be used; or choose a pair with one tokenizer"
+                f" be used; or choose a pair with one tokenizer{shorter and f'; {shorter}'}"
             )
+
+
+def _vocabularies(student: Vlm, found: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What teacher and student must share for one's logits to be about the other's tokens."""
+    width = logit_width(found)
+    if "tokenizer_first_ids" in found:
+        tokenizers = found["tokenizer_first_ids"], student.tokenizer_fingerprint(width)
+    else:
+        tokenizers = found["tokenizer"], student.tokenizer_fingerprint()
+    name = f"tokenizer's first {width} ids" if "tokenizer_first_ids" in found else "tokenizer"
+    return {name: (_short(tokenizers[0]), _short(tokenizers[1])), "vocabulary": (width, student.vocabulary)}
+
+
+def _first_ids(student: Vlm, found: Mapping[str, Any]) -> str:
+    """The way out where the teacher may have all tokens of the student and more; empty where it cannot have them."""
+    wanted = student.vocabulary
+    if wanted == logit_width(found) or wanted > found["teacher"]["vocabulary"]:
+        return ""
+    if found["tokenizer"] == student.tokenizer_fingerprint():
+        return f"cache with --logit-vocabulary {wanted} to keep the student's share of the teacher's logits"
+    return (
+        f"if the student's vocabulary is the first {wanted} tokens of the teacher's, cache with --logit-vocabulary {wanted}, which"
+        " keeps the distribution over those"
+    )
 
 
 def check_teacher(student: Vlm, teacher: Vlm, template: str) -> None:
@@ -91,9 +115,12 @@ def check_teacher(student: Vlm, teacher: Vlm, template: str) -> None:
     """
     pairs = {**_make(student, template, describe(teacher, template)), "vocabulary": (teacher.vocabulary, student.vocabulary)}
     if differing := _differing(pairs, "of the teacher"):
+        wanted = student.vocabulary
+        extends = wanted < teacher.vocabulary and teacher.tokenizer_fingerprint(wanted) == student.tokenizer_fingerprint(wanted)
+        option = f" --logit-vocabulary {wanted}" if extends else ""
         raise ValueError(
             f"--online-teacher {teacher.folder} does not fit: {differing}. A teacher in the loop reads the student's own"
-            " batches: use a pair that matches, or cache it first (alignkd cache-teacher), which serves other makes too"
+            f" batches: use a pair that matches, or cache it first (alignkd cache-teacher{option}), which serves other makes too"
         )
 
 

@@ -26,14 +26,26 @@ _AT_ONCE = 2**25
 
 
 def fitted(settings: LogitSettings, vocabulary: int, width: int) -> LogitSettings:
-    """No more kept tokens than there are, no more bytes of a sketch than a hidden state has features."""
-    changes = {"top_k": min(settings.top_k, vocabulary), "sketch_bytes": min(settings.sketch_bytes, width)}
+    """No more kept tokens than there are, no more bytes of a sketch than a hidden state has features.
+
+    ``vocabulary``: columns of the teacher's output head.
+
+    Raises:
+        ValueError: the settings are for more ids than that.
+    """
+    wanted = vocabulary if settings.vocabulary is None else settings.vocabulary
+    if wanted > vocabulary:
+        raise ValueError(
+            f"--logit-vocabulary {wanted}: the teacher's output head has {vocabulary} columns; give as many as the student's head"
+            " has, or leave the option out"
+        )
+    changes = {"top_k": min(settings.top_k, wanted), "sketch_bytes": min(settings.sketch_bytes, width)}
     return LogitSettings(**{**vars(settings), **changes})
 
 
 def logit_fields(settings: LogitSettings, vocabulary: int) -> tuple[FieldSpec, ...]:
-    """The fields of a row, one entry an answer token."""
-    shapes = LOGIT_CODECS[settings.kind].fields(settings, vocabulary)
+    """The fields of a row, one entry an answer token. ``vocabulary``: columns of the output head."""
+    shapes = LOGIT_CODECS[settings.kind].fields(settings, settings.vocabulary or vocabulary)
     return tuple(FieldSpec(name, ("A", *shape.dims), shape.dtype, shape.codec) for name, shape in shapes.items())
 
 
@@ -50,12 +62,22 @@ def settings_of(fingerprint: Mapping[str, Any]) -> LogitSettings:
         raise ValueError(f"the cache describes logit targets {found!r}, which are none: write another cache") from error
 
 
+def logit_width(fingerprint: Mapping[str, Any]) -> int:
+    """N: ids that a cache's distributions are over, or would be if it held any."""
+    found = fingerprint["targets"]["logits"] or {}
+    return int(found.get("vocabulary", fingerprint["teacher"]["vocabulary"]))
+
+
 @torch.inference_mode()
-def calibrate(teacher: Vlm, batches: Iterable[Batch]) -> Calibration:
-    """What the teacher does on a few batches, as many as give the answers wanted; without those that memory has no room for."""
+def calibrate(teacher: Vlm, batches: Iterable[Batch], vocabulary: int | None = None) -> Calibration:
+    """What the teacher does on a few batches, as many as give the answers wanted; without those that memory has no room for.
+
+    ``vocabulary``: see :class:`alignkd.logits.LogitSettings`.
+    """
     head = teacher.head
+    head_ND, bias_N = head.weight.detach()[:vocabulary], None if head.bias is None else head.bias.detach()[:vocabulary]
     hidden, count = [torch.zeros(0, teacher.hidden_size, device=teacher.device)], 0
-    sums_N = torch.zeros(head.weight.shape[0], device=teacher.device)
+    sums_N = torch.zeros(len(head_ND), device=teacher.device)
     for batch in batches:
         try:
             hidden_AD = capture(teacher, batch.to(teacher.device), attention=False).hidden_AD
@@ -64,14 +86,14 @@ def calibrate(teacher: Vlm, batches: Iterable[Batch]) -> Calibration:
                 raise
             continue
         for part_AD in torch.split(hidden_AD, answers_at_once(teacher)):
-            sums_N += head(part_AD).float().softmax(dim=1).sum(dim=0)
+            sums_N += head(part_AD)[:, :vocabulary].float().softmax(dim=1).sum(dim=0)
         hidden.append(hidden_AD.float())
         count += len(hidden_AD)
         if count >= CALIBRATION_ANSWERS:
             break
     if not count:  # every sample tried is without an answer: any order of tokens will do
         hidden, sums_N, count = [hidden[0].new_zeros(1, teacher.hidden_size)], torch.ones_like(sums_N), len(sums_N)
-    return Calibration(torch.cat(hidden), head.weight.detach(), head.bias, sums_N / count)
+    return Calibration(torch.cat(hidden), head_ND, bias_N, sums_N / count)
 
 
 def logit_arrays(settings: LogitSettings, calibration: Calibration) -> dict[str, np.ndarray]:

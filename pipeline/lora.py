@@ -1,12 +1,13 @@
 """LoRA through PEFT: low-rank updates of the decoder's layers; projector and alignment adapters train whole."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkd.models.vlm import Vlm
+from torch import nn
 
-_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+from alignkd.models.vlm import Vlm
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,20 @@ def add_lora(student: Vlm, settings: LoraSettings) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("--lora needs PEFT: pip install 'alignkd[lora]'") from error
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=_TARGETS)
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=_targets(student)
+    )
     model = get_peft_model(student.model, config)
     student.projector.requires_grad_(True)
     return model
+
+
+def _targets(student: Vlm) -> str:
+    """A pattern of every linear layer in the decoder's layers, whatever the family calls them."""
+    layers = student.decoder.layers
+    path = next(name for name, module in student.model.named_modules() if module is layers)
+    linear = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+    return rf"{re.escape(path)}\..*\.({'|'.join(sorted(linear))})"
 
 
 def merge_lora(model: Any, adapter: Path) -> None:

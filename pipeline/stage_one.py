@@ -140,6 +140,8 @@ class StageOne:
         teacher.model.requires_grad_(False)
         if config.alignment == "slice":
             check_sliceable(teacher)
+        if config.settings.logits.vocabulary is not None and "logits" not in config.settings.targets:
+            raise ValueError(f"--logit-vocabulary {config.settings.logits.vocabulary} needs logits among --targets")
         template = config.template or teacher.default_template
         check_template(template, teacher.templates)
         logits = fitted(config.settings.logits, teacher.vocabulary, teacher.hidden_size)
@@ -182,8 +184,15 @@ class StageOne:
             "targets": config.settings.fingerprint(),
             "alignment": config.alignment,
             **self._slice,
+            **self._first_ids,
             "data": hashlib.sha256(self.plan.keys.tobytes()).hexdigest(),
         }
+
+    @property
+    def _first_ids(self) -> dict[str, str]:
+        """What a student's tokenizer is compared with where distributions are over the first ids alone."""
+        limit = self.config.settings.logits.vocabulary
+        return {} if limit is None else {"tokenizer_first_ids": self.teacher.tokenizer_fingerprint(limit)}
 
     @cached_property
     def _slice(self) -> dict[str, Any]:
@@ -196,7 +205,8 @@ class StageOne:
         sliced = self.config.alignment == "slice"
         arrays = slice_arrays(self.teacher, tower=not self.config.slice_without_tower) if sliced else {}
         if "logits" in self.row_settings.targets:
-            arrays |= logit_arrays(self.row_settings.logits, calibrate(self.teacher, self._calibration_batches()))
+            logits = self.row_settings.logits
+            arrays |= logit_arrays(logits, calibrate(self.teacher, self._calibration_batches(), logits.vocabulary))
         return arrays
 
     def _calibration_batches(self) -> Iterator[Batch]:
@@ -256,10 +266,24 @@ class StageOne:
         ready, rejected = [], []
         for item in items:
             try:
-                ready.append((item, self.preparer.with_images(item.sample, item.text)))
+                prepared = self.preparer.with_images(item.sample, item.text)
+                self._check_answers(prepared)
+                ready.append((item, prepared))
             except SampleError as error:
                 rejected.append(Rejected(item.sample.key, item.sample.id, str(error)))
         return ReadyBatch(ready, self.collate(ready) if ready else None, rejected)
+
+    def _check_answers(self, prepared: Prepared) -> None:
+        """Refuse an answer with a token that the cached distributions leave out.
+
+        Raises:
+            SampleError: names the token.
+        """
+        limit = self.config.settings.logits.vocabulary
+        beyond = [] if limit is None else prepared.input.labels[prepared.input.labels >= limit].tolist()
+        if beyond:
+            token = self.teacher.tokenizer.convert_ids_to_tokens(beyond[0])
+            raise SampleError(f"its answer holds {token!r}, id {beyond[0]}: --logit-vocabulary {limit} keeps the ids below alone")
 
     def collate(self, ready: Sequence[tuple[Item, Prepared]]) -> Batch:
         """Pad inputs into one batch on the host."""

@@ -173,7 +173,7 @@ def _encode_answers(
     uniform_AJ = hidden_AD.new_empty(len(hidden_AD), 0) if uniform_AJ is None else uniform_AJ.to(teacher.device)
     for start in range(0, max(len(hidden_AD), 1), chunk):
         part = slice(start, start + chunk)
-        logits_AN = teacher.head(hidden_AD[part])
+        logits_AN = teacher.head(hidden_AD[part])[:, : codec.settings.vocabulary]
         parts.append(codec.encode(hidden_AD[part], logits_AN, labels_A[part], uniform_AJ[part]))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

@@ -21,7 +21,8 @@ class LogitSettings:
 
     ``kind``: ``topk``, ``sampled``, ``sketch`` or ``hidden``. ``top_k``: tokens kept exactly (all but ``hidden``).
     ``draws``: tokens drawn from the rest (``sampled``). ``sketch_bytes``: bytes of an answer token's sketch (``sketch``).
-    ``hidden_bits``: 8 or 16 (``hidden``).
+    ``hidden_bits``: 8 or 16 (``hidden``). ``vocabulary``: distributions over the first so many ids, normalised over them; None
+    for all columns of the teacher's head.
 
     Raises:
         ValueError: a number out of its range.
@@ -33,6 +34,7 @@ class LogitSettings:
     sketch_bytes: int = 64
     hidden_bits: int = 8
     temperature: float = 1.0
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("topk", "sampled", "sketch", "hidden"):
@@ -40,6 +42,8 @@ class LogitSettings:
         for name in ("top_k", "draws", "sketch_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"logit targets: {name} is {getattr(self, name)}, expected 1 or more")
+        if self.vocabulary is not None and self.vocabulary < 1:
+            raise ValueError(f"logit targets: vocabulary is {self.vocabulary}, expected 1 or more")
         if self.hidden_bits not in (8, 16):
             raise ValueError(f"logit targets: hidden_bits is {self.hidden_bits}, expected 8 or 16")
 
@@ -52,7 +56,8 @@ class LogitSettings:
             "sketch": ("top_k", "sketch_bytes", "temperature"),
             "hidden": ("hidden_bits",),
         }[self.kind]
-        return {"kind": self.kind, "temperature": None, **{name: known[name] for name in matters}}
+        part = {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
+        return {"kind": self.kind, "temperature": None, **{name: known[name] for name in matters}, **part}
 
 
 @dataclass(frozen=True)

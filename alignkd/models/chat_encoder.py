@@ -210,7 +210,11 @@ class ChatEncoder:
 
     def _ends(self, rendered: Rendered) -> list[tuple[int, int, int]]:
         """The parts, each with what closes it at once: for an answer, the end of its turn."""
-        return [(turn, start, end + self._end_of_turn(rendered.text[end:])) for turn, start, end in rendered.parts]
+        closed = bool(self._closing)
+        return [
+            (turn, start, end if closed and turn % 2 else end + self._end_of_turn(rendered.text[end:]))
+            for turn, start, end in rendered.parts
+        ]
 
     def _end_of_turn(self, rest: str) -> int:
         """How many characters close a turn: its end token and special tokens right before it, or else one special token."""
@@ -242,6 +246,8 @@ class ChatEncoder:
             )
         except Exception as error:  # processors raise what they like
             raise PromptError(f"the model's processor refuses it ({type(error).__name__}: {str(error)[:200]})") from error
+        if images and "text_replacement_offsets" not in outputs:
+            raise PromptError("the model's processor does not tell where in the text it puts vision tokens")
         replaced = (outputs.get("text_replacement_offsets") or [[]])[0]
         token = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
         moved = [Moved(r["span"], r["new_span"], r["replacement"].count(token)) for r in replaced]

@@ -4,14 +4,20 @@ transformers builds the video half of a processor only where torchvision is inst
 frames of a video are images here.
 """
 
+import json
+import sys
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import transformers
-from transformers import AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
+
+_NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 def load_processor(folder: Path, model_type: str) -> Any:
@@ -20,9 +26,9 @@ def load_processor(folder: Path, model_type: str) -> Any:
     Raises:
         ValueError: transformers knows none for this kind of model, or the folder's files do not make one.
     """
-    name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    name = _named(folder) or PROCESSOR_MAPPING_NAMES.get(model_type)
     if name is None:
-        raise ValueError(f"{folder}: transformers {transformers.__version__} has no processor for model_type {model_type!r}")
+        raise ValueError(f"{folder}: transformers {transformers.__version__} names no processor for model_type {model_type!r}")
     try:
         processor = without_videos(name).from_pretrained(folder, local_files_only=True)
     except ImportError as error:
@@ -35,13 +41,52 @@ def load_processor(folder: Path, model_type: str) -> Any:
     if processor.chat_template is None:
         # Where older releases keep it; a processor reads its own file alone.
         processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
+    if hasattr(processor, "num_additional_image_tokens") and processor.patch_size is None:
+        _complete(processor, folder)
     return processor
+
+
+def _complete(processor: Any, folder: Path) -> None:
+    """What folders of LLaVA from before processor_config.json leave to the model's configuration."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    vision = config.vision_config
+    processor.patch_size = vision.patch_size
+    processor.vision_feature_select_strategy = getattr(config, "vision_feature_select_strategy", "default")
+    processor.num_additional_image_tokens = int(vision.model_type == "clip_vision_model")  # its class token
+
+
+def _named(folder: Path) -> str | None:
+    """The processor that a checkpoint's files name: a LLaVA with Pixtral's tower has Pixtral's processor."""
+    for file in _NAMED_IN:
+        try:
+            content = json.loads((folder / file).read_text())
+        except (OSError, ValueError):  # absent; or damaged, which is told when the processor is made
+            continue
+        name = content.get("processor_class") if isinstance(content, dict) else None
+        if isinstance(name, str) and name in PROCESSOR_MAPPING_NAMES.values():
+            return name
+    return None
+
+
+def _processor_class(name: str) -> type[Any]:
+    if name != "PixtralProcessor" or is_torchvision_available():
+        found: type[Any] = getattr(transformers, name)
+        return found
+    # Its module wants torchvision for one function, which the Pillow half of the image processor has too.
+    home = "transformers.models.pixtral"
+    wanted = f"{home}.image_processing_pixtral"
+    sys.modules[wanted] = import_module(f"{home}.image_processing_pil_pixtral")
+    try:
+        found = import_module(f"{home}.processing_pixtral").PixtralProcessor
+    finally:
+        del sys.modules[wanted]
+    return found
 
 
 @lru_cache
 def without_videos(name: str) -> type[Any]:
     """The processor class of a name without its video processor, under the same name: saving writes what was read."""
-    original: type[Any] = getattr(transformers, name)
+    original = _processor_class(name)
 
     class ImagesOnly(original):  # type: ignore[misc]
         video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM's chat template asks for these two

@@ -149,12 +149,23 @@ class TransformersVlm(Vlm):
         }
 
     def see(self, batch: Batch) -> Vision | None:
-        """Run the model's own encoder of images."""
+        """Run the model's own encoder of images.
+
+        Raises:
+            ValueError: it gives more or fewer vision tokens than the processor wrote places for.
+        """
         if not batch.images.numel():
             return None
         given = {name: value for name, value in batch.image_inputs.items() if name in self._feature_inputs}
         passed = self.model.model.get_image_features(pixel_values=self._pixels(batch), **given, return_dict=True)
-        return Vision(_flat(passed.pooler_output), passed)
+        tokens_MD = _flat(passed.pooler_output)
+        if len(tokens_MD) != len(batch.vision_positions):
+            raise ValueError(
+                f"{self.folder}: the model gives {len(tokens_MD)} vision tokens where {len(batch.vision_positions)} places are"
+                f" in the prompt (id {self.image_token_id}): the processor's settings (such as patch_size in"
+                " processor_config.json) or image_token_id in config.json are of another checkpoint"
+            )
+        return Vision(tokens_MD, passed)
 
     def decode(self, batch: Batch, vision: Vision | None, **kwargs: Any) -> torch.Tensor:
         """See :class:`alignkd.models.vlm.Vlm`."""

@@ -185,14 +185,22 @@ class Vlm(ABC):
         # A batch of text alone must not name pixel values at all: generation would send None through the tower.
         return {"pixel_values": batch.images.to(self.dtype)} if batch.images.numel() else {}
 
-    def tokenizer_fingerprint(self) -> str:
-        """Digest of the vocabulary, the special tokens and the ids of a probe text."""
-        probe = "A probe:  two spaces,\na line, caf\u00e9, </s>end"
-        content = [
-            sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1]),
-            [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id],
-            list(self.tokenizer(probe).input_ids),
-        ]
+    def tokenizer_fingerprint(self, limit: int | None = None) -> str:
+        """Digest of the vocabulary, the special tokens and the ids of a probe text.
+
+        ``limit``: of the ids below it alone, to compare a tokenizer with one that extends it. Then the padding token is left
+        out, which takes no part in targets, and so are special tokens in the probe text, around which tokenizers of one
+        vocabulary split otherwise.
+        """
+        tokenizer, words = self.tokenizer, "A probe:  two spaces,\na line, caf\u00e9,"
+        ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        content: list[Any]
+        if limit is None:
+            vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+            content = [vocabulary, [*ends, tokenizer.pad_token_id], list(tokenizer(f"{words} </s>end").input_ids)]
+        else:
+            entries = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number < limit)
+            content = [entries, ends, list(tokenizer(words, add_special_tokens=False).input_ids)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def template_fingerprint(self) -> str:

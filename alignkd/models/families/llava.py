@@ -1,4 +1,7 @@
-"""LLaVA 1.5: a CLIP tower, two linear layers, one square grid of vision tokens an image."""
+"""LLaVA 1.5: a CLIP tower, two linear layers, one square grid of vision tokens an image.
+
+Others of the kind have another tower: SigLIP, or Pixtral's, whose grid has the image's shape.
+"""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from alignkd.models.transformers_vlm import TransformersVlm
-from alignkd.regions import Fit, region, square_box
+from alignkd.regions import Fit, no_place, region, square_box
 
 
 @dataclass
@@ -19,8 +22,13 @@ class Llava(TransformersVlm):
 
     @staticmethod
     def regions(processor: Any, outputs: Mapping[str, Any], index: int, size: tuple[int, int], tokens: int) -> list[np.ndarray]:
-        """A square over the image, or over its middle where the processor crops."""
-        del outputs
+        """A square over the image, or over its middle where the processor crops; a class token before it lies nowhere."""
+        if "image_sizes" in outputs:
+            rows, columns = (int(n) // processor.patch_size for n in outputs["image_sizes"][index])
+            return [region(index, (rows, columns))]
         side = math.isqrt(tokens)
+        others = tokens - side**2
+        if others > 1:
+            return [no_place(index, tokens)]
         fit: Fit = "crop" if getattr(processor.image_processor, "do_center_crop", False) else "stretch"
-        return [region(index, (side, side), square_box(size, fit))]
+        return [*[no_place(index, 1)] * others, region(index, (side, side), square_box(size, fit))]
