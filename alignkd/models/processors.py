@@ -86,7 +86,7 @@ def _processor_class(name: str) -> type[Any]:
 @lru_cache
 def without_videos(name: str) -> type[Any]:
     """The processor class of a name without its video processor, under the same name: saving writes what was read."""
-    original = _processor_class(name)
+    original: type[Any] = _processor_class(name)
 
     class ImagesOnly(original):  # type: ignore[misc]
         video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM's chat template asks for these two
