@@ -28,8 +28,8 @@ def check_fit(
     """Refuse a cache that this student, template or maximum length does not fit. ``found``: its fingerprint.
 
     A student of the teacher's make meets its rows as they are: None. One of another make needs rows that say where their vision
-    tokens lie and which characters their ids cover (``fields`` of the cache), and for logits the teacher's tokenizer, or its first
-    ids where the cache keeps the distribution over those.
+    tokens lie and which characters their ids cover (``fields`` of the cache), and for logits the teacher's tokenizer, or its
+    first ids where the cache keeps the distribution over those.
 
     Raises:
         ValueError: names what differs, both values and the way out.
@@ -73,14 +73,13 @@ def _check_across(student: Vlm, found: Mapping[str, Any], needs: Set[str], field
                 f"{differs}, and the vision tokens of one of them cannot be matched: {why}. Use a pair of one family, or a"
                 " recipe without attention and vision"
             )
-    if "logits" in needs:
-        if differing := _differing(_vocabularies(student, found), "in the cache"):
-            shorter = _first_ids(student, found)
-            raise ValueError(
-                f"{differs}, and logits need one tokenizer and one width of the output head: {differing}. Leave the logits out"
-                " (--set reverse_kl=0, forward_kl=0, jensen_shannon=0, as the recipe has them): attention and vision tokens can"
-                f" be used; or choose a pair with one tokenizer{shorter and f'; {shorter}'}"
-            )
+    if "logits" in needs and (differing := _differing(_vocabularies(student, found), "in the cache")):
+        shorter = _first_ids(student, found)
+        raise ValueError(
+            f"{differs}, and logits need one tokenizer and one width of the output head: {differing}. Leave the logits out"
+            " (--set reverse_kl=0, forward_kl=0, jensen_shannon=0, as the recipe has them): attention and vision tokens can"
+            f" be used; or choose a pair with one tokenizer{shorter and f'; {shorter}'}"
+        )
 
 
 def _vocabularies(student: Vlm, found: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -102,8 +101,8 @@ def _first_ids(student: Vlm, found: Mapping[str, Any]) -> str:
     if found["tokenizer"] == student.tokenizer_fingerprint():
         return f"cache with --logit-vocabulary {wanted} to keep the student's share of the teacher's logits"
     return (
-        f"if the student's vocabulary is the first {wanted} tokens of the teacher's, cache with --logit-vocabulary {wanted}, which"
-        " keeps the distribution over those"
+        f"if the student's vocabulary is the first {wanted} tokens of the teacher's, cache with --logit-vocabulary {wanted},"
+        " which keeps the distribution over those"
     )
 
 
@@ -120,7 +119,7 @@ def check_teacher(student: Vlm, teacher: Vlm, template: str) -> None:
         option = f" --logit-vocabulary {wanted}" if extends else ""
         raise ValueError(
             f"--online-teacher {teacher.folder} does not fit: {differing}. A teacher in the loop reads the student's own"
-            f" batches: use a pair that matches, or cache it first (alignkd cache-teacher{option}), which serves other makes too"
+            f" batches: use a pair that matches, or cache it first (alignkd cache-teacher{option}), which serves other makes"
         )
 
 

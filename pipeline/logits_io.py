@@ -36,8 +36,8 @@ def fitted(settings: LogitSettings, vocabulary: int, width: int) -> LogitSetting
     wanted = vocabulary if settings.vocabulary is None else settings.vocabulary
     if wanted > vocabulary:
         raise ValueError(
-            f"--logit-vocabulary {wanted}: the teacher's output head has {vocabulary} columns; give as many as the student's head"
-            " has, or leave the option out"
+            f"--logit-vocabulary {wanted}: the teacher's output head has {vocabulary} columns; give as many as the student's"
+            " head has, or leave the option out"
         )
     changes = {"top_k": min(settings.top_k, wanted), "sketch_bytes": min(settings.sketch_bytes, width)}
     return LogitSettings(**{**vars(settings), **changes})

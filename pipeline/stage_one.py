@@ -283,7 +283,9 @@ class StageOne:
         beyond = [] if limit is None else prepared.input.labels[prepared.input.labels >= limit].tolist()
         if beyond:
             token = self.teacher.tokenizer.convert_ids_to_tokens(beyond[0])
-            raise SampleError(f"its answer holds {token!r}, id {beyond[0]}: --logit-vocabulary {limit} keeps the ids below alone")
+            raise SampleError(
+                f"its answer holds {token!r}, id {beyond[0]}: --logit-vocabulary {limit} keeps the ids below alone"
+            )
 
     def collate(self, ready: Sequence[tuple[Item, Prepared]]) -> Batch:
         """Pad inputs into one batch on the host."""
