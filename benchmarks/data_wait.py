@@ -170,7 +170,7 @@ def write_rows(vlm: Vlm, data: Path, folder: Path) -> None:
         rows = []
         for i in range(number * SHARD_SAMPLES, min((number + 1) * SHARD_SAMPLES, len(file))):
             sample = file[i]
-            text = preparer.text(sample)
+            text = preparer.text(sample).encoded
             _, digest = photos[sample.images[0]]
             values = draw_row(spec, text.input_ids, text.labels, vlm.vision_tokens_per_image, generator)
             rows.append(Row(sample.key, sample.id, digest, values))

@@ -29,7 +29,6 @@ from alignkd.cache_store.formats import get_format
 from alignkd.cache_store.row import Row
 from alignkd.cache_store.shard import encode_row, pack
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
-from alignkd.capture import vision_tokens
 from alignkd.logits import DIVERGENCES, LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
 from alignkd.logits.base import at_temperature
 from alignkd.logits.topk import bucketed
@@ -110,7 +109,7 @@ def read_demo(folder: Path, tokens: int, calibration_tokens: int) -> Data:
             inputs = [preparer(samples[order.pop()]).input for _ in range(64)]
             batch = collate(inputs, tokens_per_placeholder=teacher.vision_tokens_per_image, pad_token_id=0)
             model = teacher.model.model
-            embeddings_BSD = model.embed(batch.input_ids_BS, vision_tokens(model, batch)[0], batch.vision_positions)
+            embeddings_BSD = model.embed(batch.input_ids_BS, model.see(batch.images).flatten(0, 1), batch.vision_positions)
             out = model.language_model(
                 inputs_embeds=embeddings_BSD, attention_mask=batch.attention_mask_BS, output_hidden_states=True
             )
