@@ -23,8 +23,9 @@ def list_models() -> list[dict[str, Any]]:
 
 
 def _supported(family: type[Vlm]) -> dict[str, str]:
+    # Attention and logits are what the contract cannot do without: a model lacking them is refused when it is loaded.
     reasons = {
-        "attention": family.not_captured,
+        "attention": "",
         "slice": family.not_sliced,
         "logits": "",
         "several images": family.one_image,

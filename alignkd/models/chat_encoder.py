@@ -122,7 +122,7 @@ class ChatEncoder:
         """Ids, labels, pixel values and all else the model takes."""
         rendered = self.render(turns, len(images))
         processed = self.process(rendered, images)
-        spans = self._spans(rendered, processed, turns)
+        spans = self._spans(rendered, processed)
         answers = [(start, end) for turn, start, end in self._ends(rendered) if turns[turn][0] == "gpt"]
         labels = np.where(_covers(processed, answers), processed.ids, IGNORE)
         return self._cut(processed, labels, spans, images)
@@ -256,9 +256,8 @@ class ChatEncoder:
         ids, offsets = np.asarray(outputs["input_ids"][0]), np.asarray(outputs["offset_mapping"][0])
         return Processed(ids, offsets.reshape(-1, 2), moved, outputs)
 
-    def _spans(self, rendered: Rendered, processed: Processed, turns: Turns) -> np.ndarray:
+    def _spans(self, rendered: Rendered, processed: Processed) -> np.ndarray:
         """Which of the conversation's characters each id stands for: see :mod:`alignkd.spans`."""
-        del turns
         counted = np.zeros(len(rendered.text) + 1, dtype=np.int64)
         for turn, start, end in rendered.parts:
             end -= len(self._closing) if turn % 2 else 0

@@ -38,8 +38,6 @@ class Vlm(ABC):
     """Why its targets cannot be recomputed from a slice of the teacher; empty where they can."""
     one_image: ClassVar[str] = ""
     """Why a sample may not have several images; empty where it may."""
-    not_captured: ClassVar[str] = ""
-    """Why there is no first-layer attention; empty where there is."""
     no_place: ClassVar[str] = ""
     """Why its vision tokens lie nowhere in the image, so that only a model of the same family can be its student."""
     caches_tower: ClassVar[bool] = False
