@@ -181,8 +181,9 @@ def cache_teacher_command(
       alignkd cache-teacher --teacher MobileVLM_V2-7B --data train.json --images images --cache cache --dtype bfloat16
     """
     from alignkd.logits import LogitSettings
-    from alignkd.pipeline.stage_one import CacheTeacherConfig
-    from alignkd.pipeline.targets_io import TARGETS, TargetSettings
+    from alignkd.pipeline.cache_layout import TARGETS
+    from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
+    from alignkd.pipeline.target_settings import TargetSettings
 
     chosen = tuple(name.strip() for name in targets.split(",") if name.strip())
     unknown = [name for name in chosen if name not in TARGETS]
@@ -424,7 +425,8 @@ def distill_command(recipe: str, overrides: tuple[str, ...], as_json: bool, **gi
     if wrong:
         raise BadInput(f"--set {wrong[0]}: expected key=value")
     chosen = get_recipe(recipe, {key: value for key, _, value in pairs})
-    from alignkd.pipeline.distill import DistillConfig, distill
+    from alignkd.pipeline.distill import distill
+    from alignkd.pipeline.distill_config import DistillConfig
 
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to standard output, which is for figures
         figures = distill(DistillConfig(recipe=chosen, **given))
@@ -450,7 +452,8 @@ def show_command(as_json: bool, **given: Any) -> None:
     Example:
       alignkd show --model MobileVLM_V2-1.7B --data train.json --images images --id 000123 --plot attention.png
     """
-    from alignkd.pipeline.show import ShowConfig, show
+    from alignkd.pipeline.show import show
+    from alignkd.pipeline.show_config import ShowConfig
 
     shown = show(ShowConfig(**given))
     if as_json:
@@ -499,7 +502,8 @@ def evaluate_command(as_json: bool, **given: Any) -> None:
     Example:
       alignkd evaluate --model run/student --data test.json --images images --out run/test
     """
-    from alignkd.pipeline.evaluate import EvaluateConfig, evaluate
+    from alignkd.pipeline.evaluate import evaluate
+    from alignkd.pipeline.evaluate_config import EvaluateConfig
 
     _print(evaluate(EvaluateConfig(**given)), as_json)
 

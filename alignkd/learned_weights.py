@@ -19,10 +19,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from alignkd.logits import DIVERGENCES
+from alignkd.logit_settings import DIVERGENCE_NAMES
 
 GROUPS = {
-    **{name: name for name in ("supervised", *DIVERGENCES, "attention")},
+    **{name: name for name in ("supervised", *DIVERGENCE_NAMES, "attention")},
     **dict.fromkeys(("vision_all", "vision_focus"), "vision"),
 }
 """The learned weight of each term: L_V has one, within which its focus keeps the recipe's share."""

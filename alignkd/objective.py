@@ -17,13 +17,11 @@ from alignkd.batch import Batch, Counts
 from alignkd.capture import Captured, capture, enable_capture
 from alignkd.layer_pairs import find_layer_pairs
 from alignkd.learned_weights import LearnedWeights, learned_part
-from alignkd.logits import DIVERGENCES, LogitCodec
+from alignkd.logits import LogitCodec
 from alignkd.losses import focus_mask, vision_loss
 from alignkd.models.vlm import Vlm
-from alignkd.recipes import Recipe
+from alignkd.recipes import Recipe, term_weights
 from alignkd.targets import Targets
-
-TERMS = ("supervised", *DIVERGENCES, "attention", "vision_all", "vision_focus")
 
 
 class TargetSource(Protocol):
@@ -268,14 +266,3 @@ def _samples_of(chosen_A: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Samples that a chosen answer belongs to, ``[B]`` of bool."""
     found_B = torch.zeros(batch.samples, dtype=torch.int32, device=chosen_A.device)
     return found_B.index_add_(0, batch.answer_samples_A, chosen_A.to(torch.int32)) > 0
-
-
-def term_weights(recipe: Recipe) -> dict[str, float]:
-    """The factor of each unweighted term in the loss."""
-    return {
-        "supervised": recipe.supervised,
-        **{name: getattr(recipe, name) for name in DIVERGENCES},
-        "attention": recipe.attention,
-        "vision_all": recipe.vision,
-        "vision_focus": recipe.vision * recipe.vision_focus,
-    }

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from alignkd.layers import EXPECTED, check_layers
-from alignkd.logits import DIVERGENCES
+from alignkd.logit_settings import DIVERGENCE_NAMES
 
 HeadMap = Literal["mixture", "convolution", "mean"]
 WidthMap = Literal["lift", "isometry", "projection"]
@@ -58,7 +58,7 @@ class Recipe:
     weighting_learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name in ("supervised", *DIVERGENCES, "attention", "vision", "vision_focus"):
+        for name in ("supervised", *DIVERGENCE_NAMES, "attention", "vision", "vision_focus"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"recipe {self.name}: {name} is {getattr(self, name)}, expected a weight of 0 or more")
         for name in ("temperature", "weighting_learning_rate"):
@@ -83,7 +83,7 @@ class Recipe:
     @property
     def divergences(self) -> tuple[str, ...]:
         """The logit terms that count."""
-        return tuple(name for name in DIVERGENCES if getattr(self, name) > 0)
+        return tuple(name for name in DIVERGENCE_NAMES if getattr(self, name) > 0)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -156,7 +156,7 @@ def one_term_recipes(recipe: Recipe) -> dict[str, Recipe]:
 
     ``vision_focus`` is a factor of ``vision``, which cannot be 0: there all vision tokens keep a weight of 1e-12.
     """
-    weights = {name: getattr(recipe, name) for name in ("supervised", *DIVERGENCES, "attention", "vision")}
+    weights = {name: getattr(recipe, name) for name in ("supervised", *DIVERGENCE_NAMES, "attention", "vision")}
     nothing = dict.fromkeys(weights, 0.0)
     found = {name: {**nothing, name: weight} for name, weight in weights.items() if weight > 0}
     if vision := found.pop("vision", None):
@@ -222,3 +222,17 @@ def _layers(value: Any, where: str) -> str:
 def describe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data, for a run's resolved configuration."""
     return asdict(recipe)
+
+
+TERMS = ("supervised", *DIVERGENCE_NAMES, "attention", "vision_all", "vision_focus")
+
+
+def term_weights(recipe: Recipe) -> dict[str, float]:
+    """The factor of each unweighted term in the loss."""
+    return {
+        "supervised": recipe.supervised,
+        **{name: getattr(recipe, name) for name in DIVERGENCE_NAMES},
+        "attention": recipe.attention,
+        "vision_all": recipe.vision,
+        "vision_focus": recipe.vision * recipe.vision_focus,
+    }

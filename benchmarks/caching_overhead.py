@@ -25,11 +25,14 @@ from alignkd.models.loading import load_tokenizer, save_vlm
 from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
 from alignkd.models.mobilevlm_family import MobileVlmFamily
 from alignkd.pipeline.cache_teacher import WorkerJob
+from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
+from alignkd.pipeline.devices import parse_dtype, pick_device
 from alignkd.pipeline.interrupt import StopFlag
-from alignkd.pipeline.provenance import parse_dtype, pick_device, versions
+from alignkd.pipeline.provenance import versions
 from alignkd.pipeline.ranks import Worker
-from alignkd.pipeline.stage_one import CacheTeacherConfig, ReadyBatch, StageOne
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.shard_work import ReadyBatch
+from alignkd.pipeline.stage_one import StageOne
+from alignkd.pipeline.target_settings import TargetSettings
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "mobilevlm_v2_tiny" / "teacher"
 VOCABULARY = 32_000

@@ -34,19 +34,21 @@ from alignkd.models.images import ImagePreprocessor
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective, TeacherShape
+from alignkd.pipeline.batch_loader import TrainingLoader
 from alignkd.pipeline.cache_teacher import cache_teacher
+from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
 from alignkd.pipeline.demo.checkpoints import new_checkpoint, train_tokenizer
+from alignkd.pipeline.demo.config import DemoConfig
 from alignkd.pipeline.demo.data import few_labelled, load_easy_vqa, write_llava
-from alignkd.pipeline.demo.run import DemoConfig
 from alignkd.pipeline.demo.tower import tower_config
 from alignkd.pipeline.features import cache_tower_features
-from alignkd.pipeline.loader import SHARDS_OPEN, TrainingLoader, TrainingSet
+from alignkd.pipeline.loader import TrainingSet
 from alignkd.pipeline.logits_io import open_codec, settings_of
-from alignkd.pipeline.order import BatchOrder, StepSampler
+from alignkd.pipeline.order import SHARDS_OPEN, BatchOrder, StepSampler
 from alignkd.pipeline.prepare import Preparer
 from alignkd.pipeline.samples import SampleFile
-from alignkd.pipeline.stage_one import CacheTeacherConfig
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.pipeline.targets_io import row_fields
 from alignkd.recipes import get_recipe
 
 STUDENT = Path(__file__).parents[1] / "tests" / "data" / "mobilevlm_v2_tiny" / "student"
@@ -159,7 +161,7 @@ def write_photos(folder: Path, samples: int) -> None:
 def write_rows(vlm: Vlm, data: Path, folder: Path) -> None:
     """A cache of drawn targets, in shape what a teacher with ``HEADS`` heads would give."""
     file, settings = SampleFile(data), TargetSettings(across=False)
-    spec = CacheSpec(settings.fields(vlm.vocabulary), {"targets": settings.fingerprint()})
+    spec = CacheSpec(row_fields(settings, vlm.vocabulary), {"targets": settings.fingerprint()})
     plan = Plan(file.keys, SHARD_SAMPLES, {})
     store = CacheStore.create_or_open(folder / "cache", spec, plan, shard_format="zarr")
     preparer = Preparer.of(vlm, template="v1", max_length=2048, image_root=folder / "images")

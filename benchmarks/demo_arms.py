@@ -15,18 +15,11 @@ from transformers import set_seed
 from alignkd.logits import LogitSettings
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.demo.checkpoints import new_checkpoint
-from alignkd.pipeline.demo.run import (
-    DemoConfig,
-    Paths,
-    prepare_data,
-    prepare_models,
-    run_cache,
-    test_accuracy,
-    train_student,
-    train_teacher,
-)
-from alignkd.pipeline.provenance import pick_device, versions
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.demo.config import DemoConfig, Paths
+from alignkd.pipeline.demo.run import prepare_data, prepare_models, run_cache, test_accuracy, train_student, train_teacher
+from alignkd.pipeline.devices import pick_device
+from alignkd.pipeline.provenance import versions
+from alignkd.pipeline.target_settings import TargetSettings
 from alignkd.recipes import get_recipe
 
 ARMS: dict[str, tuple[str, dict[str, str]]] = {

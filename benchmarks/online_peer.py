@@ -17,7 +17,8 @@ from steps import KINDS, ONLINE, ONLINE_SHAPE, Setting, Steps, alone, median_rat
 
 from alignkd.batch import Batch
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.provenance import parse_dtype, pick_device, versions
+from alignkd.pipeline.devices import parse_dtype, pick_device
+from alignkd.pipeline.provenance import versions
 
 
 def make_batch(arguments: argparse.Namespace, student: Vlm) -> Batch:

@@ -19,7 +19,8 @@ from alignkd.cache_store.row import Row
 from alignkd.cache_store.shard import encode_row
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
 from alignkd.cache_store.store import CacheStore, open_store
-from alignkd.pipeline.stage_one import CacheTeacherConfig, find_samples
+from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
+from alignkd.pipeline.planned_samples import find_samples
 
 WORDS = ["the", "image", "shows", "a", "large", "dog", "across", "green", "field", "with", "blue", "sky", "and", "people"]
 SPEC = CacheSpec((FieldSpec("value", (), "float32", "exact"),), {"teacher": "none: this measures planning"})

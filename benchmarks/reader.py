@@ -24,8 +24,7 @@ from alignkd.cache_store.reader import CacheReader
 from alignkd.cache_store.row import Row
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
 from alignkd.cache_store.store import CacheStore
-from alignkd.pipeline.loader import SHARDS_OPEN
-from alignkd.pipeline.order import epoch_order
+from alignkd.pipeline.order import SHARDS_OPEN, epoch_order
 
 TEXT, VISION, ANSWERS, KEPT, VOCABULARY, BATCH = 200, 144, 100, 64, 32_000, 16
 FIELDS = (

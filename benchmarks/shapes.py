@@ -22,7 +22,8 @@ from alignkd.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
 from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
 from alignkd.models.mobilevlm_family import MobileVlmFamily
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.targets_io import TargetSettings, collate_targets
+from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.pipeline.targets_io import collate_targets, row_fields
 from alignkd.prompts import IGNORE, IMAGE_TOKEN_ID
 from alignkd.targets import Targets
 from alignkd.teacher_slice import TOWER, TeacherSlice, describe_slice, slice_sizes
@@ -134,7 +135,7 @@ def _answers(batch: Batch, codec: LogitCodec, generator: torch.Generator) -> dic
 
 
 def _stored(settings: TargetSettings, values: dict[str, np.ndarray]) -> dict[str, Stored]:
-    fields = {field.name: field for field in settings.fields(VOCABULARY) if field.name in values}
+    fields = {field.name: field for field in row_fields(settings, VOCABULARY) if field.name in values}
     return {
         name: Stored(field, values[name].shape, get_codec(field.codec).encode(values[name])) for name, field in fields.items()
     }

@@ -46,8 +46,10 @@ from alignkd.logits import LogitSettings
 from alignkd.logits.topk import TopK
 from alignkd.models.mobilevlm import MobileVlm
 from alignkd.objective import Objective, TeacherShape
-from alignkd.pipeline.provenance import parse_dtype, pick_device, versions
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.devices import parse_dtype, pick_device
+from alignkd.pipeline.provenance import versions
+from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.pipeline.targets_io import row_fields
 from alignkd.prompts import IGNORE, IMAGE_TOKEN_ID
 from alignkd.recipes import get_recipe
 from alignkd.targets import Targets
@@ -171,7 +173,7 @@ def count_bytes() -> None:
 
 
 def row_bytes(rows: int = 512) -> float:
-    spec = CacheSpec(TargetSettings(targets=(), across=False).fields(VOCABULARY), {})
+    spec = CacheSpec(row_fields(TargetSettings(targets=(), across=False), VOCABULARY), {})
     generator = np.random.default_rng(0)
     encoded = []
     for number in range(rows):

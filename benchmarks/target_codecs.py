@@ -30,9 +30,12 @@ from alignkd.cache_store.spec import CacheSpec, FieldSpec
 from alignkd.losses import focus_mask
 from alignkd.models.loading import load_vlm
 from alignkd.objective import Objective, TeacherShape
+from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
 from alignkd.pipeline.demo.data import load_easy_vqa
-from alignkd.pipeline.stage_one import CacheTeacherConfig, StageOne, rows
-from alignkd.pipeline.targets_io import TargetSettings, collate_targets
+from alignkd.pipeline.shard_work import rows
+from alignkd.pipeline.stage_one import StageOne
+from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.pipeline.targets_io import collate_targets
 from alignkd.recipes import Recipe
 from alignkd.targets import Targets
 

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignkd.cache_store.row import Rejected, is_key
-from alignkd.cache_store.storage import TEMPORARY, Storage, read_all
+from alignkd.cache_store.storage import read_all
+from alignkd.cache_store.storage_contract import TEMPORARY, Storage
 
 SHARDS = "shards"
 COMMITS = "commits"

@@ -14,7 +14,7 @@ from typing import Any
 from alignkd.cache_store.formats import get_format
 from alignkd.cache_store.plan import Plan
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
-from alignkd.cache_store.storage import Storage
+from alignkd.cache_store.storage_contract import Storage
 from alignkd.cache_store.tensors import TensorEntry
 
 NAME = "cache.json"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignkd.cache_store.spec import plain_json
-from alignkd.cache_store.storage import Storage
+from alignkd.cache_store.storage_contract import Storage
 
 FOLDER = "plan"
 

@@ -21,7 +21,8 @@ from alignkd.cache_store.plan import Plan
 from alignkd.cache_store.row import Rejected, Row, Stored, is_key
 from alignkd.cache_store.shard import CorruptShard, Shard
 from alignkd.cache_store.spec import CacheSpec
-from alignkd.cache_store.storage import Storage, open_storage
+from alignkd.cache_store.storage import open_storage
+from alignkd.cache_store.storage_contract import Storage
 from alignkd.cache_store.tensors import Tensors
 
 _LOADERS = 2

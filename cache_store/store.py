@@ -34,7 +34,8 @@ from alignkd.cache_store.plan import Plan
 from alignkd.cache_store.row import Rejected, Row
 from alignkd.cache_store.shard import EncodedRow, Shard, encode_row, pack
 from alignkd.cache_store.spec import CacheSpec, check_fingerprint, check_spec
-from alignkd.cache_store.storage import Storage, open_storage
+from alignkd.cache_store.storage import open_storage
+from alignkd.cache_store.storage_contract import Storage
 from alignkd.cache_store.tensors import Tensors, TensorSource, sweep_orphans, write_tensors
 
 RUNS = "runs"

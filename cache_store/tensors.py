@@ -19,7 +19,7 @@ import numpy as np
 
 from alignkd.cache_store.codecs import Array
 from alignkd.cache_store.commit import put
-from alignkd.cache_store.storage import TEMPORARY, Storage
+from alignkd.cache_store.storage_contract import TEMPORARY, Storage
 
 FOLDER = "tensors"
 DTYPES = ("|u1", "|i1", "<u2", "<i4", "<f2", "<f4")

@@ -24,7 +24,7 @@ from alignkd.cache_store.plan import FOLDER as PLAN
 from alignkd.cache_store.plan import plan_objects
 from alignkd.cache_store.reader import open_shard, row_keys
 from alignkd.cache_store.shard import CorruptShard, Shard
-from alignkd.cache_store.storage import TEMPORARY
+from alignkd.cache_store.storage_contract import TEMPORARY
 from alignkd.cache_store.store import RUNS, CacheStore, open_store
 from alignkd.cache_store.tensors import DamagedTensor, check_size, is_orphan, read_tensor, unlisted
 

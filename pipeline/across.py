@@ -17,7 +17,7 @@ from alignkd.batch import Batch, ModelInput
 from alignkd.cache_store.row import Row, Stored
 from alignkd.cache_store.spec import FieldSpec
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.targets_io import attention_layer
+from alignkd.pipeline.cache_layout import attention_layer
 from alignkd.targets import Targets
 
 LAYOUT = frozenset({"input_ids", "labels", "spans", "regions"})

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 
 from alignkd.pipeline.deepspeed_configs import deepspeed_config
-from alignkd.pipeline.provenance import pick_device
+from alignkd.pipeline.devices import pick_device
 from alignkd.pipeline.ranks import Worker
 
 if TYPE_CHECKING:
-    from alignkd.pipeline.distill import DistillConfig
+    from alignkd.pipeline.distill_config import DistillConfig
 
 
 def training_arguments(config: DistillConfig, out: Path, process: Worker, *, steps: int) -> TrainingArguments:

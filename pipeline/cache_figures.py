@@ -3,7 +3,7 @@
 from typing import Any
 
 from alignkd.cache_store.store import CacheStore, Status
-from alignkd.pipeline.logits_io import logit_width
+from alignkd.pipeline.cache_layout import logit_width
 
 RECENT_S = 600.0
 """What counts as of late, before the commit that came last."""

@@ -18,15 +18,18 @@ from alignkd.cache_store.row import Rejected
 from alignkd.cache_store.shard import EncodedRow, encode_row
 from alignkd.cache_store.store import CacheStore
 from alignkd.pipeline.cache_figures import status_figures
+from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
+from alignkd.pipeline.devices import peak_memory_bytes
 from alignkd.pipeline.fit_memory import FittingRunner
 from alignkd.pipeline.host_work import HostWork
 from alignkd.pipeline.interrupt import StopFlag, stop_on_signals
 from alignkd.pipeline.progress import Bar, bar
-from alignkd.pipeline.provenance import peak_memory_bytes, run_record
+from alignkd.pipeline.provenance import run_record
 from alignkd.pipeline.ranks import Worker, find_worker
 from alignkd.pipeline.rejects import Rejects
-from alignkd.pipeline.stage_one import CacheTeacherConfig, ReadyBatch, ShardWork, StageOne, rows
-from alignkd.pipeline.targets_io import TeacherOutput
+from alignkd.pipeline.run_teacher import TeacherOutput
+from alignkd.pipeline.shard_work import ReadyBatch, ShardWork, rows
+from alignkd.pipeline.stage_one import StageOne
 
 _BATCHES_AHEAD = 3
 

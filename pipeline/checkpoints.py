@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignkd.cache_store.storage import LocalStorage
+from alignkd.cache_store.local_storage import LocalStorage
 
 RECORD = "complete.json"
 

@@ -8,7 +8,7 @@ layout.
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,97 +23,36 @@ from alignkd.logits import LogitCodec
 from alignkd.models.loading import load_vlm, save_vlm
 from alignkd.models.mobilevlm_family import MobileVlmFamily
 from alignkd.models.vlm import Vlm
-from alignkd.objective import Objective, TargetSource, TeacherShape, term_weights
+from alignkd.objective import Objective, TargetSource, TeacherShape
 from alignkd.online_teacher import OnlineTeacher
 from alignkd.pipeline.across import Across
 from alignkd.pipeline.arguments import training_arguments, zero_stage
+from alignkd.pipeline.cache_layout import SLICED, is_slice
 from alignkd.pipeline.checkpoints import newest, step_of, sweep
+from alignkd.pipeline.defaults import DEFAULT_MAX_LENGTH
+from alignkd.pipeline.devices import parse_dtype, peak_memory_bytes, pick_device
+from alignkd.pipeline.distill_config import DistillConfig
 from alignkd.pipeline.features import cache_tower_features
-from alignkd.pipeline.fit import (
-    check_attention_layers,
-    check_fit,
-    check_out,
-    check_same_run,
-    check_targets,
-    check_teacher,
-)
+from alignkd.pipeline.fit import check_attention_layers, check_fit, check_targets, check_teacher
 from alignkd.pipeline.interrupt import Interrupted, StopFlag, stop_on_signals
 from alignkd.pipeline.lengths import check_budget, sample_lengths
-from alignkd.pipeline.loader import SHARDS_OPEN, TrainingSet
+from alignkd.pipeline.loader import TrainingSet
 from alignkd.pipeline.logits_io import open_codec, settings_of
 from alignkd.pipeline.lora import LoraSettings, add_lora, merge_lora
 from alignkd.pipeline.metrics import Metrics
-from alignkd.pipeline.optimizers import OptimizerName
-from alignkd.pipeline.order import BatchOrder
-from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer
+from alignkd.pipeline.order import SHARDS_OPEN, BatchOrder
+from alignkd.pipeline.prepare import Preparer
 from alignkd.pipeline.processes import Processes, find_process
 from alignkd.pipeline.progress import bar
-from alignkd.pipeline.provenance import parse_dtype, peak_memory_bytes, pick_device, write_run
+from alignkd.pipeline.provenance import write_run
 from alignkd.pipeline.ranks import Worker
+from alignkd.pipeline.resume_checks import check_out, check_same_run
 from alignkd.pipeline.samples import SampleFile
-from alignkd.pipeline.slice_io import SLICED, is_slice, open_slice
+from alignkd.pipeline.slice_io import open_slice
 from alignkd.pipeline.tensorboard import TensorBoard
 from alignkd.pipeline.trainer import DistillTrainer, OptimizerSettings, RunCallback, Schedule
 from alignkd.prompts import check_template
-from alignkd.recipes import Recipe, describe
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """What ``alignkd distill`` was asked to do. ``template`` and ``max_length`` default to the cache's, a template that the
-    student does not know to its own.
-
-    ``batch_size`` and ``batch_tokens`` (padded positions) bound the samples of a process's micro-batch. With an
-    ``online_teacher`` a cache decides the samples and their order alone.
-    """
-
-    student: str
-    data: str
-    images: str | None
-    out: str
-    recipe: Recipe
-    cache: str | None = None
-    online_teacher: str | None = None
-    teacher_dtype: str | None = None
-    template: str | None = None
-    max_length: int | None = None
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int | None = None
-    batch_tokens: int | None = None
-    group_by_length: bool = False
-    gradient_accumulation: int = 1
-    learning_rate: float = 4e-5
-    projector_learning_rate: float | None = None
-    optimizer: OptimizerName = "adamw"
-    muon_learning_rate: float = 0.02
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    seed: int = 0
-    dtype: str = "float32"
-    device: str | None = None
-    deepspeed: str | None = None
-    lora: bool = False
-    lora_rank: int = 64
-    lora_alpha: int = 128
-    lora_dropout: float = 0.0
-    gradient_checkpointing: bool = False
-    save_steps: int = 500
-    save_total_limit: int = 2
-    log_steps: int = 10
-    report_to: tuple[str, ...] = ("tensorboard",)
-    term_gradients: bool = False
-    workers: int | None = None
-    resume: bool = False
-    cache_tower_features: bool = False
-    vision_tower: str | None = None
-    max_rejected: int = 100
-    feature_bytes: int = field(default=4 * 2**30)
-
-    @property
-    def samples_at_once(self) -> int | None:
-        """Samples a micro-batch; None where only positions bound them."""
-        return self.batch_size or (None if self.batch_tokens else 16)
+from alignkd.recipes import describe, term_weights
 
 
 def distill(config: DistillConfig) -> dict[str, Any]:

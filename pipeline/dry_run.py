@@ -16,9 +16,11 @@ from alignkd.cache_store.row import Rejected, Row
 from alignkd.cache_store.shard import encode_row, pack
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
 from alignkd.pipeline.cache_figures import dense_bytes
+from alignkd.pipeline.cache_layout import logit_width
+from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
 from alignkd.pipeline.fit_memory import FittingRunner
-from alignkd.pipeline.logits_io import logit_width
-from alignkd.pipeline.stage_one import CacheTeacherConfig, StageOne, rows
+from alignkd.pipeline.shard_work import rows
+from alignkd.pipeline.stage_one import StageOne
 from alignkd.teacher_slice import check_sliceable, describe_slice, slice_sizes
 
 _RUN = 8

@@ -12,12 +12,15 @@ import torch
 from alignkd.batch import ModelInput, collate
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.features import tower_features
-from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer, SampleError
+from alignkd.pipeline.defaults import DEFAULT_MAX_LENGTH
+from alignkd.pipeline.devices import parse_dtype, pick_device
+from alignkd.pipeline.evaluate_config import EvaluateConfig
+from alignkd.pipeline.prepare import Preparer, SampleError
 from alignkd.pipeline.progress import bar
-from alignkd.pipeline.provenance import parse_dtype, pick_device, write_run
+from alignkd.pipeline.provenance import write_run
 from alignkd.pipeline.rejects import Rejects
 from alignkd.pipeline.samples import Sample, SampleFile
+from alignkd.pipeline.tower_features import tower_features
 
 
 def exact(prediction: str, answer: str) -> bool:
@@ -31,24 +34,6 @@ def contains(prediction: str, answer: str) -> bool:
 
 
 METRICS: dict[str, Callable[[str, str], bool]] = {"exact": exact, "contains": contains}
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """What ``alignkd evaluate`` was asked to do."""
-
-    model: str
-    data: str
-    images: str | None
-    out: str | None = None
-    metric: str = "exact"
-    template: str | None = None
-    batch_size: int = 64
-    max_new_tokens: int = 32
-    dtype: str = "float32"
-    device: str | None = None
-    vision_tower: str | None = None
-    max_rejected: int = 100
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ few: it takes images x patches x tower width numbers, once, however many process
 Shapes: N images, P patches, C tower width.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,10 +14,8 @@ import torch
 from alignkd.models.placeholder_encoder import Picture
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.loader import TrainingSet
-from alignkd.pipeline.prepare import Preparer, SampleError
 from alignkd.pipeline.progress import bar
-
-_BATCH = 64
+from alignkd.pipeline.tower_features import IMAGES_AT_ONCE, tower_features
 
 
 class SharedFeatures(dict[str, tuple[str, Picture]]):
@@ -58,8 +55,8 @@ def cache_tower_features(vlm: Vlm, data: TrainingSet, *, limit_bytes: int) -> No
         )
     features_NPC, about = torch.empty(0), dict[str, tuple[str, tuple[int, int]]]()
     with bar("tower features", len(references), "images") as progress:
-        for start in range(0, len(references), _BATCH):
-            chunk = references[start : start + _BATCH]
+        for start in range(0, len(references), IMAGES_AT_ONCE):
+            chunk = references[start : start + IMAGES_AT_ONCE]
             for reference, (digest, picture) in tower_features(vlm, data.preparer, chunk).items():
                 if not about:
                     features_NPC = picture.values.new_empty(len(references), *picture.values.shape)
@@ -67,23 +64,3 @@ def cache_tower_features(vlm: Vlm, data: TrainingSet, *, limit_bytes: int) -> No
                 about[reference] = digest, picture.size
             progress.advance(len(chunk))
     data.preparer.features = SharedFeatures(about, features_NPC[: len(about)])
-
-
-@torch.no_grad()
-def tower_features(vlm: Vlm, preparer: Preparer, references: Sequence[str]) -> dict[str, tuple[str, Picture]]:
-    """Features ``[P, C]`` of images by reference, each with its file's SHA-256.
-
-    An unreadable image is absent: the sample that uses it is then named and counted.
-    """
-    features = {}
-    for start in range(0, len(references), _BATCH):
-        loaded = {}
-        for reference in references[start : start + _BATCH]:
-            with suppress(SampleError):
-                loaded[reference] = preparer.load_images((reference,))
-        if loaded:
-            pixels = torch.stack([images[0].values for images, _ in loaded.values()]).to(vlm.device)
-            encoded = vlm.model.model.encode_images(pixels).cpu()
-            for (reference, (images, digest)), values in zip(loaded.items(), encoded, strict=True):
-                features[reference] = (digest, Picture(values.clone(), images[0].size))
-    return features

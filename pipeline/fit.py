@@ -1,14 +1,13 @@
 """Whether a cache, a recipe and an earlier run fit what stage two is asked to do: refused with both values and the way out."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence, Set
-from pathlib import Path
 from typing import Any
 
 from alignkd.layer_pairs import compared_layers, needed_layers
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.across import Across
-from alignkd.pipeline.logits_io import logit_width
+from alignkd.pipeline.cache_layout import logit_width
+from alignkd.pipeline.teacher_fingerprint import describe_teacher
 from alignkd.recipes import Recipe
 
 VISUAL = frozenset({"attention", "vision"})
@@ -112,7 +111,10 @@ def check_teacher(student: Vlm, teacher: Vlm, template: str) -> None:
     Raises:
         ValueError: names what differs, and both values.
     """
-    pairs = {**_make(student, template, describe(teacher, template)), "vocabulary": (teacher.vocabulary, student.vocabulary)}
+    pairs = {
+        **_make(student, template, describe_teacher(teacher, template)),
+        "vocabulary": (teacher.vocabulary, student.vocabulary),
+    }
     if differing := _differing(pairs, "of the teacher"):
         wanted = student.vocabulary
         extends = wanted < teacher.vocabulary and teacher.tokenizer_fingerprint(wanted) == student.tokenizer_fingerprint(wanted)
@@ -123,33 +125,12 @@ def check_teacher(student: Vlm, teacher: Vlm, template: str) -> None:
         )
 
 
-def describe(teacher: Vlm, template: str) -> dict[str, Any]:
-    """What of a teacher decides whether a student fits it, as in a cache's fingerprint."""
-    digest = teacher.template_fingerprint()
-    return {
-        "teacher": {
-            "family": teacher.family,
-            "vocabulary": teacher.vocabulary,
-            "heads": teacher.heads,
-            "width": teacher.hidden_size,
-            "image_token_id": teacher.image_token_id,
-            "tokens_per_placeholder": teacher.tokens_per_placeholder,
-            **({"no_place": teacher.no_place} if teacher.no_place else {}),
-        },
-        "tokenizer": teacher.tokenizer_fingerprint(),
-        "template": template,
-        **({"chat_template": digest} if digest else {}),
-        "image_preprocessing": teacher.image_fingerprint(),
-        "vision_tokens_per_image": teacher.vision_tokens_per_image,
-    }
-
-
 def _make(student: Vlm, template: str, found: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What teacher and student must share for one's rows to be about the other's tokens as they are.
 
     Not the template's name where the student knows it: another one is then a choice, and refused.
     """
-    own = describe(student, template)
+    own = describe_teacher(student, template)
     names = {
         "vision tokens an image": "vision_tokens_per_image",
         "tokenizer": "tokenizer",
@@ -220,43 +201,3 @@ def check_attention_layers(student: Vlm, found: Mapping[str, Any], recipe: Recip
 
 def _listed(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers)) or "none"
-
-
-def check_out(out: Path, *, resume: bool) -> None:
-    """Refuse to write over a run.
-
-    Raises:
-        ValueError: there is one.
-    """
-    if not resume and (out / "metrics.jsonl").exists():
-        raise ValueError(f"--out {out} already holds a run; go on with --resume, or choose another folder")
-
-
-_MAY_CHANGE = (
-    *("resume", "device", "workers", "save_steps", "save_total_limit", "log_steps", "max_rejected", "out", "images", "data"),
-    *("cache", "report_to", "term_gradients", "feature_bytes", "batch_size", "gradient_accumulation", "batch_tokens"),
-)
-"""What a resumed run may be given anew: nothing that changes what is learned. Data and cache are compared by content, and
-batches by what a step takes."""
-
-
-def check_same_run(path: Path, resolved: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run of other settings. ``path``: its record; ``resolved``: the configuration now.
-
-    Raises:
-        ValueError: names each setting that differs, with both values.
-    """
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text())["configuration"]
-    now = json.loads(json.dumps(resolved, default=str))
-    differing = [
-        f"{name}: {before.get(name)!r} before, {value!r} now"
-        for name, value in now.items()
-        if name not in _MAY_CHANGE and before.get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"--resume: {path.parent} was run with other settings: {'; '.join(differing)}. Resume with the same ones, or"
-            " choose another --out"
-        )

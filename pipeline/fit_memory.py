@@ -6,8 +6,9 @@ import torch
 
 from alignkd.cache_store.row import Rejected
 from alignkd.pipeline.out_of_memory import is_out_of_memory
-from alignkd.pipeline.stage_one import ReadyBatch, StageOne
-from alignkd.pipeline.targets_io import TeacherOutput
+from alignkd.pipeline.run_teacher import TeacherOutput
+from alignkd.pipeline.shard_work import ReadyBatch
+from alignkd.pipeline.stage_one import StageOne
 
 
 @dataclass

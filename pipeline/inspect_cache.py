@@ -4,15 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from alignkd.cache_store.reader import CacheReader
 from alignkd.cache_store.row import Row
-from alignkd.logits.topk import TopK
-from alignkd.pipeline.logits_io import open_codec, settings_of
-from alignkd.pipeline.pictures import attention_figure, save_figure
-from alignkd.pipeline.slice_io import is_slice
-from alignkd.pipeline.targets_io import attention_layer
+from alignkd.logit_levels import decode_kept
+from alignkd.pipeline.cache_layout import LOGIT_TENSOR, attention_layer, is_slice
 
 _RECOMPUTED = "stage two recomputes attention and vision tokens from the teacher's slice, which the cache holds once"
 
@@ -45,12 +41,12 @@ def row_arrays(reader: CacheReader, row: Row) -> dict[str, np.ndarray]:
 
 
 def _answer_arrays(reader: CacheReader, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    codec = open_codec(settings_of(reader.fingerprint), reader.tensors, "cpu")
-    if not isinstance(codec, TopK):
+    if reader.fingerprint["targets"]["logits"]["kind"] == "hidden":
         return {"hidden_AD": values["hidden"]}
-    kept = {name: torch.from_numpy(value) for name, value in values.items() if name.startswith(("topk_", "tail_"))}
-    ids_AK, logprobs_AK, tail_A = codec.kept(kept)
-    return {"topk_ids_AK": ids_AK.numpy(), "topk_logprobs_AK": logprobs_AK.numpy(), "tail_mass_A": tail_A.exp().numpy()}
+    id_of_rank_N = reader.tensors[LOGIT_TENSOR.format("id_of_rank")]
+    kept = values["topk_rank_steps"], values["topk_logprob_codes"], values["tail_logmass"]
+    ids_AK, logprobs_AK, tail_A = decode_kept(*kept, id_of_rank_N)
+    return {"topk_ids_AK": ids_AK, "topk_logprobs_AK": logprobs_AK, "tail_mass_A": np.exp(tail_A)}
 
 
 def row_figures(reader: CacheReader, row: Row) -> dict[str, Any]:
@@ -78,6 +74,8 @@ def plot_row(reader: CacheReader, row: Row, path: str) -> None:
     Raises:
         ValueError: the cache holds no attention, or the sample no image.
     """
+    from alignkd.pipeline.pictures import attention_figure, save_figure
+
     arrays = row_arrays(reader, row)
     if not arrays.get("attention_HTV", np.zeros(0)).size:
         why = f": {_RECOMPUTED}; alignkd show draws a model's own" if is_slice(reader.fingerprint) else ""

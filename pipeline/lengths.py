@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from alignkd.cache_store.storage import LocalStorage
+from alignkd.cache_store.local_storage import LocalStorage
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.interrupt import leave_signals_to_parent
 from alignkd.pipeline.loader import TrainingSet

@@ -1,43 +1,31 @@
 """Feed stage two: samples and the rows that belong to them, checked against each other one by one."""
 
 import hashlib
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from alignkd.align import AlignmentError
 from alignkd.batch import ModelInput, collate
 from alignkd.cache_store.reader import CacheReader, MissingRow
-from alignkd.cache_store.row import Row, Stored
+from alignkd.cache_store.row import Stored
 from alignkd.cache_store.shard import CorruptShard
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.across import LAYOUT, Across, Compared, with_masks
-from alignkd.pipeline.interrupt import leave_signals_to_parent
+from alignkd.pipeline.cache_layout import attention_field, attention_layer
 from alignkd.pipeline.logits_io import logit_fields, settings_of
+from alignkd.pipeline.order import SHARDS_OPEN
 from alignkd.pipeline.parcel import Parcel
 from alignkd.pipeline.prepare import Prepared, Preparer, SampleError
 from alignkd.pipeline.rejects import Rejects
+from alignkd.pipeline.row_checks import MisalignedRow, check_images, check_row
 from alignkd.pipeline.samples import Sample, SampleFile
-from alignkd.pipeline.targets_io import attention_field, attention_layer, collate_targets
-from alignkd.prompts import IMAGE_TOKEN_ID
+from alignkd.pipeline.targets_io import collate_targets
 from alignkd.targets import Targets
-
-SHARDS_OPEN = 8
-"""Shards whose samples are mixed with each other: a worker has to keep as many in memory."""
-
-BATCHES_AHEAD = 4
-"""Micro-batches that each worker holds ready: enough for the moment in which new shards are opened."""
-
-
-class MisalignedRow(ValueError):  # noqa: N818 - the name says what is the matter
-    """A cached row is not about the sample it is used for."""
 
 
 @dataclass(frozen=True)
@@ -214,136 +202,3 @@ class TrainingSet(Dataset["Item | Failure"]):
             targets = collate_targets([item.stored for item in good], batch)
             targets = with_masks(targets, [item.compared for item in good if item.compared is not None], batch)
         return Parcel(batch=batch, targets=targets, failures=failures, ids=[item.sample_id for item in good])
-
-
-class _Announced(Sampler[list[int]]):
-    """The same micro-batches, each with the shards of all that follow within half a window of samples.
-
-    No more than half, so that two windows of shards are the most that a reader has to hold.
-    """
-
-    def __init__(self, batches: Sampler[list[int]], shard_of_sample: np.ndarray) -> None:
-        self.batches, self.shard_of_sample = batches, shard_of_sample
-        self.ahead = SHARDS_OPEN * len(shard_of_sample) // len(np.unique(shard_of_sample)) // 2
-
-    def __len__(self) -> int:
-        return len(self.batches)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        waiting, samples = deque[list[int]](), Counter[int]()
-        for positions in self.batches:
-            waiting.append(positions)
-            samples.update(self._shards(positions))
-            while samples.total() > self.ahead:
-                yield self._announce(waiting.popleft(), samples)
-        while waiting:
-            yield self._announce(waiting.popleft(), samples)
-
-    def _announce(self, positions: list[int], samples: Counter[int]) -> Positions:
-        """Take a micro-batch out of the ``samples`` a shard that wait, and name the shards of the others."""
-        samples -= Counter(self._shards(positions))
-        return Positions(positions, list(samples))
-
-    def _shards(self, positions: list[int]) -> list[int]:
-        shards: list[int] = self.shard_of_sample[positions].tolist()
-        return shards
-
-
-class TrainingLoader(DataLoader[Any]):
-    """Collated micro-batches, read ahead by processes, and taken from them by a thread while a step runs.
-
-    Shards of the next window are opened during this one if the reader may hold both: ``max_shards`` of at least
-    ``2 * SHARDS_OPEN``.
-
-    Args:
-        data: the samples.
-        batches: positions in ``data`` of one micro-batch after the other; an empty list gives a batch of None.
-        workers: processes; with 0 the one that trains reads each batch when it asks for it.
-        pin_memory: batches come in page-locked memory.
-        seed: of the workers; the random numbers of the run stay as they are, so that a resumed one has the same.
-    """
-
-    def __init__(
-        self, data: TrainingSet, batches: Sampler[list[int]], *, workers: int, pin_memory: bool, seed: int = 0
-    ) -> None:
-        super().__init__(
-            data,
-            batch_sampler=_Announced(batches, data.shard_of_sample),
-            collate_fn=data.collate,
-            num_workers=workers,
-            worker_init_fn=leave_signals_to_parent,
-            prefetch_factor=BATCHES_AHEAD if workers else None,
-            pin_memory=pin_memory,
-            generator=torch.Generator().manual_seed(seed),
-        )
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = super().__iter__()
-        return _received(batches) if self.num_workers else batches
-
-
-def _received(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same; the next one is being received while the last one is used."""
-    with ThreadPoolExecutor(1, thread_name_prefix="receive") as thread:
-        coming = thread.submit(next, batches, None)
-        while (received := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
-            yield received
-
-
-def check_row(
-    sample: Sample,
-    prepared: Prepared,
-    row: Row,
-    stored: Mapping[str, Stored],
-    tokens_per_placeholder: int,
-    image_token_id: int = IMAGE_TOKEN_ID,
-) -> None:
-    """Compare a row, and what of it is ``stored`` undecoded, with the sample as this run prepared it.
-
-    Raises:
-        MisalignedRow: token ids, labels, images, or the number of vision tokens or text rows differ; names the sample and
-            the cause.
-    """
-    found: str | None = None
-    if not np.array_equal(row.values["input_ids"], prepared.input.input_ids):
-        found = "its token ids differ: the tokenizer, template or maximum length is not the cache's"
-    elif not np.array_equal(row.values["labels"], prepared.input.labels):
-        found = "its labels differ: the template is not the cache's"
-    else:
-        check_images(sample, prepared, row)
-        found = _misshapen(prepared.input.input_ids, stored, tokens_per_placeholder, image_token_id)
-    if found is not None:
-        raise MisalignedRow(f"sample {sample.id!r} does not match its row in the cache: {found}")
-
-
-def check_images(sample: Sample, prepared: Prepared, row: Row) -> None:
-    """Compare the image files of a row with those that this run read.
-
-    Raises:
-        MisalignedRow: they differ; names the sample and the cause.
-    """
-    if row.image_sha256 != prepared.image_sha256:
-        raise MisalignedRow(
-            f"sample {sample.id!r} does not match its row in the cache: its image file differs from the one the teacher saw:"
-            " --images points elsewhere, or the file has changed"
-        )
-
-
-def _misshapen(
-    input_ids: np.ndarray, stored: Mapping[str, Stored], tokens_per_placeholder: int, image_token_id: int
-) -> str | None:
-    """What is wrong with the number of vision tokens or text rows."""
-    images = np.flatnonzero(input_ids == image_token_id)
-    columns = len(images) * tokens_per_placeholder
-    rows = len(input_ids) - int(images[0]) - len(images) if len(images) else 0
-    if "vision_tokens" in stored and (held := stored["vision_tokens"].shape[0]) != columns:
-        return f"it holds {held} vision tokens where the student has {columns}"
-    for name in (name for name in stored if attention_layer(name) is not None):
-        held_rows, held_columns = stored[name].shape[1:]
-        if (held_rows, held_columns) != (rows, columns):
-            return (
-                f"it holds attention of {held_rows} text rows to {held_columns} vision tokens where the student has"
-                f" {rows} and {columns}"
-            )
-    return None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from alignkd.pipeline.provenance import peak_memory_bytes
+from alignkd.pipeline.devices import peak_memory_bytes
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Sums a small float64 vector over processes. It may come on the CPU (of a process that had no batch yet)."""

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Collection, Iterable
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-OptimizerName = Literal["adamw", "muon"]
+from alignkd.pipeline.distill_config import OptimizerName
 
 
 def make_optimizer(

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+SHARDS_OPEN = 8
+"""Shards whose samples are mixed with each other: a worker has to keep as many in memory."""
+
 _NOISE = 0.05
 """Lengths are grouped as if each were up to this share shorter or longer, so that epochs differ in their micro-batches."""
 

@@ -17,8 +17,6 @@ from alignkd.models.vlm import Vlm
 from alignkd.pipeline.samples import Sample
 from alignkd.prompts import PromptError
 
-DEFAULT_MAX_LENGTH = 2048
-
 
 class SampleError(ValueError):
     """This sample cannot be used; the message says why."""

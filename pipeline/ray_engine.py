@@ -16,10 +16,11 @@ from typing import Any
 from alignkd.cache_store.store import open_store
 from alignkd.pipeline.cache_figures import status_figures
 from alignkd.pipeline.cache_teacher import WorkerJob
+from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
 from alignkd.pipeline.interrupt import StopFlag, stop_on_signals
 from alignkd.pipeline.progress import Bar, bar
 from alignkd.pipeline.ranks import Worker
-from alignkd.pipeline.stage_one import CacheTeacherConfig, StageOne
+from alignkd.pipeline.stage_one import StageOne
 
 _WAIT_S = 1.0
 _MAX_LOSSES = 100

@@ -12,28 +12,12 @@ from alignkd.batch import collate, expand
 from alignkd.capture import capture, enable_capture
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.devices import parse_dtype, pick_device
 from alignkd.pipeline.pictures import attention_figure, save_figure
-from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Prepared, Preparer, SampleError
-from alignkd.pipeline.provenance import parse_dtype, pick_device
+from alignkd.pipeline.prepare import Prepared, Preparer, SampleError
 from alignkd.pipeline.samples import Sample, SampleFile
+from alignkd.pipeline.show_config import ShowConfig
 from alignkd.prompts import IGNORE
-
-
-@dataclass(frozen=True)
-class ShowConfig:
-    """What ``alignkd show`` was asked to do; the first sample where no id is given."""
-
-    model: str
-    data: str
-    images: str | None
-    id: str | None = None
-    template: str | None = None
-    max_length: int = DEFAULT_MAX_LENGTH
-    save: str | None = None
-    plot: str | None = None
-    dtype: str = "float32"
-    device: str | None = None
-    vision_tower: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ known only when all of it is tokenised, long after the first shard, and of 32,00
 they are 262 MB a cache, 400 bytes a sample at 665,000 samples.
 """
 
-import warnings
 from collections.abc import Set
 from typing import Any
 
@@ -15,12 +14,10 @@ import torch
 
 from alignkd.cache_store.reader import CacheReader
 from alignkd.models.vlm import Vlm, module_fingerprint
-from alignkd.pipeline.provenance import parse_dtype
+from alignkd.pipeline.cache_layout import ALIGNMENTS, SLICED, is_slice
+from alignkd.pipeline.devices import parse_dtype
+from alignkd.pipeline.tensor_arrays import to_array, to_tensor
 from alignkd.teacher_slice import GROUPS, TOWER, TeacherSlice, describe_slice, same_features, slice_tensors
-
-ALIGNMENTS = ("targets", "slice")
-SLICED = frozenset({"attention", "vision"})
-"""The targets that a slice gives."""
 
 _NAME = "slice.{}"
 
@@ -53,12 +50,7 @@ def slice_arrays(teacher: Vlm, *, tower: bool) -> dict[str, np.ndarray]:
     Raises:
         ValueError: this teacher cannot be sliced, or holds numbers that are not finite.
     """
-    return {_NAME.format(group): _to_array(flat) for group, flat in slice_tensors(teacher, tower=tower).items()}
-
-
-def is_slice(fingerprint: dict[str, Any]) -> bool:
-    """Whether a cache's attention and vision tokens are recomputed from a slice."""
-    return bool(fingerprint.get("alignment") == "slice")
+    return {_NAME.format(group): to_array(flat) for group, flat in slice_tensors(teacher, tower=tower).items()}
 
 
 def open_slice(reader: CacheReader, student: Vlm, needs: Set[str], *, features_only: bool) -> TeacherSlice | None:
@@ -89,7 +81,7 @@ def open_slice(reader: CacheReader, student: Vlm, needs: Set[str], *, features_o
             f"--cache-tower-features keeps the features of the student's tower, but the teacher's tower {theirs} is another"
             " and needs the images: leave it out"
         )
-    tensors = {group: _to_tensor(reader, group, dtype) for group in GROUPS if not (shared and group == TOWER)}
+    tensors = {group: _read_group(reader, group, dtype) for group in GROUPS if not (shared and group == TOWER)}
     head_mean = found["targets"]["attention"] == "mean"
     return TeacherSlice(about, tensors, device=student.device, head_mean=head_mean)
 
@@ -113,18 +105,8 @@ def _same_tower(student: Vlm, about: dict[str, Any], teacher_dtype: torch.dtype)
     return module_fingerprint(student.tower, teacher_dtype) == str(about["tower"]["sha256"])
 
 
-def _to_array(flat: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
-    return array
-
-
-def _to_tensor(reader: CacheReader, group: str, dtype: torch.dtype) -> torch.Tensor:
-    array = reader.tensors[_NAME.format(group)]
-    with warnings.catch_warnings():
-        # A view of the array, which is read-only, as nothing writes to a slice.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        flat = torch.from_numpy(array)
-    flat = flat.view(torch.bfloat16) if flat.dtype == torch.uint16 else flat
+def _read_group(reader: CacheReader, group: str, dtype: torch.dtype) -> torch.Tensor:
+    flat = to_tensor(reader.tensors[_NAME.format(group)])
     if flat.dtype != dtype:
         raise ValueError(f"the cache's slice holds {flat.dtype}, its teacher ran in {dtype}: write another cache")
     return flat

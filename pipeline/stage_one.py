@@ -12,104 +12,34 @@ from typing import Any
 
 import numpy as np
 
-from alignkd.batch import Batch, ModelInput, collate
-from alignkd.cache_store.manifest import NAME as MANIFEST
-from alignkd.cache_store.manifest import read_manifest
+from alignkd.batch import Batch, collate
 from alignkd.cache_store.plan import Plan
-from alignkd.cache_store.row import Rejected, Row
+from alignkd.cache_store.row import Rejected
 from alignkd.cache_store.spec import CacheSpec
-from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.store import CacheStore
 from alignkd.capture import enable_capture
-from alignkd.encoder import Planned
 from alignkd.layers import find_teacher_layers
 from alignkd.logits import LogitCodec
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.fit import describe
+from alignkd.pipeline.cache_layout import SLICED
+from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
+from alignkd.pipeline.calibrate import CALIBRATION_POSITIONS, CALIBRATION_SAMPLES, calibrate
+from alignkd.pipeline.devices import parse_dtype, pick_device
 from alignkd.pipeline.interrupt import StopFlag
-from alignkd.pipeline.logits_io import CALIBRATION_POSITIONS, CALIBRATION_SAMPLES, calibrate, fitted, logit_arrays, open_codec
-from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Prepared, Preparer, SampleError
+from alignkd.pipeline.logits_io import fitted, logit_arrays, open_codec
+from alignkd.pipeline.planned_samples import find_samples
+from alignkd.pipeline.prepare import Prepared, Preparer, SampleError
 from alignkd.pipeline.progress import bar
-from alignkd.pipeline.provenance import parse_dtype, pick_device
-from alignkd.pipeline.samples import DataError, Sample, SampleFile
-from alignkd.pipeline.slice_io import SLICED, check_alignment, slice_arrays, slice_fingerprint
-from alignkd.pipeline.targets_io import TargetSettings, TeacherOutput, run_teacher
+from alignkd.pipeline.run_teacher import TeacherOutput, run_teacher
+from alignkd.pipeline.samples import SampleFile
+from alignkd.pipeline.shard_work import Item, ReadyBatch, ShardWork, batches
+from alignkd.pipeline.slice_io import check_alignment, slice_arrays, slice_fingerprint
+from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.pipeline.targets_io import row_fields
+from alignkd.pipeline.teacher_fingerprint import describe_teacher
 from alignkd.prompts import check_template
 from alignkd.teacher_slice import check_sliceable
-
-
-@dataclass(frozen=True)
-class CacheTeacherConfig:
-    """What ``alignkd cache-teacher`` was asked to do. ``batch_tokens`` counts positions after padding.
-
-    ``alignment``: whether rows hold attention and vision tokens ("targets"), or the cache holds once what stage two
-    recomputes them from ("slice"), ``slice_without_tower`` without its vision tower. ``attention_layers``: see
-    :func:`alignkd.layers.find_teacher_layers`.
-    """
-
-    teacher: str
-    data: str
-    images: str | None
-    cache: str
-    template: str | None = None
-    max_length: int = DEFAULT_MAX_LENGTH
-    shard_format: str = "zarr"
-    settings: TargetSettings = field(default_factory=TargetSettings)
-    alignment: str = "targets"
-    slice_without_tower: bool = False
-    attention_layers: str = "first"
-    shard_samples: int = 512
-    batch_tokens: int = 16_384
-    dtype: str = "float32"
-    device: str | None = None
-    vision_tower: str | None = None
-    max_rejected: int = 100
-    rank: int | None = None
-    world_size: int | None = None
-    steal: bool = False
-    host_threads: int = 4
-
-
-@dataclass(frozen=True)
-class Item:
-    """A sample whose text is prepared."""
-
-    sample: Sample
-    text: Planned
-
-    @property
-    def length(self) -> int:
-        """Positions, vision tokens among them."""
-        return self.text.length
-
-
-@dataclass(frozen=True)
-class ShardWork:
-    """A shard laid out: batches of items under the token budget, and samples whose text cannot be used."""
-
-    number: int
-    batches: list[list[Item]]
-    rejected: list[Rejected]
-
-
-@dataclass(frozen=True)
-class ReadyBatch:
-    """A batch with its images, and the samples whose images cannot be used. ``batch`` is None when none is left."""
-
-    items: list[tuple[Item, Prepared]]
-    batch: Batch | None
-    rejected: list[Rejected]
-
-    @property
-    def inputs(self) -> list[ModelInput]:
-        """The model inputs, in order."""
-        return [prepared.input for _, prepared in self.items]
-
-    @property
-    def positions(self) -> int:
-        """Positions after padding."""
-        return len(self.items) * max((item.length for item, _ in self.items), default=0)
 
 
 @dataclass
@@ -172,14 +102,14 @@ class StageOne:
 
     def spec(self) -> CacheSpec:
         """The cache's fields and fingerprint."""
-        return CacheSpec(self.row_settings.fields(self.teacher.vocabulary), self.fingerprint())
+        return CacheSpec(row_fields(self.row_settings, self.teacher.vocabulary), self.fingerprint())
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that determines the targets; stage one refuses to go on, and stage two to read, under another."""
         teacher, config = self.teacher, self.config
         return {
-            **describe(teacher, self.template),
-            "teacher": {"weights": self._weights, "dtype": config.dtype, **describe(teacher, self.template)["teacher"]},
+            **describe_teacher(teacher, self.template),
+            "teacher": {"weights": self._weights, "dtype": config.dtype, **describe_teacher(teacher, self.template)["teacher"]},
             "max_length": config.max_length,
             "targets": config.settings.fingerprint(),
             "alignment": config.alignment,
@@ -322,48 +252,3 @@ def _attention_layers(config: CacheTeacherConfig, depth: int) -> tuple[int, ...]
     if layers != (0,) and "attention" not in config.settings.targets:
         raise ValueError(f"--attention-layers {config.attention_layers} needs attention among --targets")
     return layers
-
-
-def rows(ready: ReadyBatch, output: TeacherOutput) -> list[Row]:
-    """The cache rows of a batch; waits for its output."""
-    return [
-        Row(item.sample.key, item.sample.id, prepared.image_sha256, values)
-        for (item, prepared), values in zip(ready.items, output.values(), strict=True)
-    ]
-
-
-def batches(items: Sequence[Item], batch_tokens: int) -> Iterator[list[Item]]:
-    """Group by length under a budget of padded positions, longest first; a pure function of the items."""
-    current: list[Item] = []
-    for item in sorted(items, key=lambda item: (-item.length, item.sample.key)):
-        if current and (len(current) + 1) * current[0].length > batch_tokens:
-            yield current
-            current = []
-        current.append(item)
-    if current:
-        yield current
-
-
-def find_samples(config: CacheTeacherConfig) -> tuple[SampleFile, Plan]:
-    """The samples in the order of the plan, and the plan: of the cache, if it was made from a file of this size."""
-    size = _size(config.data)
-    storage = open_storage(config.cache)
-    if storage.size(MANIFEST) is not None:
-        plan = read_manifest(storage).load_plan(storage)
-        known = plan.meta.get("bytes") == size and plan.shard_samples == config.shard_samples
-        if known and {"starts", "lengths"} <= plan.extras.keys():
-            # Each sample is compared with its key when it is read, so a changed file of the same size cannot pass.
-            return SampleFile.known(config.data, plan.keys, plan.extras["starts"], plan.extras["lengths"]), plan
-    file = SampleFile(config.data)
-    order = file.by_image()
-    keys, starts, lengths = file.keys[order], file.starts[order], file.lengths[order]
-    meta = {"data_file": Path(config.data).name, "bytes": size, "records": len(file)}
-    plan = Plan(keys, config.shard_samples, meta, {"starts": starts.astype("<i8"), "lengths": lengths.astype("<i8")})
-    return SampleFile.known(config.data, keys, starts, lengths), plan
-
-
-def _size(path: str) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError as error:
-        raise DataError(f"data file {path}: {error.strerror}") from error

@@ -14,14 +14,17 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from alignkd.batch import Counts
 from alignkd.gradient_norms import term_gradient_norms
 from alignkd.objective import Objective, Outcome
+from alignkd.pipeline.batch_loader import TrainingLoader
 from alignkd.pipeline.checkpoints import seal
+from alignkd.pipeline.distill_config import OptimizerName
 from alignkd.pipeline.interrupt import StopFlag
-from alignkd.pipeline.loader import Item, MisalignedRow, TrainingLoader, TrainingSet
+from alignkd.pipeline.loader import Item, TrainingSet
 from alignkd.pipeline.metrics import PRECISION, Metrics
-from alignkd.pipeline.optimizers import OptimizerName, make_optimizer
+from alignkd.pipeline.optimizers import make_optimizer
 from alignkd.pipeline.order import BatchOrder, StepSampler
 from alignkd.pipeline.processes import Processes
 from alignkd.pipeline.progress import Bar, console
+from alignkd.pipeline.row_checks import MisalignedRow
 from alignkd.pipeline.watch import FiniteWatch, Watch
 from alignkd.recipes import one_term_recipes
 from alignkd.uniformity import attention_contrast

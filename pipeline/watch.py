@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from alignkd.logits import DIVERGENCES
-from alignkd.objective import term_weights
-from alignkd.recipes import Recipe
+from alignkd.logit_settings import DIVERGENCE_NAMES
+from alignkd.pipeline.host_copy import copy_to_host
+from alignkd.recipes import Recipe, term_weights
 
 LINES = 10
 """Log lines in a row that make a warning."""
 
-_PARTS = {name: (name,) for name in ("supervised", *DIVERGENCES, "attention")} | {"vision": ("vision_all", "vision_focus")}
+_PARTS = {name: (name,) for name in ("supervised", *DIVERGENCE_NAMES, "attention")} | {"vision": ("vision_all", "vision_focus")}
 """Weights of a recipe, and the logged terms that each sets: the focus is a small part of L_V by design."""
 
 NEGLIGIBLE, DOMINANT = 0.01, 0.90
@@ -122,7 +122,8 @@ class FiniteWatch:
         """Take note of a micro-batch: True in ``bad_B`` where a term of that sample is not finite."""
         assert bad_B.dtype == torch.bool
         assert bad_B.shape == (len(sample_ids),)
-        self._flags.append(_Flags(*_to_host(bad_B), tuple(sample_ids), step))
+        host, arrived = copy_to_host({"bad": bad_B.clone()})
+        self._flags.append(_Flags(host["bad"], arrived, tuple(sample_ids), step))
 
     def check(self, *, wait: bool = False) -> None:
         """Look at the flags that have arrived; with ``wait`` (before a checkpoint is saved), at all.
@@ -137,16 +138,6 @@ class FiniteWatch:
             if bool(flags.bad_B.any()):
                 bad = [name for name, is_bad in zip(flags.sample_ids, flags.bad_B.tolist(), strict=True) if is_bad]
                 raise NotFinite(flags.step, bad, len(flags.sample_ids))
-
-
-def _to_host(flags: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    if flags.device.type != "cuda":
-        return flags.to("cpu", copy=True), None
-    copied = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-    copied.copy_(flags, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record(torch.cuda.current_stream(flags.device))
-    return copied, arrived
 
 
 def _has_arrived(flags: _Flags) -> bool:

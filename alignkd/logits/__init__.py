@@ -1,6 +1,7 @@
 """Logit targets: what a cache keeps of the teacher's answer distributions, in four forms."""
 
-from alignkd.logits.base import Calibration, LogitCodec, LogitSettings
+from alignkd.logit_settings import LogitSettings
+from alignkd.logits.base import Calibration, LogitCodec
 from alignkd.logits.dense import Hidden, Sketched
 from alignkd.logits.divergences import DIVERGENCES
 from alignkd.logits.topk import Sampled, TopK

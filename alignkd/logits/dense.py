@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
+from alignkd.logit_settings import LogitSettings
 from alignkd.logits.answers import TeacherAnswers, TeacherReader
-from alignkd.logits.base import Calibration, FieldShape, LogitCodec, LogitSettings, at_temperature, part_of
+from alignkd.logits.base import Calibration, FieldShape, LogitCodec, at_temperature, part_of
 from alignkd.logits.sketch import Sketch, fit_sketch
 from alignkd.logits.topk import TopK, Values, kept_fields
 

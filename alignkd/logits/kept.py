@@ -11,11 +11,7 @@ import math
 
 import torch
 
-LOWEST = -36.0
-"""Log-probabilities below are stored as this: e^-36."""
-_PER_E, _FINE = 12.0, 0.3
-"""Levels a factor of e, and where levels begin to widen: at x below zero they are (x + 0.3) / 12 apart."""
-LOWEST_CODE = round(math.log(1 - LOWEST / _FINE) * _PER_E)
+from alignkd.logit_levels import FINE, LEVELS_PER_E, LOWEST
 
 
 def rank_order(mean_probability_N: torch.Tensor) -> torch.Tensor:
@@ -45,18 +41,18 @@ def decode_ids(steps_AK: torch.Tensor, id_of_rank_N: torch.Tensor) -> torch.Tens
 
 def encode_logprobs(logprobs_AK: torch.Tensor) -> torch.Tensor:
     """uint8 codes; see :func:`logprob_error` for what is lost."""
-    return ((1 - logprobs_AK.clamp(LOWEST, 0.0) / _FINE).log() * _PER_E).round().to(torch.uint8)
+    return ((1 - logprobs_AK.clamp(LOWEST, 0.0) / FINE).log() * LEVELS_PER_E).round().to(torch.uint8)
 
 
 def decode_logprobs(codes_AK: torch.Tensor) -> torch.Tensor:
     """float32 log-probabilities."""
-    return (1 - (codes_AK.float() / _PER_E).exp()) * _FINE
+    return (1 - (codes_AK.float() / LEVELS_PER_E).exp()) * FINE
 
 
 def logprob_error(logprobs: torch.Tensor) -> torch.Tensor:
     """Worst case of |decoded - logprobs|: half a level to either side, and what lies below the lowest."""
-    half_level = math.exp(0.5 / _PER_E) - 1
-    return (_FINE - logprobs.clamp(LOWEST, 0.0)) * half_level + (LOWEST - logprobs).clamp(min=0) + 1e-5
+    half_level = math.exp(0.5 / LEVELS_PER_E) - 1
+    return (FINE - logprobs.clamp(LOWEST, 0.0)) * half_level + (LOWEST - logprobs).clamp(min=0) + 1e-5
 
 
 def renormalise(topk_logprobs_AK: torch.Tensor, tail_logmass_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

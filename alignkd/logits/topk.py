@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 import torch
 
+from alignkd.logit_levels import LOWEST_CODE
+from alignkd.logit_settings import LogitSettings
 from alignkd.logits.answers import Draws, TeacherAnswers, TeacherReader
-from alignkd.logits.base import Calibration, FieldShape, LogitCodec, LogitSettings, at_temperature, part_of, rank_dtype
+from alignkd.logits.base import Calibration, FieldShape, LogitCodec, at_temperature, part_of, rank_dtype
 from alignkd.logits.kept import (
-    LOWEST_CODE,
     choose,
     decode_ids,
     decode_logprobs,

@@ -1,7 +1,6 @@
 """New, untrained checkpoints in the official MobileVLM V2 layout: tokenizer, tower, LDPv2 projector, Llama."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -11,22 +10,13 @@ from alignkd.models.images import ImagePreprocessor
 from alignkd.models.loading import load_tokenizer, save_vlm
 from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
 from alignkd.models.mobilevlm_family import MobileVlmFamily
+from alignkd.pipeline.demo.config import LanguageModelSize
 from alignkd.pipeline.demo.data import Question
 from alignkd.pipeline.demo.tower import IMAGE_SETTINGS
 from alignkd.prompts import SYSTEM
 
 VISION_GRID = 4
 """Side of the pooled grid: 16 vision tokens an image instead of the published 144, for images of 64 x 64 pixels."""
-
-
-@dataclass(frozen=True)
-class LanguageModelSize:
-    """Width, layers, heads and feed-forward width of a Llama."""
-
-    hidden_size: int
-    layers: int
-    heads: int
-    intermediate_size: int
 
 
 def train_tokenizer(questions: list[Question], folder: Path) -> Path:

@@ -13,16 +13,17 @@ from alignkd.capture import enable_capture
 from alignkd.models.images import to_display
 from alignkd.models.loading import load_vlm
 from alignkd.models.mobilevlm_family import MobileVlmFamily
-from alignkd.objective import TERMS
+from alignkd.pipeline.defaults import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.demo.data import EasyVqa, Question
 from alignkd.pipeline.pictures import Figure, image_heat, overlay, plt
-from alignkd.pipeline.prepare import DEFAULT_MAX_LENGTH, Preparer
+from alignkd.pipeline.prepare import Preparer
 from alignkd.pipeline.samples import Sample, parse_sample
 from alignkd.pipeline.show import captured_arrays
+from alignkd.recipes import TERMS
 from alignkd.regions import region
 
 if TYPE_CHECKING:
-    from alignkd.pipeline.demo.run import DemoConfig, Paths
+    from alignkd.pipeline.demo.config import DemoConfig, Paths
 
 _COLOURS = {"sft": "#8c8c8c", "align-kd": "#d1495b", "teacher": "#2e4057", "floor": "#c9c9c9"}
 

@@ -18,7 +18,9 @@ import torch
 from transformers import set_seed
 
 from alignkd.pipeline.cache_teacher import cache_teacher
-from alignkd.pipeline.demo.checkpoints import LanguageModelSize, new_checkpoint, train_tokenizer
+from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
+from alignkd.pipeline.demo.checkpoints import new_checkpoint, train_tokenizer
+from alignkd.pipeline.demo.config import DemoConfig, Paths
 from alignkd.pipeline.demo.data import (
     EasyVqa,
     concept_labels,
@@ -29,36 +31,15 @@ from alignkd.pipeline.demo.data import (
     write_llava,
 )
 from alignkd.pipeline.demo.report import write_report
-from alignkd.pipeline.demo.tower import TowerTraining, train_tower
-from alignkd.pipeline.distill import DistillConfig, distill
-from alignkd.pipeline.evaluate import EvaluateConfig, evaluate
+from alignkd.pipeline.demo.tower import train_tower
+from alignkd.pipeline.devices import peak_memory_bytes, pick_device
+from alignkd.pipeline.distill import distill
+from alignkd.pipeline.distill_config import DistillConfig
+from alignkd.pipeline.evaluate import evaluate
+from alignkd.pipeline.evaluate_config import EvaluateConfig
 from alignkd.pipeline.progress import console
-from alignkd.pipeline.provenance import peak_memory_bytes, pick_device, versions, write_run
-from alignkd.pipeline.stage_one import CacheTeacherConfig
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.provenance import versions, write_run
 from alignkd.recipes import Recipe, get_recipe
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Every number of the demo."""
-
-    out: str
-    seed: int = 0
-    device: str | None = None
-    labelled_share: float = 0.03
-    tower: TowerTraining = field(default_factory=TowerTraining)
-    teacher: LanguageModelSize = field(default_factory=lambda: LanguageModelSize(128, 4, 4, 344))
-    student: LanguageModelSize = field(default_factory=lambda: LanguageModelSize(48, 2, 4, 128))
-    teacher_steps: int = 700
-    student_steps: int = 600
-    batch_size: int = 128
-    teacher_learning_rate: float = 1e-3
-    student_learning_rate: float = 2e-3
-    focus_k: int = 4
-    arms: tuple[str, ...] = ("sft", "align-kd")
-    shard_format: str = "zarr"
-    targets: TargetSettings = field(default_factory=TargetSettings)
 
 
 @dataclass(frozen=True)
@@ -67,23 +48,6 @@ class DemoResult:
 
     figures: dict[str, Any]
     text: str
-
-
-@dataclass
-class Paths:
-    """Where the demo's parts lie."""
-
-    out: Path
-
-    def __post_init__(self) -> None:
-        self.data, self.cache = self.out / "data", self.out / "cache"
-        self.tokenizer, self.student_start = self.out / "tokenizer", self.out / "student-start"
-        self.teacher_start, self.teacher_run = self.out / "teacher-start", self.out / "teacher"
-        self.teacher = self.teacher_run / "student"
-
-    def student_run(self, arm: str) -> Path:
-        """The run of one student."""
-        return self.out / f"student-{arm}"
 
 
 @dataclass

@@ -4,7 +4,6 @@ It is trained before any vision-language model sees it, and frozen from then on,
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, get_wsd_schedule
 
 from alignkd.models.images import ImagePreprocessor, decode_image, read_image_bytes
+from alignkd.pipeline.demo.config import TowerTraining
 from alignkd.pipeline.demo.data import COLOURS, SHAPES
 from alignkd.pipeline.progress import bar
 
@@ -23,21 +23,6 @@ IMAGE_SETTINGS = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-
-
-@dataclass(frozen=True)
-class TowerTraining:
-    """Size and training of the tower."""
-
-    hidden_size: int = 128
-    layers: int = 3
-    heads: int = 4
-    intermediate_size: int = 256
-    patch_size: int = 8
-    epochs: int = 14
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 0.02
 
 
 def tower_config(training: TowerTraining) -> CLIPVisionConfig:

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from alignkd.cache_store.commit import CommitRecord
+from alignkd.cache_store.local_storage import LocalStorage
 from alignkd.cache_store.plan import Plan
 from alignkd.cache_store.row import Rejected, Row
 from alignkd.cache_store.spec import CacheSpec, FieldSpec
-from alignkd.cache_store.storage import LocalStorage, Storage, open_storage
+from alignkd.cache_store.storage import open_storage
+from alignkd.cache_store.storage_contract import Storage
 from alignkd.cache_store.store import CacheStore
 from alignkd.cache_store.tensors import TensorSource
 

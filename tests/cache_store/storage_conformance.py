@@ -9,7 +9,8 @@ import pytest
 from cache_samples import in_process
 
 from alignkd.cache_store import storage as storage_module
-from alignkd.cache_store.storage import Storage, open_storage, read_all
+from alignkd.cache_store.storage import open_storage, read_all
+from alignkd.cache_store.storage_contract import Storage
 
 BYTES = bytes(range(256)) * 400
 

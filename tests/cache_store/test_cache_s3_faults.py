@@ -7,7 +7,9 @@ from cache_samples import TENSORS, all_names, commit, fill, full_cache, make_sto
 
 from alignkd.cache_store import storage as storage_module
 from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.storage import RemoteStorage, StorageError, open_storage
+from alignkd.cache_store.remote_storage import RemoteStorage
+from alignkd.cache_store.storage import open_storage
+from alignkd.cache_store.storage_contract import StorageError
 from alignkd.cache_store.store import open_store
 from alignkd.cache_store.verify import verify
 

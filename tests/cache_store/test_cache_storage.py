@@ -14,7 +14,10 @@ import pytest
 from cache_samples import in_process
 from storage_conformance import SharedStorageConformance, StorageConformance
 
-from alignkd.cache_store.storage import LocalStorage, RemoteStorage, StorageError, open_storage
+from alignkd.cache_store.local_storage import LocalStorage
+from alignkd.cache_store.remote_storage import RemoteStorage
+from alignkd.cache_store.storage import open_storage
+from alignkd.cache_store.storage_contract import StorageError
 
 
 class TestLocalStorage(SharedStorageConformance):

@@ -25,10 +25,10 @@ from cache_samples import (
 )
 
 from alignkd.cache_store.commit import CommitRecord, CorruptRecord, object_names, read_records, record_name
+from alignkd.cache_store.local_storage import LocalStorage
 from alignkd.cache_store.row import Rejected
 from alignkd.cache_store.shard import encode_row
 from alignkd.cache_store.spec import CacheSpec, FingerprintMismatch
-from alignkd.cache_store.storage import LocalStorage
 from alignkd.cache_store.store import CacheStore, open_store
 from alignkd.cache_store.verify import verify
 

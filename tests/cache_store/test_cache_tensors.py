@@ -33,11 +33,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from alignkd.cache_store.convert import convert
+from alignkd.cache_store.local_storage import LocalStorage
 from alignkd.cache_store.manifest import Manifest
 from alignkd.cache_store.reader import CacheReader
 from alignkd.cache_store.repair import repair
 from alignkd.cache_store.spec import CacheSpec, FingerprintMismatch
-from alignkd.cache_store.storage import LocalStorage, Storage, open_storage
+from alignkd.cache_store.storage import open_storage
+from alignkd.cache_store.storage_contract import Storage
 from alignkd.cache_store.store import CacheStore, open_store
 from alignkd.cache_store.tensors import (
     DTYPES,

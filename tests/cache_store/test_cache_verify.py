@@ -23,9 +23,10 @@ from damages import DAMAGES
 
 from alignkd.cache_store import webdataset_shard
 from alignkd.cache_store.commit import object_name, object_names, record_name
+from alignkd.cache_store.local_storage import LocalStorage
 from alignkd.cache_store.reader import CacheReader
 from alignkd.cache_store.shard import CorruptShard
-from alignkd.cache_store.storage import LocalStorage, open_storage
+from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.store import CacheStore
 from alignkd.cache_store.verify import Problem, verify
 

@@ -18,8 +18,9 @@ from alignkd.capture import capture
 from alignkd.models.ldpv1 import LdpV1Projector
 from alignkd.models.loading import load_vlm, save_vlm
 from alignkd.pipeline.cache_teacher import cache_teacher
-from alignkd.pipeline.distill import DistillConfig, distill
-from alignkd.pipeline.stage_one import CacheTeacherConfig
+from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
+from alignkd.pipeline.distill import distill
+from alignkd.pipeline.distill_config import DistillConfig
 from alignkd.recipes import get_recipe
 from alignkd.teacher_slice import TeacherSlice, describe_slice, slice_tensors
 

@@ -11,9 +11,10 @@ from test_families_end_to_end import write_data
 
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.cache_teacher import cache_teacher
+from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
 from alignkd.pipeline.checkpoints import newest, seal
-from alignkd.pipeline.distill import DistillConfig, distill
-from alignkd.pipeline.stage_one import CacheTeacherConfig
+from alignkd.pipeline.distill import distill
+from alignkd.pipeline.distill_config import DistillConfig
 from alignkd.recipes import get_recipe
 
 

@@ -19,10 +19,10 @@ from alignkd.layer_pairs import needed_layers
 from alignkd.layers import check_layers, find_layers, find_teacher_layers, meeting
 from alignkd.learned_weights import LearnedWeights, learned_part
 from alignkd.models.loading import load_vlm
-from alignkd.objective import Objective, TeacherShape, term_weights
+from alignkd.objective import Objective, TeacherShape
 from alignkd.online_teacher import OnlineTeacher
 from alignkd.prompts import IGNORE
-from alignkd.recipes import RECIPES, Recipe, one_term_recipes
+from alignkd.recipes import RECIPES, Recipe, one_term_recipes, term_weights
 from alignkd.targets import Targets
 
 DISTANCES = ("mse", "kl", "cosine")

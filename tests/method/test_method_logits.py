@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignkd.logit_levels import LOWEST_CODE
 from alignkd.logits import DIVERGENCES, LOGIT_CODECS, Calibration, LogitSettings
 from alignkd.logits.kept import (
-    LOWEST_CODE,
     choose,
     decode_ids,
     decode_logprobs,

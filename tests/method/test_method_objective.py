@@ -17,8 +17,8 @@ from alignkd.capture import capture
 from alignkd.losses import attention_loss, focus_mask, vision_loss
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import module_fingerprint
-from alignkd.objective import TERMS, Objective, TeacherShape, term_weights
-from alignkd.recipes import RECIPES, Recipe
+from alignkd.objective import Objective, TeacherShape
+from alignkd.recipes import RECIPES, TERMS, Recipe, term_weights
 from alignkd.targets import Targets
 
 

@@ -289,7 +289,7 @@ def test_the_walk_through_s_student_starts_from_the_language_model_with_a_new_pr
 
 
 def test_every_option_of_distill_is_a_field_of_its_configuration():
-    from alignkd.pipeline.distill import DistillConfig
+    from alignkd.pipeline.distill_config import DistillConfig
 
     options = {p.name for p in main.commands["distill"].params if p.expose_value}
     assert options - {"overrides", "as_json"} <= {field.name for field in fields(DistillConfig)}

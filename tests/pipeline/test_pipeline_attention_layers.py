@@ -29,7 +29,6 @@ from alignkd.cache_store.spec import FingerprintMismatch
 from alignkd.capture import capture
 from alignkd.cli import main
 from alignkd.logits import LogitSettings
-from alignkd.objective import term_weights
 from alignkd.pipeline.dry_run import dry_run
 from alignkd.pipeline.inspect_cache import find_row, row_arrays
 from alignkd.pipeline.interrupt import Interrupted
@@ -37,9 +36,9 @@ from alignkd.pipeline.metrics import Metrics
 from alignkd.pipeline.optimizers import make_optimizer
 from alignkd.pipeline.prepare import Preparer
 from alignkd.pipeline.samples import parse_sample
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.target_settings import TargetSettings
 from alignkd.pipeline.watch import Watch
-from alignkd.recipes import RECIPES, get_recipe
+from alignkd.recipes import RECIPES, get_recipe, term_weights
 
 EXACT = TargetSettings(attention_codec="exact", vision_codec="exact", logits=LogitSettings("hidden", hidden_bits=16))
 

@@ -6,14 +6,15 @@ import pytest
 
 from alignkd.cli import cache_teacher_command
 from alignkd.dequantise import DEQUANTISERS
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.pipeline.targets_io import row_fields
 
 OPTIONS = {p.name: p for p in cache_teacher_command.params if p.name in ("attention_codec", "vision_codec")}
 
 
 @pytest.mark.parametrize(("option", "codec"), [(name, codec) for name, p in OPTIONS.items() for codec in p.type.choices])
 def test_every_codec_on_offer_is_stored_and_decoded_on_the_device(option, codec):
-    fields = {field.name: field for field in TargetSettings(**{option: codec}).fields(32_000)}
+    fields = {field.name: field for field in row_fields(TargetSettings(**{option: codec}), 32_000)}
     assert fields[{"attention_codec": "attention", "vision_codec": "vision_tokens"}[option]].codec == codec
     assert codec in DEQUANTISERS
 

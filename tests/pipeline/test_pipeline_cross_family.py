@@ -20,11 +20,12 @@ from alignkd.logits import LogitSettings
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.across import Across
 from alignkd.pipeline.fit import check_fit
-from alignkd.pipeline.loader import MisalignedRow, TrainingSet
+from alignkd.pipeline.loader import TrainingSet
 from alignkd.pipeline.prepare import Preparer
+from alignkd.pipeline.row_checks import MisalignedRow
 from alignkd.pipeline.samples import SampleFile
 from alignkd.pipeline.show import captured_arrays
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.target_settings import TargetSettings
 
 sys.path.append(str(Path(__file__).parents[1] / "families"))  # the builders of other families' checkpoints
 import make_qwen2_5_vl

@@ -21,10 +21,11 @@ from tiny_runs import (
 )
 
 from alignkd.pipeline.distill import distill
-from alignkd.pipeline.loader import MisalignedRow, TrainingSet
+from alignkd.pipeline.loader import TrainingSet
 from alignkd.pipeline.order import epoch_order
 from alignkd.pipeline.rejects import TooManyRejected
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.row_checks import MisalignedRow
+from alignkd.pipeline.target_settings import TargetSettings
 
 
 def test_tower_features_that_do_not_fit_into_memory_are_refused(data, cache, tmp_path):

@@ -7,7 +7,8 @@ import json
 import pytest
 from tiny_runs import IMAGES, SAMPLES, STUDENT, record, write_data
 
-from alignkd.pipeline.evaluate import EvaluateConfig, contains, evaluate, exact, wilson_interval
+from alignkd.pipeline.evaluate import contains, evaluate, exact, wilson_interval
+from alignkd.pipeline.evaluate_config import EvaluateConfig
 from alignkd.pipeline.rejects import TooManyRejected
 
 

@@ -8,7 +8,7 @@ from tiny_runs import SAMPLES, TEACHER, copy_checkpoint, record, with_file, with
 from alignkd.cache_store.reader import CacheReader
 from alignkd.cache_store.spec import FingerprintMismatch
 from alignkd.logits import LogitSettings
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.target_settings import TargetSettings
 
 PREPROCESSOR = "clip/preprocessor_config.json"
 OTHER_DATA = [*SAMPLES[:5], record("new", None, "a", "b")]

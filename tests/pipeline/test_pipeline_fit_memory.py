@@ -13,8 +13,9 @@ from alignkd.encoder import Planned
 from alignkd.pipeline import logits_io
 from alignkd.pipeline.dry_run import dry_run
 from alignkd.pipeline.fit_memory import FittingRunner
-from alignkd.pipeline.stage_one import Item, ReadyBatch, StageOne
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.shard_work import Item, ReadyBatch
+from alignkd.pipeline.stage_one import StageOne
+from alignkd.pipeline.target_settings import TargetSettings
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),

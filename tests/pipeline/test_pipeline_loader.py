@@ -14,9 +14,10 @@ import torch
 from tiny_runs import IMAGES, SAMPLES, write_data
 
 from alignkd.cache_store.reader import CacheReader
+from alignkd.pipeline.batch_loader import TrainingLoader
 from alignkd.pipeline.features import SharedFeatures, cache_tower_features
-from alignkd.pipeline.loader import SHARDS_OPEN, Positions, TrainingLoader, TrainingSet
-from alignkd.pipeline.order import BatchOrder, StepSampler
+from alignkd.pipeline.loader import Positions, TrainingSet
+from alignkd.pipeline.order import SHARDS_OPEN, BatchOrder, StepSampler
 from alignkd.pipeline.parcel import Parcel
 from alignkd.pipeline.prepare import Preparer
 from alignkd.pipeline.samples import SampleFile

@@ -10,8 +10,9 @@ import torch
 from tiny_runs import GOLDEN_SAMPLES, IMAGES, SAMPLES, record, write_data
 
 from alignkd.cache_store.reader import CacheReader
-from alignkd.pipeline.loader import Failure, Item, MisalignedRow, TrainingSet, check_row
+from alignkd.pipeline.loader import Failure, Item, TrainingSet
 from alignkd.pipeline.prepare import Prepared, Preparer, SampleError
+from alignkd.pipeline.row_checks import MisalignedRow, check_row
 from alignkd.pipeline.samples import SampleFile, parse_sample
 from alignkd.targets import Targets
 

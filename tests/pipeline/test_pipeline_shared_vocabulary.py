@@ -35,7 +35,7 @@ from alignkd.pipeline.logits_io import open_codec, settings_of
 from alignkd.pipeline.prepare import Preparer
 from alignkd.pipeline.samples import SampleFile
 from alignkd.pipeline.show import captured_arrays
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.target_settings import TargetSettings
 
 sys.path.append(str(Path(__file__).parents[1] / "families"))  # the builders of other families' checkpoints
 from make_llava import TEMPLATE

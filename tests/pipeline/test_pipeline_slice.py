@@ -33,7 +33,7 @@ from alignkd.capture import capture
 from alignkd.pipeline import slice_io, targets_io
 from alignkd.pipeline.dry_run import dry_run
 from alignkd.pipeline.interrupt import Interrupted
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.target_settings import TargetSettings
 
 EXACT = TargetSettings(attention_codec="exact", vision_codec="exact")
 THREE = {"max_steps": 3, "epochs": 4.0}

@@ -17,9 +17,10 @@ from alignkd.pipeline.inspect_cache import row_arrays
 from alignkd.pipeline.prepare import Preparer
 from alignkd.pipeline.rejects import TooManyRejected
 from alignkd.pipeline.samples import SampleFile
+from alignkd.pipeline.shard_work import Item, batches
 from alignkd.pipeline.show import captured_arrays
-from alignkd.pipeline.stage_one import Item, StageOne, batches
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.stage_one import StageOne
+from alignkd.pipeline.target_settings import TargetSettings
 
 
 def log_softmax(logits):

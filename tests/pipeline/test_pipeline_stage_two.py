@@ -31,8 +31,10 @@ from alignkd.pipeline import distill as distill_module
 from alignkd.pipeline.loader import TrainingSet
 from alignkd.pipeline.logits_io import open_codec, settings_of
 from alignkd.pipeline.prepare import Preparer
+from alignkd.pipeline.run_teacher import run_teacher
 from alignkd.pipeline.samples import SampleFile
-from alignkd.pipeline.targets_io import TargetSettings, collate_targets, run_teacher
+from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.pipeline.targets_io import collate_targets
 from alignkd.recipes import get_recipe
 
 FIGURES = {"step", "epoch", "samples", "tokens", "answers", "seconds", "loss", "grad_norm", "learning_rate"}

@@ -13,7 +13,7 @@ from tiny_runs import STUDENT, TEACHER, metrics, student_sha256, train, without_
 from alignkd.logits import LogitSettings
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.interrupt import Interrupted
-from alignkd.pipeline.targets_io import TargetSettings
+from alignkd.pipeline.target_settings import TargetSettings
 from alignkd.pipeline.watch import NotFinite
 
 TERMS = ("loss", "supervised", "reverse_kl", "attention", "vision_all", "vision_focus")

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from tiny_runs import IMAGES, TEACHER, content, numbered, write_cache, write_data
 
 from alignkd.cache_store import storage as storage_module
-from alignkd.cache_store.storage import LocalStorage, RemoteStorage
+from alignkd.cache_store.local_storage import LocalStorage
+from alignkd.cache_store.remote_storage import RemoteStorage
 from alignkd.cache_store.store import open_store
 from alignkd.cache_store.verify import verify
 from alignkd.cli import main

@@ -161,11 +161,11 @@ def busy(monkeypatch):
     """Copies from a device that is busy; their events, in order."""
     arrivals: list[_Arrival] = []
 
-    def to_host(flags):
+    def to_host(tensors):
         arrivals.append(_Arrival())
-        return flags.clone(), arrivals[-1]
+        return {name: tensor.clone() for name, tensor in tensors.items()}, arrivals[-1]
 
-    monkeypatch.setattr(watch_module, "_to_host", to_host)
+    monkeypatch.setattr(watch_module, "copy_to_host", to_host)
     return arrivals
 
 

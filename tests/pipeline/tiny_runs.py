@@ -14,8 +14,9 @@ import torch
 
 from alignkd.cache_store.verify import verify
 from alignkd.pipeline.cache_teacher import cache_teacher
-from alignkd.pipeline.distill import DistillConfig, distill
-from alignkd.pipeline.stage_one import CacheTeacherConfig
+from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
+from alignkd.pipeline.distill import distill
+from alignkd.pipeline.distill_config import DistillConfig
 from alignkd.recipes import get_recipe
 
 GOLDEN = Path(__file__).parents[1] / "data" / "mobilevlm_v2_tiny"

@@ -1,0 +1,26 @@
+"""What of a teacher decides whether a student can be trained from its cache."""
+
+from typing import Any
+
+from alignkd.models.vlm import Vlm
+
+
+def describe_teacher(teacher: Vlm, template: str) -> dict[str, Any]:
+    """What of a teacher decides whether a student fits it, as in a cache's fingerprint."""
+    digest = teacher.template_fingerprint()
+    return {
+        "teacher": {
+            "family": teacher.family,
+            "vocabulary": teacher.vocabulary,
+            "heads": teacher.heads,
+            "width": teacher.hidden_size,
+            "image_token_id": teacher.image_token_id,
+            "tokens_per_placeholder": teacher.tokens_per_placeholder,
+            **({"no_place": teacher.no_place} if teacher.no_place else {}),
+        },
+        "tokenizer": teacher.tokenizer_fingerprint(),
+        "template": template,
+        **({"chat_template": digest} if digest else {}),
+        "image_preprocessing": teacher.image_fingerprint(),
+        "vision_tokens_per_image": teacher.vision_tokens_per_image,
+    }
