@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from alignkd import __version__
-from alignkd.pipeline import options
+from alignkd.pipeline.commands import options
 
 RESUMABLE = 75
 _ATTENTION_CODECS = click.Choice(["sqrt8", "sqrt4", "float16", "int8-rows", "exact"])
@@ -35,7 +35,7 @@ class _Door(click.Group):
                 raise
             raise BadInput(str(error)) from error
         except Exception as error:
-            from alignkd.pipeline.interrupt import Interrupted
+            from alignkd.pipeline.runtime.signals import Interrupted
 
             if isinstance(error, Interrupted):
                 click.echo(str(error), err=True)
@@ -180,10 +180,10 @@ def cache_teacher_command(
     Example:
       alignkd cache-teacher --teacher MobileVLM_V2-7B --data train.json --images images --cache cache --dtype bfloat16
     """
-    from alignkd.logits import LogitSettings
-    from alignkd.pipeline.cache_layout import TARGETS
-    from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
-    from alignkd.pipeline.target_settings import TargetSettings
+    from alignkd.pipeline.config.cache_layout import TARGETS
+    from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+    from alignkd.pipeline.config.targets import TargetSettings
+    from alignkd.targets.logits import LogitSettings
 
     chosen = tuple(name.strip() for name in targets.split(",") if name.strip())
     unknown = [name for name in chosen if name not in TARGETS]
@@ -193,15 +193,15 @@ def cache_teacher_command(
     settings = TargetSettings(chosen, attention, answers, attention_codec, vision_codec)
     config = CacheTeacherConfig(settings=settings, **given)
     if only_estimate:
-        from alignkd.pipeline.dry_run import dry_run
+        from alignkd.pipeline.stage_one.dry_run import dry_run
 
         _print(dry_run(config), as_json)
     elif engine == "ray":
-        from alignkd.pipeline.ray_engine import cache_teacher_on_ray
+        from alignkd.pipeline.stage_one.ray_workers import cache_teacher_on_ray
 
         _print(cache_teacher_on_ray(config, workers=ray_workers, address=ray_address), as_json)
     else:
-        from alignkd.pipeline.cache_teacher import cache_teacher
+        from alignkd.pipeline.stage_one.worker import cache_teacher
 
         _print(cache_teacher(config), as_json)
 
@@ -224,8 +224,8 @@ def cache_status(url: str, rejected_file: str | None, as_json: bool) -> None:
     Example:
       alignkd cache status cache --rejected rejected.jsonl
     """
-    from alignkd.cache_store.store import open_store
-    from alignkd.pipeline.cache_figures import status_figures
+    from alignkd.cache_store.protocol.store import open_store
+    from alignkd.pipeline.cache_admin.status import status_figures
 
     figures = status_figures(open_store(url))
     if rejected_file is not None:
@@ -248,7 +248,7 @@ def cache_verify(url: str, quick: bool, as_json: bool) -> None:
     Example:
       alignkd cache verify cache
     """
-    from alignkd.pipeline.audit import verify_with_progress
+    from alignkd.pipeline.cache_admin.audit import verify_with_progress
 
     report = verify_with_progress(url, quick=quick)
     figures = dataclasses.asdict(report) | {"incomplete": report.incomplete}
@@ -279,7 +279,7 @@ def cache_repair(url: str, min_age: float, as_json: bool) -> None:
     Example:
       alignkd cache repair cache
     """
-    from alignkd.cache_store.repair import repair
+    from alignkd.cache_store.protocol.repair import repair
 
     report = repair(url, min_age_s=min_age)
     if as_json:
@@ -306,8 +306,8 @@ def cache_convert(source: str, target: str, shard_format: str | None, as_json: b
     Example:
       alignkd cache convert cache s3://bucket/cache
     """
-    from alignkd.pipeline.audit import convert_with_progress
-    from alignkd.pipeline.cache_figures import status_figures
+    from alignkd.pipeline.cache_admin.audit import convert_with_progress
+    from alignkd.pipeline.cache_admin.status import status_figures
 
     _print(status_figures(convert_with_progress(source, target, shard_format)), as_json)
 
@@ -325,7 +325,7 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
     Example:
       alignkd cache inspect cache --id 000123 --save row.npz --plot row.png
     """
-    from alignkd.cache_store.reader import CacheReader
+    from alignkd.cache_store.protocol.reader import CacheReader
 
     reader = CacheReader(url)
     if sample_id is None:
@@ -336,7 +336,7 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
         return
     import numpy as np
 
-    from alignkd.pipeline.inspect_cache import find_row, plot_row, row_arrays, row_figures
+    from alignkd.pipeline.cache_admin.row import find_row, plot_row, row_arrays, row_figures
 
     row = find_row(reader, sample_id)
     if save:
@@ -418,15 +418,15 @@ def distill_command(recipe: str, overrides: tuple[str, ...], as_json: bool, **gi
     Example:
       alignkd distill --student MobileVLM_V2-1.7B --cache cache --data train.json --images images --out run
     """
-    from alignkd.recipes import get_recipe
+    from alignkd.losses.recipes import get_recipe
 
     pairs = [text.partition("=") for text in overrides]
     wrong = [text for text, (_, equals, _) in zip(overrides, pairs, strict=True) if not equals]
     if wrong:
         raise BadInput(f"--set {wrong[0]}: expected key=value")
     chosen = get_recipe(recipe, {key: value for key, _, value in pairs})
-    from alignkd.pipeline.distill import distill
-    from alignkd.pipeline.distill_config import DistillConfig
+    from alignkd.pipeline.config.distill import DistillConfig
+    from alignkd.pipeline.training.run import distill
 
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to standard output, which is for figures
         figures = distill(DistillConfig(recipe=chosen, **given))
@@ -452,8 +452,8 @@ def show_command(as_json: bool, **given: Any) -> None:
     Example:
       alignkd show --model MobileVLM_V2-1.7B --data train.json --images images --id 000123 --plot attention.png
     """
-    from alignkd.pipeline.show import show
-    from alignkd.pipeline.show_config import ShowConfig
+    from alignkd.pipeline.config.show import ShowConfig
+    from alignkd.pipeline.evaluate.show_sample import show
 
     shown = show(ShowConfig(**given))
     if as_json:
@@ -475,7 +475,7 @@ def models_command(as_json: bool) -> None:
     Example:
       alignkd models
     """
-    from alignkd.pipeline.models_table import OTHERS, list_models, models_text
+    from alignkd.pipeline.commands.models_table import OTHERS, list_models, models_text
 
     found = list_models()
     click.echo(json.dumps({"families": found, "others": OTHERS}) if as_json else models_text(found))
@@ -502,8 +502,8 @@ def evaluate_command(as_json: bool, **given: Any) -> None:
     Example:
       alignkd evaluate --model run/student --data test.json --images images --out run/test
     """
-    from alignkd.pipeline.evaluate import evaluate
-    from alignkd.pipeline.evaluate_config import EvaluateConfig
+    from alignkd.pipeline.config.evaluate import EvaluateConfig
+    from alignkd.pipeline.evaluate.runner import evaluate
 
     _print(evaluate(EvaluateConfig(**given)), as_json)
 

@@ -1,6 +1,6 @@
 """The student under a recipe: one forward pass, every term, weighted and unweighted.
 
-Shapes: as in :mod:`alignkd.losses`; N images, P patches, C tower width.
+Shapes: as in :mod:`alignkd.losses.terms`; N images, P patches, C tower width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,18 @@ from typing import Protocol, TypedDict
 import torch
 from torch import nn
 
-from alignkd.adapters import HeadMean, WidthAdapter, make_head_map
-from alignkd.answer_loss import AnswerTerms, answer_terms
-from alignkd.attention_distance import attention_distance, chosen_rows
-from alignkd.batch import Batch, Counts
-from alignkd.capture import Captured, capture, enable_capture
-from alignkd.layer_pairs import find_layer_pairs
-from alignkd.learned_weights import LearnedWeights, learned_part
-from alignkd.logits import LogitCodec
-from alignkd.losses import focus_mask, vision_loss
+from alignkd.capture.attention import Captured, capture, enable_capture
+from alignkd.capture.layer_pairs import find_layer_pairs
+from alignkd.inputs.batch import Batch, Counts
+from alignkd.losses.adapters import HeadMean, WidthAdapter, make_head_map
+from alignkd.losses.answer_loss import AnswerTerms, answer_terms
+from alignkd.losses.attention_distance import attention_distance, chosen_rows
+from alignkd.losses.learned_weights import LearnedWeights, learned_part
+from alignkd.losses.recipes import Recipe, term_weights
+from alignkd.losses.terms import focus_mask, vision_loss
 from alignkd.models.vlm import Vlm
-from alignkd.recipes import Recipe, term_weights
-from alignkd.targets import Targets
+from alignkd.targets.batch_targets import Targets
+from alignkd.targets.logits import LogitCodec
 
 
 class TargetSource(Protocol):

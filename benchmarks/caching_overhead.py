@@ -20,19 +20,19 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from alignkd.models.images import ImagePreprocessor
+from alignkd.models.encoders.images import ImagePreprocessor
+from alignkd.models.families.mobilevlm import MobileVlmFamily
 from alignkd.models.loading import load_tokenizer, save_vlm
-from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
-from alignkd.models.mobilevlm_family import MobileVlmFamily
-from alignkd.pipeline.cache_teacher import WorkerJob
-from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
-from alignkd.pipeline.devices import parse_dtype, pick_device
-from alignkd.pipeline.interrupt import StopFlag
-from alignkd.pipeline.provenance import versions
-from alignkd.pipeline.ranks import Worker
-from alignkd.pipeline.shard_work import ReadyBatch
-from alignkd.pipeline.stage_one import StageOne
-from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.models.modules.mobilevlm import MobileVlm, MobileVlmConfig
+from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
+from alignkd.pipeline.runtime.ranks import Worker
+from alignkd.pipeline.runtime.run_record import versions
+from alignkd.pipeline.runtime.signals import StopFlag
+from alignkd.pipeline.stage_one.shard_work import ReadyBatch
+from alignkd.pipeline.stage_one.teacher_stage import StageOne
+from alignkd.pipeline.stage_one.worker import WorkerJob
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "mobilevlm_v2_tiny" / "teacher"
 VOCABULARY = 32_000

@@ -25,31 +25,31 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionModel
 
-from alignkd.cache_store.plan import Plan
-from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.row import Row
-from alignkd.cache_store.spec import CacheSpec
-from alignkd.cache_store.store import CacheStore
-from alignkd.models.images import ImagePreprocessor
+from alignkd.cache_store.protocol.plan import Plan
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.protocol.store import CacheStore
+from alignkd.cache_store.rows.row import Row
+from alignkd.cache_store.rows.spec import CacheSpec
+from alignkd.losses.recipes import get_recipe
+from alignkd.models.encoders.images import ImagePreprocessor
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective, TeacherShape
-from alignkd.pipeline.batch_loader import TrainingLoader
-from alignkd.pipeline.cache_teacher import cache_teacher
-from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
+from alignkd.pipeline.cache_io.logits import open_codec, settings_of
+from alignkd.pipeline.cache_io.targets import row_fields
+from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.config.demo import DemoConfig
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.data.easy_vqa import few_labelled, load_easy_vqa, write_llava
+from alignkd.pipeline.data.preparer import Preparer
+from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.demo.checkpoints import new_checkpoint, train_tokenizer
-from alignkd.pipeline.demo.config import DemoConfig
-from alignkd.pipeline.demo.data import few_labelled, load_easy_vqa, write_llava
 from alignkd.pipeline.demo.tower import tower_config
-from alignkd.pipeline.features import cache_tower_features
-from alignkd.pipeline.loader import TrainingSet
-from alignkd.pipeline.logits_io import open_codec, settings_of
-from alignkd.pipeline.order import SHARDS_OPEN, BatchOrder, StepSampler
-from alignkd.pipeline.prepare import Preparer
-from alignkd.pipeline.samples import SampleFile
-from alignkd.pipeline.target_settings import TargetSettings
-from alignkd.pipeline.targets_io import row_fields
-from alignkd.recipes import get_recipe
+from alignkd.pipeline.feeding.batch_loader import TrainingLoader
+from alignkd.pipeline.feeding.dataset import TrainingSet
+from alignkd.pipeline.feeding.feature_cache import cache_tower_features
+from alignkd.pipeline.feeding.order import SHARDS_OPEN, BatchOrder, StepSampler
+from alignkd.pipeline.stage_one.worker import cache_teacher
 
 STUDENT = Path(__file__).parents[1] / "tests" / "data" / "mobilevlm_v2_tiny" / "student"
 HEADS, WIDTH, PHOTOS, SHARD_SAMPLES = 6, 64, 512, 512

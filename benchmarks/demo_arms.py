@@ -12,15 +12,15 @@ from typing import Any
 
 from transformers import set_seed
 
-from alignkd.logits import LogitSettings
+from alignkd.losses.recipes import get_recipe
 from alignkd.models.loading import load_vlm
+from alignkd.pipeline.config.demo import DemoConfig, Paths
+from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.demo.checkpoints import new_checkpoint
-from alignkd.pipeline.demo.config import DemoConfig, Paths
 from alignkd.pipeline.demo.run import prepare_data, prepare_models, run_cache, test_accuracy, train_student, train_teacher
-from alignkd.pipeline.devices import pick_device
-from alignkd.pipeline.provenance import versions
-from alignkd.pipeline.target_settings import TargetSettings
-from alignkd.recipes import get_recipe
+from alignkd.pipeline.runtime.devices import pick_device
+from alignkd.pipeline.runtime.run_record import versions
+from alignkd.targets.logits import LogitSettings
 
 ARMS: dict[str, tuple[str, dict[str, str]]] = {
     "sft": ("sft", {}),

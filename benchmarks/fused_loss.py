@@ -26,8 +26,8 @@ import torch
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from alignkd.answer_loss import answer_terms
-from alignkd.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
+from alignkd.losses.answer_loss import answer_terms
+from alignkd.targets.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
 
 CHUNK, COMPARED = 128, 512
 Gradients = list[torch.Tensor]

@@ -24,18 +24,18 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignkd.batch import collate
-from alignkd.cache_store.formats import get_format
-from alignkd.cache_store.row import Row
-from alignkd.cache_store.shard import encode_row, pack
-from alignkd.cache_store.spec import CacheSpec, FieldSpec
-from alignkd.logits import DIVERGENCES, LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
-from alignkd.logits.base import at_temperature
-from alignkd.logits.topk import bucketed
+from alignkd.cache_store.formats.registry import get_format
+from alignkd.cache_store.rows.row import Row
+from alignkd.cache_store.rows.shard import encode_row, pack
+from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
+from alignkd.inputs.batch import collate
 from alignkd.models.loading import load_vlm
-from alignkd.pipeline.prepare import Preparer
-from alignkd.pipeline.progress import bar
-from alignkd.pipeline.samples import SampleFile
+from alignkd.pipeline.data.preparer import Preparer
+from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.runtime.progress import bar
+from alignkd.targets.logits import DIVERGENCES, LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
+from alignkd.targets.logits.base import at_temperature
+from alignkd.targets.logits.topk import bucketed
 
 FAR_LAYER, CONTEXT, FIRST = 26, 256, 32
 CHUNK = 64

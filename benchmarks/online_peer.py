@@ -15,10 +15,10 @@ from functools import partial
 from shapes import AFTER, ANSWERS, BEFORE, STUDENT, batch_of, make_vlm
 from steps import KINDS, ONLINE, ONLINE_SHAPE, Setting, Steps, alone, median_ratio, peak_bytes, seconds_in_turns, with_features
 
-from alignkd.batch import Batch
+from alignkd.inputs.batch import Batch
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.devices import parse_dtype, pick_device
-from alignkd.pipeline.provenance import versions
+from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
+from alignkd.pipeline.runtime.run_record import versions
 
 
 def make_batch(arguments: argparse.Namespace, student: Vlm) -> Batch:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from alignkd.cache_store.row import Row
-from alignkd.cache_store.shard import encode_row
-from alignkd.cache_store.spec import CacheSpec, FieldSpec
-from alignkd.cache_store.store import CacheStore, open_store
-from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
-from alignkd.pipeline.planned_samples import find_samples
+from alignkd.cache_store.protocol.store import CacheStore, open_store
+from alignkd.cache_store.rows.row import Row
+from alignkd.cache_store.rows.shard import encode_row
+from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
+from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.stage_one.planned_samples import find_samples
 
 WORDS = ["the", "image", "shows", "a", "large", "dog", "across", "green", "field", "with", "blue", "sky", "and", "people"]
 SPEC = CacheSpec((FieldSpec("value", (), "float32", "exact"),), {"teacher": "none: this measures planning"})

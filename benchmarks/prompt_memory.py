@@ -14,8 +14,8 @@ from functools import partial
 from shapes import BEFORE, VISION_TOKENS, batch_of
 from steps import KINDS, Setting, alone, peak_bytes
 
-from alignkd.pipeline.devices import parse_dtype, pick_device
-from alignkd.pipeline.provenance import versions
+from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
+from alignkd.pipeline.runtime.run_record import versions
 
 
 def peaks(kind: str, lengths: list[int], setting: Setting, *, checkpointing: bool, optimizer: bool) -> list[int]:

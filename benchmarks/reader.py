@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alignkd.cache_store.plan import Plan
-from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.row import Row
-from alignkd.cache_store.spec import CacheSpec, FieldSpec
-from alignkd.cache_store.store import CacheStore
-from alignkd.pipeline.order import SHARDS_OPEN, epoch_order
+from alignkd.cache_store.protocol.plan import Plan
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.protocol.store import CacheStore
+from alignkd.cache_store.rows.row import Row
+from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
+from alignkd.pipeline.feeding.order import SHARDS_OPEN, epoch_order
 
 TEXT, VISION, ANSWERS, KEPT, VOCABULARY, BATCH = 200, 144, 100, 64, 32_000, 16
 FIELDS = (

@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from alignkd.batch import Batch, ModelInput, collate
 from alignkd.cache_store.codecs import get_codec
-from alignkd.cache_store.row import Stored
-from alignkd.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
-from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
-from alignkd.models.mobilevlm_family import MobileVlmFamily
+from alignkd.cache_store.rows.row import Stored
+from alignkd.capture.teacher_slice import TOWER, TeacherSlice, describe_slice, slice_sizes
+from alignkd.inputs.batch import Batch, ModelInput, collate
+from alignkd.inputs.prompts import IGNORE, IMAGE_TOKEN_ID
+from alignkd.models.families.mobilevlm import MobileVlmFamily
+from alignkd.models.modules.mobilevlm import MobileVlm, MobileVlmConfig
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.target_settings import TargetSettings
-from alignkd.pipeline.targets_io import collate_targets, row_fields
-from alignkd.prompts import IGNORE, IMAGE_TOKEN_ID
-from alignkd.targets import Targets
-from alignkd.teacher_slice import TOWER, TeacherSlice, describe_slice, slice_sizes
+from alignkd.pipeline.cache_io.targets import collate_targets, row_fields
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.targets.batch_targets import Targets
+from alignkd.targets.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
 
 VOCABULARY, BEFORE, AFTER, ANSWERS, VISION_TOKENS = 32_000, 40, 200, 100, 144
 TEACHER = {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32}

@@ -37,23 +37,23 @@ from shapes import (
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils.generic import maybe_autocast
 
-from alignkd.batch import Batch
-from alignkd.cache_store.formats import get_format
-from alignkd.cache_store.row import Row
-from alignkd.cache_store.shard import encode_row, pack
-from alignkd.cache_store.spec import CacheSpec
-from alignkd.logits import LogitSettings
-from alignkd.logits.topk import TopK
-from alignkd.models.mobilevlm import MobileVlm
+from alignkd.cache_store.formats.registry import get_format
+from alignkd.cache_store.rows.row import Row
+from alignkd.cache_store.rows.shard import encode_row, pack
+from alignkd.cache_store.rows.spec import CacheSpec
+from alignkd.capture.teacher_slice import TOWER, slice_sizes
+from alignkd.inputs.batch import Batch
+from alignkd.inputs.prompts import IGNORE, IMAGE_TOKEN_ID
+from alignkd.losses.recipes import get_recipe
+from alignkd.models.modules.mobilevlm import MobileVlm
 from alignkd.objective import Objective, TeacherShape
-from alignkd.pipeline.devices import parse_dtype, pick_device
-from alignkd.pipeline.provenance import versions
-from alignkd.pipeline.target_settings import TargetSettings
-from alignkd.pipeline.targets_io import row_fields
-from alignkd.prompts import IGNORE, IMAGE_TOKEN_ID
-from alignkd.recipes import get_recipe
-from alignkd.targets import Targets
-from alignkd.teacher_slice import TOWER, slice_sizes
+from alignkd.pipeline.cache_io.targets import row_fields
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
+from alignkd.pipeline.runtime.run_record import versions
+from alignkd.targets.batch_targets import Targets
+from alignkd.targets.logits import LogitSettings
+from alignkd.targets.logits.topk import TopK
 
 KEPT = 64
 SAMPLES = 665_000

@@ -15,9 +15,9 @@ from functools import partial
 from shapes import AFTER, ANSWERS, BEFORE, STUDENT, batch_of, make_vlm
 from steps import KINDS, Setting, Steps, alone, median_ratio, peak_bytes, seconds_in_turns
 
-from alignkd.batch import Batch
-from alignkd.pipeline.devices import parse_dtype, pick_device
-from alignkd.pipeline.provenance import versions
+from alignkd.inputs.batch import Batch
+from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
+from alignkd.pipeline.runtime.run_record import versions
 
 
 def times(kinds: list[str], batch: Batch, setting: Setting, rounds: int) -> dict[str, list[float]]:

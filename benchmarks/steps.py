@@ -22,15 +22,15 @@ from shapes import STUDENT, TEACHER, make_logit_codec, make_slice, make_vlm, sca
 from torch.profiler import ProfilerActivity, profile
 from transformers.utils.generic import maybe_autocast
 
-from alignkd.batch import Batch
-from alignkd.logits import LogitCodec
+from alignkd.capture.online_teacher import OnlineTeacher
+from alignkd.inputs.batch import Batch
+from alignkd.losses.recipes import get_recipe
+from alignkd.losses.uniformity import attention_contrast
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective, TargetSource, TeacherShape
-from alignkd.online_teacher import OnlineTeacher
-from alignkd.pipeline.optimizers import make_optimizer
-from alignkd.recipes import get_recipe
-from alignkd.targets import Targets
-from alignkd.uniformity import attention_contrast
+from alignkd.pipeline.training.optimizers import make_optimizer
+from alignkd.targets.batch_targets import Targets
+from alignkd.targets.logits import LogitCodec
 
 KINDS = ("plain", "sft", "logits-only", "align-kd, slice", "align-kd, cached")
 ONLINE = "align-kd, online"

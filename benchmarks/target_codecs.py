@@ -21,23 +21,23 @@ import torch
 from safetensors.torch import load_file
 from transformers import set_seed
 
-from alignkd.batch import Batch
 from alignkd.cache_store.codecs import get_codec
-from alignkd.cache_store.formats import get_format
-from alignkd.cache_store.row import Row, Stored
-from alignkd.cache_store.shard import encode_row, pack
-from alignkd.cache_store.spec import CacheSpec, FieldSpec
-from alignkd.losses import focus_mask
+from alignkd.cache_store.formats.registry import get_format
+from alignkd.cache_store.rows.row import Row, Stored
+from alignkd.cache_store.rows.shard import encode_row, pack
+from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
+from alignkd.inputs.batch import Batch
+from alignkd.losses.recipes import Recipe
+from alignkd.losses.terms import focus_mask
 from alignkd.models.loading import load_vlm
 from alignkd.objective import Objective, TeacherShape
-from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
-from alignkd.pipeline.demo.data import load_easy_vqa
-from alignkd.pipeline.shard_work import rows
-from alignkd.pipeline.stage_one import StageOne
-from alignkd.pipeline.target_settings import TargetSettings
-from alignkd.pipeline.targets_io import collate_targets
-from alignkd.recipes import Recipe
-from alignkd.targets import Targets
+from alignkd.pipeline.cache_io.targets import collate_targets
+from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.data.easy_vqa import load_easy_vqa
+from alignkd.pipeline.stage_one.shard_work import rows
+from alignkd.pipeline.stage_one.teacher_stage import StageOne
+from alignkd.targets.batch_targets import Targets
 
 ATTENTION = ("exact", "float16", "int8-rows", "sqrt8", "sqrt4")
 VISION = ("exact", "float16", "int8-rows", "int4-blocks")

@@ -7,17 +7,17 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from alignkd.models.checkpoints.minigpt4_layout import is_official, read_released, vicuna_folder
+from alignkd.models.checkpoints.mobilevlm_layout import build_model, read_official
+from alignkd.models.checkpoints.state_files import read_json, read_state
+from alignkd.models.encoders.images import ImagePreprocessor
+from alignkd.models.encoders.llama_tokenizer import LlamaSentencePieceTokenizer
+from alignkd.models.encoders.processors import load_processor
 from alignkd.models.families import family_class
-from alignkd.models.images import ImagePreprocessor
-from alignkd.models.llama_tokenizer import LlamaSentencePieceTokenizer
-from alignkd.models.minigpt4 import MiniGpt4, MiniGpt4Config
-from alignkd.models.minigpt4_family import MiniGpt4Family, image_settings
-from alignkd.models.minigpt4_layout import is_official, read_released, vicuna_folder
-from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
-from alignkd.models.mobilevlm_family import MobileVlmFamily
-from alignkd.models.official_layout import build_model, read_official
-from alignkd.models.processors import load_processor
-from alignkd.models.state_files import read_json, read_state
+from alignkd.models.families.minigpt4 import MiniGpt4Family, image_settings
+from alignkd.models.families.mobilevlm import MobileVlmFamily
+from alignkd.models.modules.minigpt4 import MiniGpt4, MiniGpt4Config
+from alignkd.models.modules.mobilevlm import MobileVlm, MobileVlmConfig
 from alignkd.models.transformers_vlm import TransformersVlm
 from alignkd.models.vlm import Vlm
 

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from alignkd.batch import Batch, ModelInput, collate
-from alignkd.models.chat_encoder import ChatEncoder
+from alignkd.inputs.batch import Batch, ModelInput, collate
+from alignkd.inputs.prompts import PromptError, check_template
+from alignkd.inputs.regions import no_place
+from alignkd.models.encoders.chat import ChatEncoder
 from alignkd.models.vlm import Vision, Vlm, fingerprint
-from alignkd.prompts import PromptError, check_template
-from alignkd.regions import no_place
 
 _TOWERS = tuple(f"model.{name}" for name in ("vision_tower", "vision_model", "visual", "vision_encoder"))
 _PROJECTORS = tuple(

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from alignkd.batch import Batch
-from alignkd.encoder import Encoder
+from alignkd.inputs.batch import Batch
+from alignkd.inputs.encoder import Encoder
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from pathlib import Path
 import sentencepiece
 from transformers import CLIPVisionModel, LlamaConfig
 
-from alignkd.models.images import ImagePreprocessor
+from alignkd.inputs.prompts import SYSTEM
+from alignkd.models.encoders.images import ImagePreprocessor
+from alignkd.models.families.mobilevlm import MobileVlmFamily
 from alignkd.models.loading import load_tokenizer, save_vlm
-from alignkd.models.mobilevlm import MobileVlm, MobileVlmConfig
-from alignkd.models.mobilevlm_family import MobileVlmFamily
-from alignkd.pipeline.demo.config import LanguageModelSize
-from alignkd.pipeline.demo.data import Question
+from alignkd.models.modules.mobilevlm import MobileVlm, MobileVlmConfig
+from alignkd.pipeline.config.demo import LanguageModelSize
+from alignkd.pipeline.data.easy_vqa import Question
 from alignkd.pipeline.demo.tower import IMAGE_SETTINGS
-from alignkd.prompts import SYSTEM
 
 VISION_GRID = 4
 """Side of the pooled grid: 16 vision tokens an image instead of the published 144, for images of 64 x 64 pixels."""

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from alignkd.pipeline.cache_teacher import cache_teacher
-from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
-from alignkd.pipeline.demo.checkpoints import new_checkpoint, train_tokenizer
-from alignkd.pipeline.demo.config import DemoConfig, Paths
-from alignkd.pipeline.demo.data import (
+from alignkd.losses.recipes import Recipe, get_recipe
+from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.config.demo import DemoConfig, Paths
+from alignkd.pipeline.config.distill import DistillConfig
+from alignkd.pipeline.config.evaluate import EvaluateConfig
+from alignkd.pipeline.data.easy_vqa import (
     EasyVqa,
     concept_labels,
     few_labelled,
@@ -30,16 +31,15 @@ from alignkd.pipeline.demo.data import (
     statistics,
     write_llava,
 )
-from alignkd.pipeline.demo.report import write_report
+from alignkd.pipeline.demo.checkpoints import new_checkpoint, train_tokenizer
 from alignkd.pipeline.demo.tower import train_tower
-from alignkd.pipeline.devices import peak_memory_bytes, pick_device
-from alignkd.pipeline.distill import distill
-from alignkd.pipeline.distill_config import DistillConfig
-from alignkd.pipeline.evaluate import evaluate
-from alignkd.pipeline.evaluate_config import EvaluateConfig
-from alignkd.pipeline.progress import console
-from alignkd.pipeline.provenance import versions, write_run
-from alignkd.recipes import Recipe, get_recipe
+from alignkd.pipeline.evaluate.runner import evaluate
+from alignkd.pipeline.report.demo_page import write_report
+from alignkd.pipeline.runtime.devices import peak_memory_bytes, pick_device
+from alignkd.pipeline.runtime.progress import console
+from alignkd.pipeline.runtime.run_record import versions, write_run
+from alignkd.pipeline.stage_one.worker import cache_teacher
+from alignkd.pipeline.training.run import distill
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, get_wsd_schedule
 
-from alignkd.models.images import ImagePreprocessor, decode_image, read_image_bytes
-from alignkd.pipeline.demo.config import TowerTraining
-from alignkd.pipeline.demo.data import COLOURS, SHAPES
-from alignkd.pipeline.progress import bar
+from alignkd.models.encoders.images import ImagePreprocessor, decode_image, read_image_bytes
+from alignkd.pipeline.config.demo import TowerTraining
+from alignkd.pipeline.data.easy_vqa import COLOURS, SHAPES
+from alignkd.pipeline.runtime.progress import bar
 
 IMAGE_SETTINGS = {
     "size": {"shortest_edge": 64},

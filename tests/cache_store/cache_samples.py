@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from alignkd.cache_store.commit import CommitRecord
-from alignkd.cache_store.local_storage import LocalStorage
-from alignkd.cache_store.plan import Plan
-from alignkd.cache_store.row import Rejected, Row
-from alignkd.cache_store.spec import CacheSpec, FieldSpec
-from alignkd.cache_store.storage import open_storage
-from alignkd.cache_store.storage_contract import Storage
-from alignkd.cache_store.store import CacheStore
-from alignkd.cache_store.tensors import TensorSource
+from alignkd.cache_store.protocol.commit import CommitRecord
+from alignkd.cache_store.protocol.plan import Plan
+from alignkd.cache_store.protocol.store import CacheStore
+from alignkd.cache_store.protocol.tensors import TensorSource
+from alignkd.cache_store.rows.row import Rejected, Row
+from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
+from alignkd.cache_store.storage.contract import Storage
+from alignkd.cache_store.storage.local import LocalStorage
+from alignkd.cache_store.storage.open_storage import open_storage
 
 SPEC = CacheSpec(
     fields=(

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from alignkd.cache_store.remote_storage import RemoteStorage
+from alignkd.cache_store.storage.remote import RemoteStorage
 
 _FOLDERS = itertools.count()
 

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from alignkd.cache_store import encoding
 from alignkd.cache_store.codecs import get_codec
-from alignkd.cache_store.formats import get_format
-from alignkd.cache_store.row import Row
-from alignkd.cache_store.shard import ColumnShard, CorruptShard, RowId, Shard, ShardFormat, encode_row, pack
-from alignkd.cache_store.spec import CacheSpec, FieldSpec
+from alignkd.cache_store.formats import encoding
+from alignkd.cache_store.formats.registry import get_format
+from alignkd.cache_store.rows.row import Row
+from alignkd.cache_store.rows.shard import ColumnShard, CorruptShard, RowId, Shard, ShardFormat, encode_row, pack
+from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 
 
 def ragged(name: str, dims: int, dtype: str, codec: str) -> st.SearchStrategy[tuple[FieldSpec, st.SearchStrategy]]:

@@ -6,13 +6,13 @@ import pytest
 from cache_samples import all_names, commit, contents, flip, full_cache, key_of, make_store
 
 from alignkd.cache_store.codecs import get_codec
-from alignkd.cache_store.commit import object_names
-from alignkd.cache_store.convert import convert, other_format
-from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.shard import CorruptShard
-from alignkd.cache_store.spec import FingerprintMismatch
-from alignkd.cache_store.store import open_store
-from alignkd.cache_store.verify import verify
+from alignkd.cache_store.protocol.commit import object_names
+from alignkd.cache_store.protocol.convert import convert, other_format
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.protocol.store import open_store
+from alignkd.cache_store.protocol.verify import verify
+from alignkd.cache_store.rows.shard import CorruptShard
+from alignkd.cache_store.rows.spec import FingerprintMismatch
 
 
 def data_of(storage) -> dict[str, bytes]:

@@ -11,10 +11,10 @@ from cache_samples import FASTER, SPEC, all_names, flip, key_of, keys_array, mak
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignkd.cache_store.manifest import FORMAT_VERSION, Manifest
-from alignkd.cache_store.plan import Plan
-from alignkd.cache_store.spec import FingerprintMismatch
-from alignkd.cache_store.store import CacheStore, open_store
+from alignkd.cache_store.protocol.manifest import FORMAT_VERSION, Manifest
+from alignkd.cache_store.protocol.plan import Plan
+from alignkd.cache_store.protocol.store import CacheStore, open_store
+from alignkd.cache_store.rows.spec import FingerprintMismatch
 
 MANIFEST = Manifest(SPEC, "zarr", plan_of().summary())
 

@@ -26,11 +26,11 @@ from cache_samples import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignkd.cache_store import reader as reader_module
-from alignkd.cache_store.commit import CorruptRecord, object_names, record_name
-from alignkd.cache_store.reader import CacheReader, MissingRow
-from alignkd.cache_store.shard import CorruptShard
-from alignkd.cache_store.storage import open_storage
+from alignkd.cache_store.protocol import reader as reader_module
+from alignkd.cache_store.protocol.commit import CorruptRecord, object_names, record_name
+from alignkd.cache_store.protocol.reader import CacheReader, MissingRow
+from alignkd.cache_store.rows.shard import CorruptShard
+from alignkd.cache_store.storage.open_storage import open_storage
 
 SAMPLES = [i for i in range(10) if i != 4]
 

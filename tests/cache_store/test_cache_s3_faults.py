@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from cache_samples import TENSORS, all_names, commit, fill, full_cache, make_store
 
-from alignkd.cache_store import storage as storage_module
-from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.remote_storage import RemoteStorage
-from alignkd.cache_store.storage import open_storage
-from alignkd.cache_store.storage_contract import StorageError
-from alignkd.cache_store.store import open_store
-from alignkd.cache_store.verify import verify
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.protocol.store import open_store
+from alignkd.cache_store.protocol.verify import verify
+from alignkd.cache_store.storage import open_storage as storage_module
+from alignkd.cache_store.storage.contract import StorageError
+from alignkd.cache_store.storage.open_storage import open_storage
+from alignkd.cache_store.storage.remote import RemoteStorage
 
 
 @pytest.fixture

@@ -24,13 +24,13 @@ from cache_samples import (
     make_store,
 )
 
-from alignkd.cache_store.commit import CommitRecord, CorruptRecord, object_names, read_records, record_name
-from alignkd.cache_store.local_storage import LocalStorage
-from alignkd.cache_store.row import Rejected
-from alignkd.cache_store.shard import encode_row
-from alignkd.cache_store.spec import CacheSpec, FingerprintMismatch
-from alignkd.cache_store.store import CacheStore, open_store
-from alignkd.cache_store.verify import verify
+from alignkd.cache_store.protocol.commit import CommitRecord, CorruptRecord, object_names, read_records, record_name
+from alignkd.cache_store.protocol.store import CacheStore, open_store
+from alignkd.cache_store.protocol.verify import verify
+from alignkd.cache_store.rows.row import Rejected
+from alignkd.cache_store.rows.shard import encode_row
+from alignkd.cache_store.rows.spec import CacheSpec, FingerprintMismatch
+from alignkd.cache_store.storage.local import LocalStorage
 
 
 def test_a_cache_is_written_resumed_and_read_on_any_storage_in_any_format(url, shard_format):

@@ -7,7 +7,7 @@ import pytest
 from cache_samples import SPEC, fill, key_of, make_store
 
 from alignkd.cache_store.codecs import get_codec
-from alignkd.cache_store.reader import CacheReader, MissingRow
+from alignkd.cache_store.protocol.reader import CacheReader, MissingRow
 
 
 @pytest.fixture(params=["zarr", "webdataset"])

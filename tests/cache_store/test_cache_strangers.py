@@ -14,10 +14,10 @@ import pytest
 from cache_samples import key_of
 from shard_conformance import packed
 
-from alignkd.cache_store import webdataset_shard, zarr_shard
 from alignkd.cache_store.codecs import CODECS
-from alignkd.cache_store.row import Row
-from alignkd.cache_store.spec import CacheSpec, FieldSpec
+from alignkd.cache_store.formats import webdataset_shard, zarr_shard
+from alignkd.cache_store.rows.row import Row
+from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cache-format.md"
 ROWS = tuple(FieldSpec(f"row_{i}", ("T", "V"), "float32", codec) for i, codec in enumerate(CODECS))

@@ -32,16 +32,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from alignkd.cache_store.convert import convert
-from alignkd.cache_store.local_storage import LocalStorage
-from alignkd.cache_store.manifest import Manifest
-from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.repair import repair
-from alignkd.cache_store.spec import CacheSpec, FingerprintMismatch
-from alignkd.cache_store.storage import open_storage
-from alignkd.cache_store.storage_contract import Storage
-from alignkd.cache_store.store import CacheStore, open_store
-from alignkd.cache_store.tensors import (
+from alignkd.cache_store.protocol.convert import convert
+from alignkd.cache_store.protocol.manifest import Manifest
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.protocol.repair import repair
+from alignkd.cache_store.protocol.store import CacheStore, open_store
+from alignkd.cache_store.protocol.tensors import (
     DTYPES,
     DamagedTensor,
     MissingTensor,
@@ -50,7 +46,11 @@ from alignkd.cache_store.tensors import (
     read_tensor,
     write_tensors,
 )
-from alignkd.cache_store.verify import verify
+from alignkd.cache_store.protocol.verify import verify
+from alignkd.cache_store.rows.spec import CacheSpec, FingerprintMismatch
+from alignkd.cache_store.storage.contract import Storage
+from alignkd.cache_store.storage.local import LocalStorage
+from alignkd.cache_store.storage.open_storage import open_storage
 
 OTHER = {name: array + 1 for name, array in TENSORS.items()}
 

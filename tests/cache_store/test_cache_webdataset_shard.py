@@ -13,10 +13,10 @@ import pytest
 from cache_samples import SPEC, key_of, make_rows
 from shard_conformance import ShardConformance, packed
 
-from alignkd.cache_store import webdataset_shard
-from alignkd.cache_store.row import Row
-from alignkd.cache_store.shard import CorruptShard
-from alignkd.cache_store.spec import CacheSpec, FieldSpec
+from alignkd.cache_store.formats import webdataset_shard
+from alignkd.cache_store.rows.row import Row
+from alignkd.cache_store.rows.shard import CorruptShard
+from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 
 Index = dict[str, Any]
 

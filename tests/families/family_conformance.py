@@ -18,16 +18,16 @@ from conversations import BYTES, ONE, Conversation, suiting
 from PIL import Image
 from plain_transformers import forward, plain_inputs, plain_model
 
-from alignkd.batch import Batch, ModelInput, collate
-from alignkd.capture import Captured, capture, enable_capture, first_attention
-from alignkd.models.chat_encoder import ChatEncoder
+from alignkd.capture.attention import Captured, capture, enable_capture, first_attention
+from alignkd.inputs.batch import Batch, ModelInput, collate
+from alignkd.inputs.prompts import IGNORE
+from alignkd.inputs.regions import boxes, tokens_of
+from alignkd.losses.recipes import get_recipe
+from alignkd.models.encoders.chat import ChatEncoder
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective
-from alignkd.pipeline.evaluate import answer
-from alignkd.prompts import IGNORE
-from alignkd.recipes import get_recipe
-from alignkd.regions import boxes, tokens_of
+from alignkd.pipeline.evaluate.runner import answer
 
 LENGTH = 2048
 SPOT = 4

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from alignkd.models.processors import load_processor
+from alignkd.models.encoders.processors import load_processor
 
 QUERIES = 4
 

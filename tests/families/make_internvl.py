@@ -10,7 +10,7 @@ from tiny_tokenizers import byte_level
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from alignkd.models.processors import without_videos
+from alignkd.models.encoders.processors import without_videos
 
 NAMED = {
     "start_image_token": "<img>",

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from alignkd.models.processors import without_videos
+from alignkd.models.encoders.processors import without_videos
 
 # One tile at most, so that the grid of a large image is shrunk.
 MOST = "anyres_max_1"

@@ -14,9 +14,9 @@ from tiny_parts import tower_settings
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from alignkd.batch import expand
+from alignkd.inputs.batch import expand
+from alignkd.inputs.prompts import encode_conversation, encode_question
 from alignkd.models.loading import load_vlm, save_vlm
-from alignkd.prompts import encode_conversation, encode_question
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "mobilevlm_v2_tiny" / "student"
 PIXELS = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}, "resample": 3}

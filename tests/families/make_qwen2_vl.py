@@ -11,7 +11,7 @@ from tiny_tokenizers import byte_level
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from alignkd.models.processors import without_videos
+from alignkd.models.encoders.processors import without_videos
 
 
 def write(folder: Path, seed: int = 0) -> None:

@@ -11,7 +11,7 @@ from tiny_tokenizers import byte_level
 from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from alignkd.models.processors import without_videos
+from alignkd.models.encoders.processors import without_videos
 
 TILES = ["<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4))]
 NAMED = {

@@ -10,7 +10,7 @@ from checkpoints import TinyFamily
 from conversations import Conversation
 from transformers import AutoModelForImageTextToText
 
-from alignkd.models.processors import load_processor
+from alignkd.models.encoders.processors import load_processor
 
 ROLES = {"human": "user", "gpt": "assistant"}
 

@@ -9,7 +9,7 @@ from conversations import suiting
 from family_conformance import batch_of, prepared
 from plain_transformers import forward, plain_inputs, plain_model
 
-from alignkd.capture import capture
+from alignkd.capture.attention import capture
 from alignkd.models.loading import load_vlm
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from alignkd.batch import collate
+from alignkd.inputs.batch import collate
+from alignkd.inputs.prompts import IGNORE
+from alignkd.losses.recipes import get_recipe
 from alignkd.models.loading import load_vlm
 from alignkd.objective import Objective
-from alignkd.prompts import IGNORE
-from alignkd.recipes import get_recipe
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))
 

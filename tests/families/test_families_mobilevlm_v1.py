@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from test_families_end_to_end import write_data
 from torch.nn import functional
 
-from alignkd.batch import collate
-from alignkd.capture import capture
-from alignkd.models.ldpv1 import LdpV1Projector
+from alignkd.capture.attention import capture
+from alignkd.capture.teacher_slice import TeacherSlice, describe_slice, slice_tensors
+from alignkd.inputs.batch import collate
+from alignkd.losses.recipes import get_recipe
 from alignkd.models.loading import load_vlm, save_vlm
-from alignkd.pipeline.cache_teacher import cache_teacher
-from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
-from alignkd.pipeline.distill import distill
-from alignkd.pipeline.distill_config import DistillConfig
-from alignkd.recipes import get_recipe
-from alignkd.teacher_slice import TeacherSlice, describe_slice, slice_tensors
+from alignkd.models.modules.ldpv1 import LdpV1Projector
+from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.config.distill import DistillConfig
+from alignkd.pipeline.stage_one.worker import cache_teacher
+from alignkd.pipeline.training.run import distill
 
 TURNS = [("human", "<image>\nWhat is it?"), ("gpt", "a dog")]
 

@@ -16,9 +16,9 @@ from conversations import ONE, Conversation
 from family_conformance import LENGTH, batch_of, captured_of, prepared
 from plain_transformers import forward, plain_inputs, plain_model
 
-from alignkd.capture import capture, enable_capture
+from alignkd.capture.attention import capture, enable_capture
+from alignkd.inputs.prompts import IGNORE, PromptError
 from alignkd.models.loading import load_vlm
-from alignkd.prompts import IGNORE, PromptError
 
 LONG = Conversation(
     "long", (("human", "<image>\nWhat colour is the cat, and which colour is the mat?"), ("gpt", "a dog")), ((90, 40),)

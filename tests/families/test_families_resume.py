@@ -9,13 +9,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_families_end_to_end import write_data
 
+from alignkd.losses.recipes import get_recipe
 from alignkd.models.loading import load_vlm
-from alignkd.pipeline.cache_teacher import cache_teacher
-from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
-from alignkd.pipeline.checkpoints import newest, seal
-from alignkd.pipeline.distill import distill
-from alignkd.pipeline.distill_config import DistillConfig
-from alignkd.recipes import get_recipe
+from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.config.distill import DistillConfig
+from alignkd.pipeline.stage_one.worker import cache_teacher
+from alignkd.pipeline.training.checkpoints import newest, seal
+from alignkd.pipeline.training.run import distill
 
 
 @pytest.fixture(scope="module")

@@ -28,13 +28,13 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
-from alignkd.capture import capture
-from alignkd.losses import vision_loss
+from alignkd.capture.attention import capture
+from alignkd.inputs.prompts import IGNORE
+from alignkd.inputs.regions import tokens_of
+from alignkd.losses.terms import vision_loss
+from alignkd.models.encoders.processors import without_videos
 from alignkd.models.loading import load_vlm, save_vlm
-from alignkd.models.processors import without_videos
-from alignkd.pipeline.lora import LoraSettings, add_lora, merge_lora
-from alignkd.prompts import IGNORE
-from alignkd.regions import tokens_of
+from alignkd.pipeline.training.lora import LoraSettings, add_lora, merge_lora
 
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST]{% for c in m['content'] %}"

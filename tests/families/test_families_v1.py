@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
+from alignkd.inputs.prompts import IGNORE, SYSTEM
 from alignkd.models.loading import load_vlm
-from alignkd.prompts import IGNORE, SYSTEM
 
 TURNS = [
     ("human", "<image>\nWhat is it?"),

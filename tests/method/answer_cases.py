@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from alignkd.answer_loss import AnswerTerms, answer_terms
-from alignkd.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
+from alignkd.losses.answer_loss import AnswerTerms, answer_terms
+from alignkd.targets.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
 
 SETTINGS = {
     "topk": LogitSettings("topk", top_k=4),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from alignkd.logits import DIVERGENCES, LogitCodec, LogitSettings
-from alignkd.logits.answers import TeacherAnswers
-from alignkd.logits.base import at_temperature
-from alignkd.logits.topk import bucketed
+from alignkd.targets.logits import DIVERGENCES, LogitCodec, LogitSettings
+from alignkd.targets.logits.answers import TeacherAnswers
+from alignkd.targets.logits.base import at_temperature
+from alignkd.targets.logits.topk import bucketed
 
 
 def topk_targets(logits_AN, k, temperature=1.0):

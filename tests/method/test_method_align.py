@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from alignkd.align import AlignmentError, Text, map_rows, map_vision, pair_answers
-from alignkd.prompts import IGNORE
-from alignkd.regions import no_place, region, square_box, stack, tokens_of
+from alignkd.inputs.prompts import IGNORE
+from alignkd.inputs.regions import no_place, region, square_box, stack, tokens_of
+from alignkd.targets.cross_model import AlignmentError, Text, map_rows, map_vision, pair_answers
 
 IMAGE = -200
 

@@ -9,11 +9,11 @@ import torch
 from exact_logits import ExactTopK, exact_answers
 from tiny_models import batch_of, flat, mixture, write_checkpoint
 
-from alignkd.capture import capture
+from alignkd.capture.attention import capture
+from alignkd.losses.recipes import Recipe
 from alignkd.models.loading import load_vlm
 from alignkd.objective import Objective, TeacherShape
-from alignkd.recipes import Recipe
-from alignkd.targets import Targets
+from alignkd.targets.batch_targets import Targets
 
 RECIPE = Recipe("all", reverse_kl=1.0, forward_kl=0.5, attention=1.0, vision=1.0, vision_focus=0.5, focus_k=2)
 

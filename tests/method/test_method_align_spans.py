@@ -14,13 +14,13 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny_models import GOLDEN
 
-from alignkd.models.llama_tokenizer import LlamaSentencePieceTokenizer
+from alignkd.inputs.prompts import PromptError
+from alignkd.inputs.spans import counted
+from alignkd.models.encoders.llama_tokenizer import LlamaSentencePieceTokenizer
+from alignkd.models.encoders.piece_offsets import Piece, piece_offsets
+from alignkd.models.encoders.placeholder import Picture, PlaceholderEncoder
+from alignkd.models.encoders.text_offsets import text_offsets
 from alignkd.models.loading import load_vlm
-from alignkd.models.piece_offsets import Piece, piece_offsets
-from alignkd.models.placeholder_encoder import Picture, PlaceholderEncoder
-from alignkd.models.text_offsets import text_offsets
-from alignkd.prompts import PromptError
-from alignkd.spans import counted
 
 sys.path.append(str(Path(__file__).parents[1] / "families"))  # the builders of other families' checkpoints
 import make_llava

@@ -12,8 +12,8 @@ from torch.nn import functional
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alignkd.answer_loss import answer_terms, fused
-from alignkd.logits import DIVERGENCES, LogitSettings
+from alignkd.losses.answer_loss import answer_terms, fused
+from alignkd.targets.logits import DIVERGENCES, LogitSettings
 
 ALL = {"supervised": 0.7, "reverse_kl": 1.0, "forward_kl": 0.5, "jensen_shannon": 2.0}
 every_codec = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -156,7 +156,7 @@ def scratch(run):
 @every_codec
 def test_scratch_does_not_grow_with_the_answers(settings, monkeypatch):
     monkeypatch.setattr(fused, "_SCRATCH_BYTES", 2**20)
-    monkeypatch.setattr("alignkd.answer_loss.rows._ELEMENTS", 2**14)
+    monkeypatch.setattr("alignkd.losses.answer_loss.rows._ELEMENTS", 2**14)
     dense = 4 * 2000 * 4000
     for answers in (1000, 4000):
         case = make_case(settings, 2000, answers)

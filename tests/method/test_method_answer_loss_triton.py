@@ -13,8 +13,8 @@ import pytest
 import torch
 from answer_cases import SETTINGS, assert_near, make_case
 
-from alignkd.answer_loss import fused, rows
-from alignkd.answer_loss.rows import DenseTeacher, Labels, Softmax
+from alignkd.losses.answer_loss import fused, rows
+from alignkd.losses.answer_loss.rows import DenseTeacher, Labels, Softmax
 
 triton = pytest.importorskip("triton", reason="Triton exists on Linux alone")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,7 +36,7 @@ def test_the_kernels_compile_for_a_gpu(tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from alignkd.answer_loss import triton_kernel as kernels
+    from alignkd.losses.answer_loss import triton_kernel as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     numbers = {"N", "stride", "teacher_stride"}
@@ -67,7 +67,7 @@ def test_the_kernels_compile_for_a_gpu(tmp_path, monkeypatch):
 
 @pytest.fixture
 def kernels():
-    from alignkd.answer_loss import triton_kernel
+    from alignkd.losses.answer_loss import triton_kernel
 
     return triton_kernel
 

@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import IMAGE, batch_of, flat, mixture, sample, write_checkpoint
 
-from alignkd.attention_distance import attention_distance, chosen_rows
-from alignkd.batch import Counts
-from alignkd.capture import capture
-from alignkd.layer_pairs import needed_layers
-from alignkd.layers import check_layers, find_layers, find_teacher_layers, meeting
-from alignkd.learned_weights import LearnedWeights, learned_part
+from alignkd.capture.attention import capture
+from alignkd.capture.layer_pairs import needed_layers
+from alignkd.capture.online_teacher import OnlineTeacher
+from alignkd.inputs.batch import Counts
+from alignkd.inputs.prompts import IGNORE
+from alignkd.losses.attention_distance import attention_distance, chosen_rows
+from alignkd.losses.layers import check_layers, find_layers, find_teacher_layers, meeting
+from alignkd.losses.learned_weights import LearnedWeights, learned_part
+from alignkd.losses.recipes import RECIPES, Recipe, one_term_recipes, term_weights
 from alignkd.models.loading import load_vlm
 from alignkd.objective import Objective, TeacherShape
-from alignkd.online_teacher import OnlineTeacher
-from alignkd.prompts import IGNORE
-from alignkd.recipes import RECIPES, Recipe, one_term_recipes, term_weights
-from alignkd.targets import Targets
+from alignkd.targets.batch_targets import Targets
 
 DISTANCES = ("mse", "kl", "cosine")
 

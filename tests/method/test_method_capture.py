@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import IMAGE, batch_of, eager_attention, mixture, reference, sample, write_checkpoint
 
-from alignkd import capture as capture_module
-from alignkd.batch import collate, expand
-from alignkd.capture import capture, first_attention
+from alignkd.capture import attention as capture_module
+from alignkd.capture.attention import capture, first_attention
+from alignkd.inputs.batch import collate, expand
+from alignkd.inputs.prompts import IGNORE, encode_conversation
+from alignkd.losses.recipes import Recipe
 from alignkd.models.loading import load_vlm
 from alignkd.objective import Objective
-from alignkd.prompts import IGNORE, encode_conversation
-from alignkd.recipes import Recipe
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ from tiny_models import (
     write_checkpoint,
 )
 
-from alignkd.capture import capture
-from alignkd.models.clip_tower import CLIP_L_336, find_tower, image_settings, tower_config
-from alignkd.models.images import ImagePreprocessor
+from alignkd.capture.attention import capture
+from alignkd.models.checkpoints.clip_tower import CLIP_L_336, find_tower, image_settings, tower_config
+from alignkd.models.encoders.images import ImagePreprocessor
 from alignkd.models.loading import load_vlm, save_vlm
 
 

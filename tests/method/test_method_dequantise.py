@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from alignkd.cache_store.codecs import get_codec
-from alignkd.dequantise import DEQUANTISERS, Quantised
-from alignkd.targets import Targets
+from alignkd.targets.batch_targets import Targets
+from alignkd.targets.dequantise import DEQUANTISERS, Quantised
 
 CODECS = sorted(DEQUANTISERS)
 

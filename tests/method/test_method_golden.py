@@ -10,10 +10,10 @@ import torch
 from tiny_models import GOLDEN, batch_of
 from torch.nn import functional
 
-from alignkd.batch import ModelInput
-from alignkd.capture import capture
-from alignkd.models.images import decode_image, read_image_bytes
-from alignkd.prompts import encode_conversation
+from alignkd.capture.attention import capture
+from alignkd.inputs.batch import ModelInput
+from alignkd.inputs.prompts import encode_conversation
+from alignkd.models.encoders.images import decode_image, read_image_bytes
 
 VALUES = dict(np.load(GOLDEN / "golden.npz"))
 SAMPLES = {s["id"]: s for s in json.loads((GOLDEN / "samples.json").read_text())}

@@ -9,11 +9,11 @@ from tiny_models import batch_of, mixture
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from alignkd.capture import capture
-from alignkd.gradient_norms import term_gradient_norms
+from alignkd.capture.attention import capture
+from alignkd.losses.gradient_norms import term_gradient_norms
+from alignkd.losses.recipes import RECIPES, one_term_recipes
 from alignkd.objective import Objective, TeacherShape
-from alignkd.recipes import RECIPES, one_term_recipes
-from alignkd.targets import Targets
+from alignkd.targets.batch_targets import Targets
 
 
 class Net(nn.Module):

@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import GOLDEN, TOWER_PREFIX, VOCABULARY, change_config, write_checkpoint
 
-from alignkd.models import images as images_module
-from alignkd.models.images import ImageError, ImagePreprocessor, decode_image, read_image_bytes, to_display
+from alignkd.models.encoders import images as images_module
+from alignkd.models.encoders.images import ImageError, ImagePreprocessor, decode_image, read_image_bytes, to_display
 from alignkd.models.loading import load_vlm, save_vlm
 
 

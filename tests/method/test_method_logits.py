@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignkd.logit_levels import LOWEST_CODE
-from alignkd.logits import DIVERGENCES, LOGIT_CODECS, Calibration, LogitSettings
-from alignkd.logits.kept import (
+from alignkd.targets.logit_levels import LOWEST_CODE
+from alignkd.targets.logits import DIVERGENCES, LOGIT_CODECS, Calibration, LogitSettings
+from alignkd.targets.logits.kept import (
     choose,
     decode_ids,
     decode_logprobs,
@@ -21,8 +21,8 @@ from alignkd.logits.kept import (
     logprob_error,
     rank_order,
 )
-from alignkd.logits.sketch import allocate, pack, unpack
-from alignkd.logits.topk import bucketed
+from alignkd.targets.logits.sketch import allocate, pack, unpack
+from alignkd.targets.logits.topk import bucketed
 
 VOCABULARY, WIDTH, ANSWERS = 97, 24, 40
 SETTINGS = {

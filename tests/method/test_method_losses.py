@@ -9,10 +9,10 @@ from exact_logits import reverse_kl, topk_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignkd import losses
-from alignkd.logits.kept import renormalise
-from alignkd.losses import focus_mask
-from alignkd.targets import Targets
+from alignkd.losses import terms as losses
+from alignkd.losses.terms import focus_mask
+from alignkd.targets.batch_targets import Targets
+from alignkd.targets.logits.kept import renormalise
 
 torch.manual_seed(0)
 

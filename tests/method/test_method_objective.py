@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from tiny_models import batch_of, flat, mixture, sample, write_checkpoint
 from torch.nn import functional
 
-from alignkd.adapters import HeadConvolution, HeadMixture, WidthAdapter, make_head_map
-from alignkd.capture import capture
-from alignkd.losses import attention_loss, focus_mask, vision_loss
+from alignkd.capture.attention import capture
+from alignkd.losses.adapters import HeadConvolution, HeadMixture, WidthAdapter, make_head_map
+from alignkd.losses.recipes import RECIPES, TERMS, Recipe, term_weights
+from alignkd.losses.terms import attention_loss, focus_mask, vision_loss
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import module_fingerprint
 from alignkd.objective import Objective, TeacherShape
-from alignkd.recipes import RECIPES, TERMS, Recipe, term_weights
-from alignkd.targets import Targets
+from alignkd.targets.batch_targets import Targets
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny_models import GOLDEN, IMAGE
 
+from alignkd.inputs.prompts import IGNORE, TEMPLATES, PromptError, encode_conversation, encode_question, tokenize_with_images
 from alignkd.models.loading import load_tokenizer
-from alignkd.prompts import IGNORE, TEMPLATES, PromptError, encode_conversation, encode_question, tokenize_with_images
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignkd.cli import distill_command
-from alignkd.recipes import ABOUT, RECIPES, Recipe, describe, get_recipe, one_term_recipes, term_weights
+from alignkd.losses.recipes import ABOUT, RECIPES, Recipe, describe, get_recipe, one_term_recipes, term_weights
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from test_method_golden import CASES, VALUES, prepared
 from tiny_models import IMAGE, batch_of, flat, mixture, sample, write_checkpoint
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from alignkd.capture import capture
+from alignkd.capture.attention import capture
+from alignkd.capture.teacher_slice import GROUPS, TeacherSlice, check_sliceable, describe_slice, slice_tensors
+from alignkd.losses.recipes import get_recipe
 from alignkd.models.loading import load_vlm
 from alignkd.objective import Objective, TeacherShape
-from alignkd.recipes import get_recipe
-from alignkd.targets import Targets
-from alignkd.teacher_slice import GROUPS, TeacherSlice, check_sliceable, describe_slice, slice_tensors
+from alignkd.targets.batch_targets import Targets
 
 
 def slice_of(vlm, *, tower=True, **options):

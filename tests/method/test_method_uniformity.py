@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignkd.uniformity import attention_contrast
+from alignkd.losses.uniformity import attention_contrast
 
 
 def masks(sizes):

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from alignkd.batch import Batch, ModelInput, collate
+from alignkd.inputs.batch import Batch, ModelInput, collate
+from alignkd.inputs.prompts import IGNORE
 from alignkd.models.vlm import Vlm
-from alignkd.prompts import IGNORE
 
 GOLDEN = Path(__file__).parents[1] / "data" / "mobilevlm_v2_tiny"
 IMAGE = -200

@@ -13,11 +13,11 @@ from pathlib import Path
 from tiny_runs import IMAGES, TEACHER
 from warm_door import Running, WarmDoor
 
-from alignkd.cache_store.commit import CorruptRecord
-from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.shard import CorruptShard
-from alignkd.cache_store.store import open_store
-from alignkd.cache_store.verify import verify
+from alignkd.cache_store.protocol.commit import CorruptRecord
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.protocol.store import open_store
+from alignkd.cache_store.protocol.verify import verify
+from alignkd.cache_store.rows.shard import CorruptShard
 
 _START = 0.5
 """Share of an undisturbed run's time before the first shard."""

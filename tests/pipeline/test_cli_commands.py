@@ -28,7 +28,7 @@ from tiny_runs import (
 from warm_door import DOOR
 
 from alignkd.cache_store.codecs import get_codec
-from alignkd.logits.kept import logprob_error
+from alignkd.targets.logits.kept import logprob_error
 
 VALUES = dict(np.load(GOLDEN / "golden.npz"))
 COMMANDS = [

@@ -17,9 +17,9 @@ from transformers import LlamaForCausalLM
 
 from alignkd.cli import main
 from alignkd.models.loading import load_vlm
-from alignkd.pipeline.deepspeed_configs import SHIPPED as ZERO
-from alignkd.pipeline.deepspeed_configs import deepspeed_config
-from alignkd.pipeline.settings import COMMANDS, SHIPPED, read_settings
+from alignkd.pipeline.config.presets import COMMANDS, SHIPPED, read_settings
+from alignkd.pipeline.training.deepspeed_configs import SHIPPED as ZERO
+from alignkd.pipeline.training.deepspeed_configs import deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = {
@@ -289,7 +289,7 @@ def test_the_walk_through_s_student_starts_from_the_language_model_with_a_new_pr
 
 
 def test_every_option_of_distill_is_a_field_of_its_configuration():
-    from alignkd.pipeline.distill_config import DistillConfig
+    from alignkd.pipeline.config.distill import DistillConfig
 
     options = {p.name for p in main.commands["distill"].params if p.expose_value}
     assert options - {"overrides", "as_json"} <= {field.name for field in fields(DistillConfig)}

@@ -22,23 +22,23 @@ from tiny_runs import (
     write_cache,
 )
 
-from alignkd.batch import collate
-from alignkd.cache_store.convert import convert
-from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.spec import FingerprintMismatch
-from alignkd.capture import capture
+from alignkd.cache_store.protocol.convert import convert
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.rows.spec import FingerprintMismatch
+from alignkd.capture.attention import capture
 from alignkd.cli import main
-from alignkd.logits import LogitSettings
-from alignkd.pipeline.dry_run import dry_run
-from alignkd.pipeline.inspect_cache import find_row, row_arrays
-from alignkd.pipeline.interrupt import Interrupted
-from alignkd.pipeline.metrics import Metrics
-from alignkd.pipeline.optimizers import make_optimizer
-from alignkd.pipeline.prepare import Preparer
-from alignkd.pipeline.samples import parse_sample
-from alignkd.pipeline.target_settings import TargetSettings
-from alignkd.pipeline.watch import Watch
-from alignkd.recipes import RECIPES, get_recipe, term_weights
+from alignkd.inputs.batch import collate
+from alignkd.losses.recipes import RECIPES, get_recipe, term_weights
+from alignkd.pipeline.cache_admin.row import find_row, row_arrays
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.data.preparer import Preparer
+from alignkd.pipeline.data.samples import parse_sample
+from alignkd.pipeline.runtime.signals import Interrupted
+from alignkd.pipeline.stage_one.dry_run import dry_run
+from alignkd.pipeline.training.health_checks import Watch
+from alignkd.pipeline.training.metrics import Metrics
+from alignkd.pipeline.training.optimizers import make_optimizer
+from alignkd.targets.logits import LogitSettings
 
 EXACT = TargetSettings(attention_codec="exact", vision_codec="exact", logits=LogitSettings("hidden", hidden_bits=16))
 
@@ -223,7 +223,7 @@ def test_learned_weights_have_a_rate_of_their_own_and_do_not_decay(data, layered
         seen.append([(len(g["params"]), g["params"][0].numel(), g["lr"], g["weight_decay"]) for g in optimizer.param_groups])
         return optimizer
 
-    monkeypatch.setattr("alignkd.pipeline.trainer.make_optimizer", spy)
+    monkeypatch.setattr("alignkd.pipeline.training.trainer.make_optimizer", spy)
     overrides = {"weighting_learning_rate": "0.02"}
     train(data, layered, tmp_path / "out", recipe="beta-kd", overrides=overrides, weight_decay=0.1, max_steps=1)
     (groups,) = seen

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from alignkd.cli import cache_teacher_command
-from alignkd.dequantise import DEQUANTISERS
-from alignkd.pipeline.target_settings import TargetSettings
-from alignkd.pipeline.targets_io import row_fields
+from alignkd.pipeline.cache_io.targets import row_fields
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.targets.dequantise import DEQUANTISERS
 
 OPTIONS = {p.name: p for p in cache_teacher_command.params if p.name in ("attention_codec", "vision_codec")}
 

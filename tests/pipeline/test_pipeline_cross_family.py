@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 from tiny_runs import STUDENT, TEACHER, copy_checkpoint, metrics, record, train, write_cache, write_data
 
-from alignkd.cache_store.reader import CacheReader
-from alignkd.logits import LogitSettings
+from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.models.loading import load_vlm
-from alignkd.pipeline.across import Across
-from alignkd.pipeline.fit import check_fit
-from alignkd.pipeline.loader import TrainingSet
-from alignkd.pipeline.prepare import Preparer
-from alignkd.pipeline.row_checks import MisalignedRow
-from alignkd.pipeline.samples import SampleFile
-from alignkd.pipeline.show import captured_arrays
-from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.pipeline.cache_io.compatibility import check_fit
+from alignkd.pipeline.cache_io.cross_model import Across
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.data.preparer import Preparer
+from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.evaluate.show_sample import captured_arrays
+from alignkd.pipeline.feeding.dataset import TrainingSet
+from alignkd.pipeline.feeding.row_checks import MisalignedRow
+from alignkd.targets.logits import LogitSettings
 
 sys.path.append(str(Path(__file__).parents[1] / "families"))  # the builders of other families' checkpoints
 import make_qwen2_5_vl

@@ -9,11 +9,8 @@ from PIL import Image
 
 from alignkd.models.loading import load_tokenizer, load_vlm
 from alignkd.models.vlm import module_fingerprint
-from alignkd.pipeline.demo import DemoConfig, demo
-from alignkd.pipeline.demo import run as run_module
-from alignkd.pipeline.demo.checkpoints import new_checkpoint, train_tokenizer
-from alignkd.pipeline.demo.config import LanguageModelSize, TowerTraining
-from alignkd.pipeline.demo.data import (
+from alignkd.pipeline.config.demo import LanguageModelSize, TowerTraining
+from alignkd.pipeline.data.easy_vqa import (
     COLOURS,
     SHAPES,
     EasyVqa,
@@ -24,8 +21,11 @@ from alignkd.pipeline.demo.data import (
     statistics,
     write_llava,
 )
+from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.demo import DemoConfig, demo
+from alignkd.pipeline.demo import run as run_module
+from alignkd.pipeline.demo.checkpoints import new_checkpoint, train_tokenizer
 from alignkd.pipeline.demo.tower import train_tower
-from alignkd.pipeline.samples import SampleFile
 
 SMALL = TowerTraining(hidden_size=16, layers=2, heads=2, intermediate_size=16, epochs=1, batch_size=16)
 TINY = LanguageModelSize(hidden_size=16, layers=1, heads=2, intermediate_size=16)

@@ -20,12 +20,12 @@ from tiny_runs import (
     write_data,
 )
 
-from alignkd.pipeline.distill import distill
-from alignkd.pipeline.loader import TrainingSet
-from alignkd.pipeline.order import epoch_order
-from alignkd.pipeline.rejects import TooManyRejected
-from alignkd.pipeline.row_checks import MisalignedRow
-from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.data.rejected_samples import TooManyRejected
+from alignkd.pipeline.feeding.dataset import TrainingSet
+from alignkd.pipeline.feeding.order import epoch_order
+from alignkd.pipeline.feeding.row_checks import MisalignedRow
+from alignkd.pipeline.training.run import distill
 
 
 def test_tower_features_that_do_not_fit_into_memory_are_refused(data, cache, tmp_path):

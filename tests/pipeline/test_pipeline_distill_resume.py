@@ -21,10 +21,10 @@ from tiny_runs import (
     without_time,
 )
 
-from alignkd.cache_store.convert import convert
-from alignkd.pipeline.checkpoints import RECORD, newest, seal, sweep
-from alignkd.pipeline.interrupt import Interrupted
-from alignkd.pipeline.trainer import RunCallback
+from alignkd.cache_store.protocol.convert import convert
+from alignkd.pipeline.runtime.signals import Interrupted
+from alignkd.pipeline.training.checkpoints import RECORD, newest, seal, sweep
+from alignkd.pipeline.training.trainer import RunCallback
 
 
 def sigterm_at(step, monkeypatch):

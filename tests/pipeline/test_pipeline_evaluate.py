@@ -7,9 +7,9 @@ import json
 import pytest
 from tiny_runs import IMAGES, SAMPLES, STUDENT, record, write_data
 
-from alignkd.pipeline.evaluate import contains, evaluate, exact, wilson_interval
-from alignkd.pipeline.evaluate_config import EvaluateConfig
-from alignkd.pipeline.rejects import TooManyRejected
+from alignkd.pipeline.config.evaluate import EvaluateConfig
+from alignkd.pipeline.data.rejected_samples import TooManyRejected
+from alignkd.pipeline.evaluate.runner import contains, evaluate, exact, wilson_interval
 
 
 def question(name, image, text="<image>\nWhat is it?"):
@@ -39,7 +39,7 @@ def run(tmp_path, records, name="out", **changes):
 @pytest.fixture
 def encoded(monkeypatch):
     """Number of images of each call of the tower."""
-    from alignkd.models.mobilevlm import MobileVlmModel
+    from alignkd.models.modules.mobilevlm import MobileVlmModel
 
     calls, real = [], MobileVlmModel.encode_images
     monkeypatch.setattr(MobileVlmModel, "encode_images", lambda self, pixels: calls.append(len(pixels)) or real(self, pixels))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from tiny_runs import SAMPLES, TEACHER, copy_checkpoint, record, with_file, with_other_weights, write_cache, write_data
 
-from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.spec import FingerprintMismatch
-from alignkd.logits import LogitSettings
-from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.rows.spec import FingerprintMismatch
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.targets.logits import LogitSettings
 
 PREPROCESSOR = "clip/preprocessor_config.json"
 OTHER_DATA = [*SAMPLES[:5], record("new", None, "a", "b")]

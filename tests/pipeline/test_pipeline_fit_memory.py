@@ -9,13 +9,13 @@ import pytest
 import torch
 from tiny_runs import SAMPLES, content, record, stage_one_config, write_cache, write_data
 
-from alignkd.encoder import Planned
-from alignkd.pipeline import logits_io
-from alignkd.pipeline.dry_run import dry_run
-from alignkd.pipeline.fit_memory import FittingRunner
-from alignkd.pipeline.shard_work import Item, ReadyBatch
-from alignkd.pipeline.stage_one import StageOne
-from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.inputs.encoder import Planned
+from alignkd.pipeline.cache_io import logits as logits_io
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.stage_one.dry_run import dry_run
+from alignkd.pipeline.stage_one.halve_on_oom import FittingRunner
+from alignkd.pipeline.stage_one.shard_work import Item, ReadyBatch
+from alignkd.pipeline.stage_one.teacher_stage import StageOne
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),

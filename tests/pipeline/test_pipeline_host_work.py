@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from alignkd.pipeline import host_work
-from alignkd.pipeline.host_work import HostWork
-from alignkd.pipeline.interrupt import Interrupted
+from alignkd.pipeline.runtime.signals import Interrupted
+from alignkd.pipeline.stage_one import prefetch as host_work
+from alignkd.pipeline.stage_one.prefetch import HostWork
 
 
 def test_what_is_prepared_ahead_comes_in_the_order_of_the_items():

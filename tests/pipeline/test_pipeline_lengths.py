@@ -10,11 +10,11 @@ import pytest
 from tiny_runs import IMAGES, SAMPLES, STUDENT, numbered, record, with_file, write_data
 
 from alignkd.models.loading import load_vlm
-from alignkd.pipeline import lengths as lengths_module
-from alignkd.pipeline.lengths import check_budget, sample_lengths
-from alignkd.pipeline.loader import Item, TrainingSet
-from alignkd.pipeline.prepare import Preparer
-from alignkd.pipeline.samples import SampleFile
+from alignkd.pipeline.data.preparer import Preparer
+from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.feeding import lengths as lengths_module
+from alignkd.pipeline.feeding.dataset import Item, TrainingSet
+from alignkd.pipeline.feeding.lengths import check_budget, sample_lengths
 
 UNUSABLE = record("mute", None, "Say nothing.", "")
 

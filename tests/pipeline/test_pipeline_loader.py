@@ -13,14 +13,14 @@ import pytest
 import torch
 from tiny_runs import IMAGES, SAMPLES, write_data
 
-from alignkd.cache_store.reader import CacheReader
-from alignkd.pipeline.batch_loader import TrainingLoader
-from alignkd.pipeline.features import SharedFeatures, cache_tower_features
-from alignkd.pipeline.loader import Positions, TrainingSet
-from alignkd.pipeline.order import SHARDS_OPEN, BatchOrder, StepSampler
-from alignkd.pipeline.parcel import Parcel
-from alignkd.pipeline.prepare import Preparer
-from alignkd.pipeline.samples import SampleFile
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.pipeline.data.preparer import Preparer
+from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.feeding.batch_loader import TrainingLoader
+from alignkd.pipeline.feeding.dataset import Positions, TrainingSet
+from alignkd.pipeline.feeding.feature_cache import SharedFeatures, cache_tower_features
+from alignkd.pipeline.feeding.order import SHARDS_OPEN, BatchOrder, StepSampler
+from alignkd.pipeline.feeding.shared_memory import Parcel
 
 ALL = frozenset({"attention", "vision", "logits"})
 

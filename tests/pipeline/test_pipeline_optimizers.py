@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignkd.pipeline.optimizers import Together, make_optimizer
+from alignkd.pipeline.training.optimizers import Together, make_optimizer
 
 
 class Small(nn.Module):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignkd.pipeline.order import epoch_order
+from alignkd.pipeline.feeding.order import epoch_order
 
 SHARDS = st.lists(st.integers(0, 12), min_size=1, max_size=60).map(np.asarray)
 SEEDS = st.integers(0, 2**32)

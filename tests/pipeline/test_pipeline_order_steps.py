@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignkd.pipeline.order import BatchOrder, StepSampler, epoch_order
+from alignkd.pipeline.feeding.order import BatchOrder, StepSampler, epoch_order
 
 SHARDS = st.lists(st.integers(0, 6), min_size=1, max_size=60).map(np.asarray)
 BUDGET = 40

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny_runs import GOLDEN_SAMPLES, IMAGES, SAMPLES, record, write_data
 
-from alignkd.cache_store.reader import CacheReader
-from alignkd.pipeline.loader import Failure, Item, TrainingSet
-from alignkd.pipeline.prepare import Prepared, Preparer, SampleError
-from alignkd.pipeline.row_checks import MisalignedRow, check_row
-from alignkd.pipeline.samples import SampleFile, parse_sample
-from alignkd.targets import Targets
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.pipeline.data.preparer import Prepared, Preparer, SampleError
+from alignkd.pipeline.data.samples import SampleFile, parse_sample
+from alignkd.pipeline.feeding.dataset import Failure, Item, TrainingSet
+from alignkd.pipeline.feeding.row_checks import MisalignedRow, check_row
+from alignkd.targets.batch_targets import Targets
 
 ALL = frozenset({"attention", "vision", "logits"})
 

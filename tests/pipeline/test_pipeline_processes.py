@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import IMAGES, STUDENT, metrics, student_sha256, train, wait_until
 
-from alignkd.pipeline.checkpoints import RECORD
-from alignkd.pipeline.deepspeed_configs import deepspeed_config
+from alignkd.pipeline.training.checkpoints import RECORD
+from alignkd.pipeline.training.deepspeed_configs import deepspeed_config
 
 SHARDINGS = ["ddp", "zero1", "zero2", "zero3"]
 TERMS = ("loss", "supervised", "reverse_kl", "attention", "vision_all", "vision_focus")

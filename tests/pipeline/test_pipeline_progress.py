@@ -10,9 +10,9 @@ import threading
 import pytest
 from rich.console import Console
 
-from alignkd.pipeline import progress as progress_module
-from alignkd.pipeline.interrupt import Interrupted, stop_on_signals
-from alignkd.pipeline.progress import bar
+from alignkd.pipeline.runtime import progress as progress_module
+from alignkd.pipeline.runtime.progress import bar
+from alignkd.pipeline.runtime.signals import Interrupted, stop_on_signals
 
 
 @pytest.fixture

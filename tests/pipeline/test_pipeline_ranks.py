@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignkd.pipeline.ranks import Worker, find_worker
+from alignkd.pipeline.runtime.ranks import Worker, find_worker
 
 
 def array(here, first, last, **more):

@@ -13,9 +13,9 @@ import psutil
 import pytest
 from tiny_runs import IMAGES, TEACHER, content, numbered, stage_one_config, wait_until, write_cache, write_data
 
-from alignkd.pipeline import ray_engine
-from alignkd.pipeline.interrupt import Interrupted, StopFlag
-from alignkd.pipeline.ray_engine import _Shards, _user_error, _wait, cache_teacher_on_ray
+from alignkd.pipeline.runtime.signals import Interrupted, StopFlag
+from alignkd.pipeline.stage_one import ray_workers as ray_engine
+from alignkd.pipeline.stage_one.ray_workers import _Shards, _user_error, _wait, cache_teacher_on_ray
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 

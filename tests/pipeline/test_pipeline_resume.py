@@ -10,10 +10,10 @@ import signal
 import pytest
 from tiny_runs import IMAGES, SAMPLES, TEACHER, content, numbered, wait_until, write_cache, write_data
 
-from alignkd.cache_store import store as store_module
-from alignkd.cache_store.store import CacheStore, open_store
-from alignkd.pipeline.interrupt import Interrupted
-from alignkd.pipeline.stage_one import StageOne
+from alignkd.cache_store.protocol import store as store_module
+from alignkd.cache_store.protocol.store import CacheStore, open_store
+from alignkd.pipeline.runtime.signals import Interrupted
+from alignkd.pipeline.stage_one.teacher_stage import StageOne
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_resuming_reads_the_samples_that_are_left_and_no_others(tmp_path, data, 
     half_done(data, tmp_path / "cache")
     reads, real = [], os.pread
     monkeypatch.setattr(os, "pread", lambda file, size, at: reads.append((at, size)) or real(file, size, at))
-    monkeypatch.setattr("alignkd.pipeline.samples._records", lambda *_: pytest.fail("the whole data file was read"))
+    monkeypatch.setattr("alignkd.pipeline.data.samples._records", lambda *_: pytest.fail("the whole data file was read"))
     assert write_cache(data, tmp_path / "cache")["complete"]
     plan = open_store(tmp_path / "cache").plan
     assert reads == [(int(plan.extras["starts"][i]), int(plan.extras["lengths"][i])) for i in (2, 3)]

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import SAMPLES, record, write_data
 
-from alignkd.pipeline import samples as samples_module
-from alignkd.pipeline.samples import DataError, SampleFile, parse_sample
+from alignkd.pipeline.data import samples as samples_module
+from alignkd.pipeline.data.samples import DataError, SampleFile, parse_sample
 
 TEXTS = st.text(max_size=12)
 RECORDS = st.builds(

@@ -23,19 +23,19 @@ from tiny_runs import (
     write_data,
 )
 
-from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.spec import FingerprintMismatch
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.rows.spec import FingerprintMismatch
 from alignkd.cli import main
-from alignkd.logits import LogitSettings
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.fit import check_fit, check_teacher
-from alignkd.pipeline.loader import TrainingSet
-from alignkd.pipeline.logits_io import open_codec, settings_of
-from alignkd.pipeline.prepare import Preparer
-from alignkd.pipeline.samples import SampleFile
-from alignkd.pipeline.show import captured_arrays
-from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.pipeline.cache_io.compatibility import check_fit, check_teacher
+from alignkd.pipeline.cache_io.logits import open_codec, settings_of
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.data.preparer import Preparer
+from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.evaluate.show_sample import captured_arrays
+from alignkd.pipeline.feeding.dataset import TrainingSet
+from alignkd.targets.logits import LogitSettings
 
 sys.path.append(str(Path(__file__).parents[1] / "families"))  # the builders of other families' checkpoints
 from make_llava import TEMPLATE

@@ -25,15 +25,16 @@ from tiny_runs import (
     write_cache,
 )
 
-from alignkd.cache_store.convert import convert
-from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.spec import FingerprintMismatch
-from alignkd.cache_store.store import open_store
-from alignkd.capture import capture
-from alignkd.pipeline import slice_io, targets_io
-from alignkd.pipeline.dry_run import dry_run
-from alignkd.pipeline.interrupt import Interrupted
-from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.cache_store.protocol.convert import convert
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.protocol.store import open_store
+from alignkd.cache_store.rows.spec import FingerprintMismatch
+from alignkd.capture.attention import capture
+from alignkd.pipeline.cache_io import targets as targets_io
+from alignkd.pipeline.cache_io import teacher_slice as slice_io
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.runtime.signals import Interrupted
+from alignkd.pipeline.stage_one.dry_run import dry_run
 
 EXACT = TargetSettings(attention_codec="exact", vision_codec="exact")
 THREE = {"max_steps": 3, "epochs": 4.0}

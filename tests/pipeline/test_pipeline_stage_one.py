@@ -8,19 +8,19 @@ import torch
 from tiny_runs import IMAGES, SAMPLES, record, run_record, stage_one_config, write_cache, write_data
 
 from alignkd.cache_store.codecs import get_codec
-from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.store import open_store
-from alignkd.logits import LogitSettings
-from alignkd.logits.kept import logprob_error
-from alignkd.pipeline.dry_run import dry_run, spread
-from alignkd.pipeline.inspect_cache import row_arrays
-from alignkd.pipeline.prepare import Preparer
-from alignkd.pipeline.rejects import TooManyRejected
-from alignkd.pipeline.samples import SampleFile
-from alignkd.pipeline.shard_work import Item, batches
-from alignkd.pipeline.show import captured_arrays
-from alignkd.pipeline.stage_one import StageOne
-from alignkd.pipeline.target_settings import TargetSettings
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.protocol.store import open_store
+from alignkd.pipeline.cache_admin.row import row_arrays
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.data.preparer import Preparer
+from alignkd.pipeline.data.rejected_samples import TooManyRejected
+from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.evaluate.show_sample import captured_arrays
+from alignkd.pipeline.stage_one.dry_run import dry_run, spread
+from alignkd.pipeline.stage_one.shard_work import Item, batches
+from alignkd.pipeline.stage_one.teacher_stage import StageOne
+from alignkd.targets.logits import LogitSettings
+from alignkd.targets.logits.kept import logprob_error
 
 
 def log_softmax(logits):

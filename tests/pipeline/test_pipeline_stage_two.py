@@ -19,23 +19,23 @@ from tiny_runs import (
     write_cache,
 )
 
-from alignkd.cache_store.reader import CacheReader
-from alignkd.cache_store.row import Stored
-from alignkd.cache_store.spec import FieldSpec
-from alignkd.capture import capture, enable_capture
-from alignkd.logits import LogitSettings
+from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.rows.row import Stored
+from alignkd.cache_store.rows.spec import FieldSpec
+from alignkd.capture.attention import capture, enable_capture
+from alignkd.losses.recipes import get_recipe
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import module_fingerprint
 from alignkd.objective import Objective, TeacherShape
-from alignkd.pipeline import distill as distill_module
-from alignkd.pipeline.loader import TrainingSet
-from alignkd.pipeline.logits_io import open_codec, settings_of
-from alignkd.pipeline.prepare import Preparer
-from alignkd.pipeline.run_teacher import run_teacher
-from alignkd.pipeline.samples import SampleFile
-from alignkd.pipeline.target_settings import TargetSettings
-from alignkd.pipeline.targets_io import collate_targets
-from alignkd.recipes import get_recipe
+from alignkd.pipeline.cache_io.logits import open_codec, settings_of
+from alignkd.pipeline.cache_io.targets import collate_targets
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.data.preparer import Preparer
+from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.feeding.dataset import TrainingSet
+from alignkd.pipeline.stage_one.run_teacher import run_teacher
+from alignkd.pipeline.training import run as distill_module
+from alignkd.targets.logits import LogitSettings
 
 FIGURES = {"step", "epoch", "samples", "tokens", "answers", "seconds", "loss", "grad_norm", "learning_rate"}
 FIGURES |= {"tokens_per_second", "samples_per_second", "data_wait_share", "attention_contrast", "peak_memory_bytes"}

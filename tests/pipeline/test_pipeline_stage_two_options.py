@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from test_pipeline_distill_resume import sigterm_at
 from tiny_runs import STUDENT, TEACHER, metrics, student_sha256, train, without_time, write_cache
 
-from alignkd.logits import LogitSettings
 from alignkd.models.loading import load_vlm
-from alignkd.pipeline.interrupt import Interrupted
-from alignkd.pipeline.target_settings import TargetSettings
-from alignkd.pipeline.watch import NotFinite
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.runtime.signals import Interrupted
+from alignkd.pipeline.training.health_checks import NotFinite
+from alignkd.targets.logits import LogitSettings
 
 TERMS = ("loss", "supervised", "reverse_kl", "attention", "vision_all", "vision_focus")
 

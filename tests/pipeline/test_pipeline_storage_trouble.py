@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 from tiny_runs import IMAGES, TEACHER, content, numbered, write_cache, write_data
 
-from alignkd.cache_store import storage as storage_module
-from alignkd.cache_store.local_storage import LocalStorage
-from alignkd.cache_store.remote_storage import RemoteStorage
-from alignkd.cache_store.store import open_store
-from alignkd.cache_store.verify import verify
+from alignkd.cache_store.protocol.store import open_store
+from alignkd.cache_store.protocol.verify import verify
+from alignkd.cache_store.storage import open_storage as storage_module
+from alignkd.cache_store.storage.local import LocalStorage
+from alignkd.cache_store.storage.remote import RemoteStorage
 from alignkd.cli import main
 
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from alignkd.pipeline import watch as watch_module
-from alignkd.pipeline.watch import FiniteWatch, NotFinite, Watch
-from alignkd.recipes import RECIPES, Recipe
+from alignkd.losses.recipes import RECIPES, Recipe
+from alignkd.pipeline.training import health_checks as watch_module
+from alignkd.pipeline.training.health_checks import FiniteWatch, NotFinite, Watch
 
 BALANCED = {"share/supervised": 0.4, "share/reverse_kl": 0.3, "share/attention": 0.1, "share/vision_all": 0.15}
 BALANCED |= {"share/vision_focus": 0.05}

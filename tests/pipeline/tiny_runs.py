@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from alignkd.cache_store.verify import verify
-from alignkd.pipeline.cache_teacher import cache_teacher
-from alignkd.pipeline.cache_teacher_config import CacheTeacherConfig
-from alignkd.pipeline.distill import distill
-from alignkd.pipeline.distill_config import DistillConfig
-from alignkd.recipes import get_recipe
+from alignkd.cache_store.protocol.verify import verify
+from alignkd.losses.recipes import get_recipe
+from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.config.distill import DistillConfig
+from alignkd.pipeline.stage_one.worker import cache_teacher
+from alignkd.pipeline.training.run import distill
 
 GOLDEN = Path(__file__).parents[1] / "data" / "mobilevlm_v2_tiny"
 IMAGES = GOLDEN / "images"

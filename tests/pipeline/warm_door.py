@@ -95,10 +95,6 @@ class WarmDoor:
 
 
 def serve() -> None:
-    import alignkd.pipeline.cache_teacher
-    import alignkd.pipeline.distill
-    import alignkd.pipeline.evaluate
-    import alignkd.pipeline.show  # noqa: F401
 
     _read_the_description_of_s3()
     gc.freeze()

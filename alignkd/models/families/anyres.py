@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers.image_processing_utils import select_best_resolution
 
-from alignkd.regions import no_place, region
+from alignkd.inputs.regions import no_place, region
 
 Box = tuple[float, float, float, float]
 

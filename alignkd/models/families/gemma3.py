@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from alignkd.inputs.regions import region
 from alignkd.models.transformers_vlm import TransformersVlm
-from alignkd.regions import region
 
 
 @dataclass

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from alignkd.batch import Batch, ModelInput
-from alignkd.models.embedding import run_decoder
-from alignkd.models.piecewise import Piece, PiecewiseEncoder, own_text
+from alignkd.inputs.batch import Batch, ModelInput
+from alignkd.inputs.prompts import PromptError, Turns, check_template
+from alignkd.models.encoders.segments import Piece, PiecewiseEncoder, own_text
+from alignkd.models.modules.embedding import run_decoder
 from alignkd.models.transformers_vlm import TransformersVlm
 from alignkd.models.vlm import Vision
-from alignkd.prompts import PromptError, Turns, check_template
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
+from alignkd.inputs.regions import region
 from alignkd.models.transformers_vlm import TransformersVlm
-from alignkd.regions import region
 
 
 @dataclass

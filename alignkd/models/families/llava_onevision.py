@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from alignkd.inputs.regions import square_box
 from alignkd.models.families.anyres import anyres_regions, single_regions
 from alignkd.models.transformers_vlm import TransformersVlm
-from alignkd.regions import square_box
 
 
 @dataclass

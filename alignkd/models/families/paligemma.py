@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from alignkd.encoder import Planned
-from alignkd.models.chat_encoder import ChatEncoder, Processed, Rendered
+from alignkd.inputs.encoder import Planned
+from alignkd.inputs.prompts import IMAGE_TAG, PromptError, Turns
+from alignkd.inputs.regions import region
+from alignkd.models.encoders.chat import ChatEncoder, Processed, Rendered
 from alignkd.models.transformers_vlm import TransformersVlm
-from alignkd.prompts import IMAGE_TAG, PromptError, Turns
-from alignkd.regions import region
 
 
 class PrefixEncoder(ChatEncoder):

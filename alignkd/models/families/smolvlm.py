@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from alignkd.inputs.regions import region
 from alignkd.models.transformers_vlm import TransformersVlm
-from alignkd.regions import region
 
 _TILE = re.compile(r"<row_(\d+)_col_(\d+)>")
 

@@ -1,5 +1,0 @@
-"""Output head, cross-entropy and divergences in one function, whose scratch does not grow with the answers."""
-
-from alignkd.answer_loss.fused import AnswerTerms, answer_terms
-
-__all__ = ["AnswerTerms", "answer_terms"]

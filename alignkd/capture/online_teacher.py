@@ -1,0 +1,81 @@
+"""The whole teacher in the training loop: targets as a cache would hold them, by the same capture, without any codec.
+
+What stage two is measured against: it needs the memory of both models and the time of both forward passes.
+
+Shapes: as in :mod:`alignkd.targets.batch_targets`.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+
+from alignkd.capture.attention import capture, enable_capture
+from alignkd.capture.teacher_slice import describe_slice, same_features
+from alignkd.inputs.batch import Batch
+from alignkd.models.vlm import Vlm, module_fingerprint
+from alignkd.targets.batch_targets import Targets
+from alignkd.targets.logits import LogitSettings
+from alignkd.targets.logits.dense import Hidden
+
+
+class OnlineTeacher:
+    """A :class:`~alignkd.objective.TargetSource` that runs the teacher over every batch.
+
+    No ``nn.Module``, so that it does not become part of a student's checkpoint. Where both towers are the same by hash, the
+    student's features serve both.
+    """
+
+    def __init__(
+        self, teacher: Vlm, student: Vlm, *, features_only: bool = False, attention_layers: Collection[int] = (0,)
+    ) -> None:
+        """``features_only``: batches will carry the student's tower features, no pixel values.
+
+        ``attention_layers``: those of the teacher whose attention is a target.
+
+        Raises:
+            ValueError: the teacher's tower is another and needs the images.
+        """
+        self.teacher, self.attention_layers = teacher, attention_layers
+        teacher.model.requires_grad_(False).eval()
+        enable_capture(teacher)
+        self.shares_tower = _same_tower(student, teacher)
+        if features_only and not self.shares_tower:
+            raise ValueError(
+                "--cache-tower-features keeps the features of the student's tower, but the teacher's tower is another and needs"
+                " the images: leave it out"
+            )
+
+    @property
+    def logit_codec(self) -> Hidden:
+        """Every logit of the teacher, from last hidden states as they are."""
+        head_ND, bias_N = self.teacher.head.weight.detach(), self.teacher.head.bias
+        tensors = {
+            "output_head": head_ND,
+            "output_bias": head_ND.new_zeros(len(head_ND)) if bias_N is None else bias_N.detach(),
+            "feature_scale": head_ND.new_ones(head_ND.shape[1]),
+        }
+        return Hidden(LogitSettings("hidden", hidden_bits=16), tensors)
+
+    @torch.no_grad()
+    def fill(self, student: Vlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
+        """See :class:`alignkd.objective.TargetSource`."""
+        if self.shares_tower and batch.images.dim() == 4:
+            batch = replace(batch, images=student.model.model.encode_images(batch.images))
+        with torch.autocast(batch.input_ids_BS.device.type, enabled=False):
+            captured = capture(self.teacher, batch, attention="attention" in needs, layers=self.attention_layers)
+        return batch, replace(
+            targets,
+            attention_BHTV=captured.attention_BHTV,
+            other_layers={number: found for number, found in captured.layers.items() if number},
+            vision_BVD=captured.vision_BVD.float() if "vision" in needs else None,
+            answers={"hidden": captured.hidden_AD} if "logits" in needs else {},
+        )
+
+
+def _same_tower(student: Vlm, teacher: Vlm) -> bool:
+    if not (student.caches_tower and teacher.caches_tower):
+        return False
+    same = same_features(describe_slice(student.model), describe_slice(teacher.model))
+    dtype = teacher.dtype
+    return same and module_fingerprint(student.tower, dtype) == module_fingerprint(teacher.tower, dtype)

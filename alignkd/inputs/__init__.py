@@ -1,0 +1,1 @@
+"""From a conversation with images to a padded batch: prompts, token ids, labels, and where vision tokens lie."""

@@ -1,0 +1,192 @@
+"""Samples to one batch: placeholders expanded to V positions each, and where text, vision and answers are.
+
+Every position is found from the token ids, so any template, length, number of images and order of text works.
+
+Shapes: B samples, S positions, T text rows (text positions after the sample's first image), V vision columns (all its
+images), N images in the batch, A answer tokens in the batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignkd.inputs.prompts import IGNORE, IMAGE_TOKEN_ID
+from alignkd.inputs.regions import NO_REGIONS
+from alignkd.inputs.spans import NO_SPANS
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One prepared sample: ids and labels ``[length]``, and its images.
+
+    ``images`` is what its family takes: ``[n, 3, h, w]`` pixel values or ``[n, P, C]`` tower features; n may be 0.
+    ``token_inputs``: whatever else its model wants of each token, ``[length]``; ``image_inputs``: of its images.
+    ``regions_R8``: where its vision tokens lie (:mod:`alignkd.inputs.regions`). ``spans``: which characters of the
+    conversation each
+    id stands for (:mod:`alignkd.inputs.spans`), ``[length, 2]``.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    images: torch.Tensor
+    token_inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+    image_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    regions_R8: np.ndarray = field(default_factory=lambda: NO_REGIONS)
+    spans: np.ndarray = field(default_factory=lambda: NO_SPANS)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Positions of one sample after expansion: its length, text rows ``[T]``, vision columns ``[V]``, answers ``[A]``.
+
+    ``answers`` are the positions whose logits predict a supervised token: one before the token itself.
+    """
+
+    input_ids: np.ndarray
+    text_rows: np.ndarray
+    vision_columns: np.ndarray
+    answers: np.ndarray
+    answer_ids: np.ndarray
+
+
+def expand(
+    input_ids: np.ndarray, labels: np.ndarray, tokens_per_placeholder: int, image_token_id: int = IMAGE_TOKEN_ID
+) -> Layout:
+    """Expand each image placeholder to its vision tokens and find every position the method needs."""
+    is_image = input_ids == image_token_id
+    repeats = np.where(is_image, tokens_per_placeholder, 1)
+    ids = np.repeat(input_ids, repeats)
+    labels = np.repeat(np.where(is_image, IGNORE, labels), repeats)
+    vision = np.flatnonzero(ids == image_token_id)
+    positions = np.arange(len(ids))
+    after = positions > vision[0] if len(vision) else np.zeros(len(ids), dtype=bool)
+    supervised = np.flatnonzero(labels[1:] != IGNORE)
+    return Layout(ids, positions[after & (ids != image_token_id)], vision, supervised, labels[supervised + 1])
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What terms are averaged over: answers, samples with text after an image, samples with an image.
+
+    Where a step has several batches, on one process or many, these are counts of the whole step: the terms and the gradients
+    of its batches then add up to those of one large batch. ``processes`` whose gradients are averaged afterwards.
+    """
+
+    answers: float
+    attended: float
+    seen: float
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded batch. Masks are True where a value is real."""
+
+    input_ids_BS: torch.Tensor
+    attention_mask_BS: torch.Tensor
+    images: torch.Tensor
+    text_rows_BT: torch.Tensor
+    text_mask_BT: torch.Tensor
+    vision_columns_BV: torch.Tensor
+    vision_mask_BV: torch.Tensor
+    vision_slots: torch.Tensor
+    """Where each vision token of the N images lies in a flattened ``[B * V]``."""
+    vision_positions: torch.Tensor
+    """Where each vision token of the N images lies in a flattened ``[B * S]``."""
+    answer_positions_A: torch.Tensor
+    """Where each answer's logits lie in a flattened ``[B * S]``."""
+    answer_ids_A: torch.Tensor
+    answer_samples_A: torch.Tensor
+    """Which sample of the batch each answer token belongs to."""
+    token_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What else the model wants of each token, by its name there, ``[B, S]``."""
+    image_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What else the model wants of its images, by its name there."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on another device (asynchronously from pinned memory)."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Page-locked copies, so that :meth:`to` need not wait."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        def mapped(value: Any) -> Any:
+            return function(value) if isinstance(value, torch.Tensor) else {k: function(v) for k, v in value.items()}
+
+        return replace(self, **{f.name: mapped(getattr(self, f.name)) for f in fields(self)})
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return self.input_ids_BS.shape[0]
+
+    def counts(self) -> Counts:
+        """Those of this batch; it should lie on the host, or this waits for the device."""
+        seen_B = self.vision_mask_BV.any(dim=1)
+        attended_B = seen_B & self.text_mask_BT.any(dim=1)
+        return Counts(len(self.answer_ids_A), float(attended_B.sum()), float(seen_B.sum()))
+
+
+def collate(
+    samples: Sequence[ModelInput],
+    *,
+    tokens_per_placeholder: int,
+    pad_token_id: int,
+    image_token_id: int = IMAGE_TOKEN_ID,
+    pad_left: bool = False,
+) -> Batch:
+    """Pad samples into one batch: on the right or, to generate from it, on the left, where positions then are of no use."""
+    layouts = [expand(s.input_ids, s.labels, tokens_per_placeholder, image_token_id) for s in samples]
+    ids, mask = _pad([x.input_ids for x in layouts], pad_token_id, left=pad_left)
+    rows, row_mask = _pad([x.text_rows for x in layouts], 0)
+    columns, column_mask = _pad([x.vision_columns for x in layouts], 0)
+    length = ids.shape[1]
+    with_images = [s for s in samples if len(s.images)]
+    return Batch(
+        input_ids_BS=ids,
+        attention_mask_BS=mask,
+        images=_join([s.images for s in with_images]) if with_images else torch.zeros(0),
+        text_rows_BT=rows,
+        text_mask_BT=row_mask,
+        vision_columns_BV=columns,
+        vision_mask_BV=column_mask,
+        vision_slots=column_mask.flatten().nonzero().squeeze(1),
+        vision_positions=torch.from_numpy(np.concatenate([i * length + x.vision_columns for i, x in enumerate(layouts)])),
+        answer_positions_A=torch.from_numpy(np.concatenate([i * length + x.answers for i, x in enumerate(layouts)])),
+        answer_ids_A=torch.from_numpy(np.concatenate([x.answer_ids for x in layouts])),
+        answer_samples_A=torch.from_numpy(np.repeat(np.arange(len(layouts)), [len(x.answers) for x in layouts])),
+        token_inputs={
+            name: _pad([s.token_inputs[name] for s in samples], 0, left=pad_left)[0] for name in samples[0].token_inputs
+        },
+        image_inputs={
+            name: _join([s.image_inputs[name] for s in with_images])
+            for name in (with_images[0].image_inputs if with_images else ())
+        },
+    )
+
+
+def _join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One after the other along the first axis; the other axes padded with zeros to the largest, as tiles of an image are."""
+    largest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    joined = tensors[0].new_zeros(sum(len(t) for t in tensors), *largest)
+    start = 0
+    for t in tensors:
+        joined[(slice(start, start + len(t)), *map(slice, t.shape[1:]))] = t
+        start += len(t)
+    return joined
+
+
+def _pad(arrays: Sequence[np.ndarray], value: int, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(a) for a in arrays)
+    padded = np.full((len(arrays), longest), value, dtype=np.int64)
+    mask = np.zeros((len(arrays), longest), dtype=bool)
+    for i, array in enumerate(arrays):
+        place = slice(longest - len(array), longest) if left else slice(0, len(array))
+        padded[i, place] = array
+        mask[i, place] = True
+    return torch.from_numpy(padded), torch.from_numpy(mask)

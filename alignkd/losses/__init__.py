@@ -1,0 +1,1 @@
+"""The terms of the objective, and the recipes that weigh them."""

@@ -1,0 +1,1 @@
+"""Checkpoint folders as they are released: names of tensors and files, and their way into our model classes."""

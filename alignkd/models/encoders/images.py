@@ -1,0 +1,171 @@
+"""Images to pixel values, as the model's own training code does it.
+
+Files are other people's data: decoding is bounded in pixels, and anything unreadable is an :class:`ImageError`.
+"""
+
+import hashlib
+import io
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from alignkd.inputs.regions import Fit
+
+MAX_IMAGE_PIXELS = 64_000_000
+"""An image larger than this (8,000 x 8,000) is refused before it is decoded."""
+MAX_IMAGE_BYTES = 256 * 2**20
+
+
+_DECISIVE = (
+    "do_convert_rgb",
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+"""The settings that change pixel values, defaults included: how a file spells them does not matter."""
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if hasattr(value, "keys") else {k: v for k, v in vars(value).items() if v is not None}
+
+
+class ImageError(ValueError):
+    """An image file is missing, too large or cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class ImagePreprocessor:
+    """Pad to a square with the mean colour (or leave the shape), then CLIP's resize, crop, rescale and normalise.
+
+    ``settings`` are CLIP's ``preprocessor_config.json`` fields. The PIL implementation is named explicitly because the
+    values must not depend on whether torchvision is installed.
+    """
+
+    settings: dict[str, Any]
+    aspect_ratio: str
+
+    def __post_init__(self) -> None:
+        # Dropping "image_processor_type" and friends leaves the arguments that the processor itself takes.
+        known = {k: v for k, v in self.settings.items() if not k.endswith("_type") and not k.startswith("_")}
+        processor = CLIPImageProcessorPil(**known)
+        object.__setattr__(self, "_processor", processor)
+        object.__setattr__(self, "_table_CL", _table(processor))
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Pixel values ``[3, h, w]``, float32."""
+        processor = self._processor  # type: ignore[attr-defined]
+        if self.aspect_ratio == "pad":
+            image = _pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))
+        shaped = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+        assert shaped.dtype == np.uint8, "a resized picture has levels, not numbers"
+        table_CL: np.ndarray = self._table_CL  # type: ignore[attr-defined]
+        pixels = np.empty(shaped.shape, np.float32)
+        for levels_hw, values_L, out_hw in zip(shaped, table_CL, pixels, strict=True):
+            np.take(values_L, levels_hw, out=out_hw, mode="clip")
+        return torch.from_numpy(pixels)
+
+    @property
+    def fit(self) -> Fit:
+        """How an image becomes square."""
+        return "pad" if self.aspect_ratio == "pad" else "crop"
+
+    def fingerprint(self) -> str:
+        """Digest of everything that changes pixel values."""
+        processor = self._processor  # type: ignore[attr-defined]
+        resolved = {name: getattr(processor, name, None) for name in _DECISIVE}
+        text = json.dumps([self.aspect_ratio, resolved], sort_keys=True, default=_plain)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _table(processor: CLIPImageProcessorPil) -> np.ndarray:
+    """What rescaling and normalising make of each of the 256 levels of each channel, ``[3, 256]``.
+
+    Asked of the processor itself, so that looking up gives its very numbers, in half of its time.
+    """
+    ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (1, 256, 3))
+    found = processor(Image.fromarray(ramp.copy()), do_resize=False, do_center_crop=False, return_tensors="np")
+    table_CL: np.ndarray = found["pixel_values"][0][:, 0].astype(np.float32)
+    return table_CL
+
+
+def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new(image.mode, (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def read_image_bytes(path: Path) -> bytes:
+    """The file's bytes.
+
+    Raises:
+        ImageError: no such file, or larger than :data:`MAX_IMAGE_BYTES`.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_IMAGE_BYTES:
+            raise ImageError(f"{path}: {size:,} bytes, more than the {MAX_IMAGE_BYTES:,} an image may have")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or error}") from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height, from the file's first bytes.
+
+    Raises:
+        ImageError: no such file, or not an image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                return image.size
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or 'not a readable image'}") from error
+    except Exception as error:  # Pillow's decoders raise many kinds of error on damaged data
+        raise ImageError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """An RGB image.
+
+    Raises:
+        ImageError: not an image, damaged, or more than :data:`MAX_IMAGE_PIXELS`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own size warning; the limit below refuses instead
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > MAX_IMAGE_PIXELS:
+                    raise ImageError(f"{name}: {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS:,}")
+                return image.convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds of error on damaged data
+        raise ImageError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+
+
+def to_display(pixel_values: torch.Tensor, preprocessor: ImagePreprocessor) -> np.ndarray:
+    """Undo the normalisation for a picture: ``[3, h, w] -> [h, w, 3]``, values in 0..1."""
+    processor = preprocessor._processor  # type: ignore[attr-defined]
+    mean = torch.tensor(processor.image_mean)[:, None, None]
+    std = torch.tensor(processor.image_std)[:, None, None]
+    picture: np.ndarray = (pixel_values * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    return picture

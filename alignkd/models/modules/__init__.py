@@ -1,0 +1,1 @@
+"""Network modules of our own: projectors, embedding, and the model classes that transformers lacks."""

@@ -1,0 +1,1 @@
+"""What makes a cache safe: manifest, plan, commit, read, verify, repair."""

@@ -1,0 +1,219 @@
+"""Audit a cache: every record, every shard, every row; and one digest that says what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignkd.cache_store.protocol.commit import (
+    CommitRecord,
+    CorruptRecord,
+    committed_numbers,
+    foreign_names,
+    name_hash,
+    object_names,
+    read_record,
+    record_name,
+    shard_number,
+    temporary_names,
+)
+from alignkd.cache_store.protocol.plan import FOLDER as PLAN
+from alignkd.cache_store.protocol.plan import plan_objects
+from alignkd.cache_store.protocol.reader import open_shard, row_keys
+from alignkd.cache_store.protocol.store import RUNS, CacheStore, open_store
+from alignkd.cache_store.protocol.tensors import DamagedTensor, check_size, is_orphan, read_tensor, unlisted
+from alignkd.cache_store.rows.shard import CorruptShard, Shard
+from alignkd.cache_store.storage.contract import TEMPORARY
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong: in words, the objects that ``repair`` removes, in that order, and the keys of the samples touched.
+
+    ``beyond_repair``: every sample needs the objects and nothing in the cache can rebuild them, so they are not removed.
+    """
+
+    message: str
+    objects: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    beyond_repair: bool = False
+
+    def __str__(self) -> str:
+        if not self.keys:
+            return self.message
+        some = ", ".join(self.keys[:_SHOWN]) + (", ..." if len(self.keys) > _SHOWN else "")
+        return f"{self.message} [{len(self.keys)} samples: {some}]"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What an audit found.
+
+    ``rows`` and ``rejected`` count samples of shards without a problem. Planned shards that are not done yet are no
+    problem, nor are ``strays``: temporaries and objects that no record names, left by a crash or about to be
+    committed. ``content_sha256`` is the same for every cache that holds the same rows and tensors, however they are
+    sharded, ordered, compressed or formatted; "" after a quick audit.
+    """
+
+    problems: list[Problem]
+    rows: int
+    rejected: int
+    shards_done: int
+    shards_planned: int
+    strays: list[str]
+    content_sha256: str
+
+    @property
+    def incomplete(self) -> int:
+        """Planned shards without a record."""
+        return self.shards_planned - self.shards_done
+
+
+def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None] | None = None) -> VerifyReport:
+    """Audit the cache at ``url``; quick compares records and sizes alone.
+
+    ``on_shard`` is called after each committed shard. ValueError where there is no cache, or where its manifest or plan
+    is damaged, without which nothing else can be judged.
+    """
+    store = open_store(url)
+    objects = object_names(store.storage)
+    numbers = committed_numbers(store.storage)
+    orphans = [name for name in unlisted(store.storage, store.manifest.tensors) if is_orphan(store.storage, name)]
+    problems = [*_foreign(store, orphans), *_damaged_runs(store), *_damaged_tensors(store, quick)]
+    digests: list[bytes] = []
+    sound: list[CommitRecord] = []
+    recorded: dict[int, str] = {}
+    for number in numbers:
+        try:
+            record = read_record(store.storage, number)
+            recorded[number] = record.object
+            digests.extend(_audit(store, record, quick))
+            sound.append(record)
+        except (CorruptRecord, CorruptShard, FileNotFoundError) as error:
+            # Which object a damaged record names nobody knows.
+            known = [recorded[number]] if number in recorded else [n for n in objects if shard_number(n) == number]
+            problems.append(_damaged(store, number, known, str(error)))
+        if on_shard is not None:
+            on_shard()
+    named = {*recorded.values(), *(name for problem in problems for name in problem.objects)}
+    loose = [name for name in objects if name not in named]
+    strays = [name for name in loose if _is_stray(store, name, recorded)]
+    return VerifyReport(
+        problems=problems + [p for name in loose if name not in strays and (p := _loose(store, name))],
+        rows=sum(record.rows for record in sound),
+        rejected=sum(len(record.rejected) for record in sound),
+        shards_done=sum(number < store.plan.shards for number in numbers),
+        shards_planned=store.plan.shards,
+        strays=[*temporary_names(store.storage), *orphans, *strays],
+        content_sha256="" if quick else hashlib.sha256(b"".join([*sorted(digests), *_tensor_digests(store)])).hexdigest(),
+    )
+
+
+def row_digest(shard: Shard, i: int) -> bytes:
+    """Key and sha256 of what row ``i`` holds: names, dtypes, codecs, shapes and encoded bytes of its fields."""
+    key, encoded = shard.ids[i].key, shard.encoded(i)
+    fields = sorted(shard.spec.fields, key=lambda field: field.name)
+    described = [[f.name, f.dtype, f.codec, shard.shape(f.name, i), sorted(encoded[f.name])] for f in fields]
+    digest = hashlib.sha256(json.dumps([*shard.ids[i], described]).encode())
+    for field in fields:
+        for part in sorted(encoded[field.name]):
+            digest.update(encoded[field.name][part].tobytes())
+    return bytes.fromhex(key) + digest.digest()
+
+
+def _tensor_digests(store: CacheStore) -> Iterator[bytes]:
+    """Of each tensor, by name: a cache with other tensors holds something else."""
+    for name, entry in sorted(store.manifest.tensors.items()):
+        yield hashlib.sha256(json.dumps([name, entry.to_dict()], sort_keys=True).encode()).digest()
+
+
+def _audit(store: CacheStore, record: CommitRecord, quick: bool) -> list[bytes]:
+    """Digests of a shard's rows, none after a quick look; CorruptShard where anything is not as record and plan say."""
+    keys = row_keys(store.plan, record)
+    if quick:
+        found = store.storage.size(record.object)
+        if found != record.bytes:
+            has = "nothing" if found is None else f"{found} bytes"
+            raise CorruptShard(f"shard {record.number}: {record.object}: found {has}, expected {record.bytes} bytes")
+        return []
+    return list(_audit_rows(open_shard(store.storage, store.spec, record, keys, audit=True)))
+
+
+def _audit_rows(shard: Shard) -> Iterator[bytes]:
+    """Digests of all rows; CorruptShard where one does not decode to what the spec says."""
+    for i in range(len(shard)):
+        row = shard.row(i)
+        for field in shard.spec.fields:
+            value = row.values[field.name]
+            if value.shape != shard.shape(field.name, i) or value.dtype != field.numpy_dtype:
+                raise CorruptShard(f"row {row.key}, field {field.name!r}: decodes to {value.dtype} {value.shape}")
+        yield row_digest(shard, i)
+
+
+def _damaged(store: CacheStore, number: int, objects: list[str], message: str) -> Problem:
+    keys = store.plan.keys_of(number) if number < store.plan.shards else []
+    # The record goes first: a shard without one is merely not done.
+    return Problem(message, (record_name(number), *objects), tuple(keys))
+
+
+def _is_stray(store: CacheStore, name: str, recorded: Mapping[int, str]) -> bool:
+    """Whether an object without a record is what a worker leaves that is killed between object and record.
+
+    Where another worker has committed the shard since, only an object that its own name proves, and that is no copy of
+    a committed one, can be that.
+    """
+    number = shard_number(name)
+    if number is None or number >= store.plan.shards:
+        return False
+    if number not in recorded:
+        return True
+    data = store.storage.read(name)
+    copied = any(name_hash(other) == name_hash(name) for other in recorded.values())
+    return not copied and name_hash(name) == hashlib.sha256(data).hexdigest()[:12]
+
+
+def _loose(store: CacheStore, name: str) -> Problem | None:
+    number = shard_number(name)
+    if number is None:
+        return None
+    if number >= store.plan.shards:
+        return Problem(f"{name}: a shard that is not in the plan of {store.plan.shards} shards", (name,))
+    return Problem(f"{name}: a second object of shard {number}: no worker left it, it is a copy or damaged", (name,))
+
+
+def _foreign(store: CacheStore, orphans: list[str]) -> list[Problem]:
+    ours = set(plan_objects(store.manifest.plan))
+    plans = [f"{PLAN}/{name}" for name in store.storage.names(PLAN) if not name.startswith(TEMPORARY)]
+    tensors = [name for name in unlisted(store.storage, store.manifest.tensors) if name not in orphans]
+    return [
+        *(Problem(f"{name}: neither a shard nor a record", (name,)) for name in foreign_names(store.storage)),
+        *(Problem(f"{name}: not part of this cache's plan", (name,)) for name in plans if name not in ours),
+        *(Problem(f"{name}: not one of this cache's tensors", (name,)) for name in tensors),
+    ]
+
+
+def _damaged_tensors(store: CacheStore, quick: bool) -> Iterator[Problem]:
+    for entry in store.manifest.tensors.values():
+        try:
+            (check_size if quick else read_tensor)(store.storage, entry)
+        except DamagedTensor as error:
+            yield Problem(str(error), (entry.object,), beyond_repair=True)
+
+
+def _damaged_runs(store: CacheStore) -> Iterator[Problem]:
+    for name in store.storage.names(RUNS):
+        path = f"{RUNS}/{name}"
+        if not name.startswith(TEMPORARY) and not _is_run(store, path):
+            yield Problem(f"{path}: a run's configuration that is damaged, or foreign; no row depends on it", (path,))
+
+
+def _is_run(store: CacheStore, path: str) -> bool:
+    try:
+        return f"{RUNS}/{hashlib.sha256(store.storage.read(path)).hexdigest()[:16]}.json" == path
+    except FileNotFoundError:  # a folder
+        return False

@@ -1,0 +1,52 @@
+"""One sample in the cache: its targets, or the reason why it has none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from alignkd.cache_store.codecs import Array, Shape
+from alignkd.cache_store.rows.spec import FieldSpec
+
+_KEY = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The targets of one sample.
+
+    ``key`` is 32 lower-case hex characters (16 bytes). ``image_sha256`` is 64 of them, or "" without an image.
+    ``values`` holds every field of the spec; what a sample lacks is an array of size zero, as [H, 0, 0].
+    """
+
+    key: str
+    sample_id: str
+    image_sha256: str
+    values: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One field of one row, not decoded: the ``parts`` of the field's codec, in shape; ``shape`` is the decoded one.
+
+    The parts may be views into a shard: they are not to be written into.
+    """
+
+    field: FieldSpec
+    shape: Shape
+    parts: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A planned sample without targets, and why."""
+
+    key: str
+    sample_id: str
+    reason: str
+
+
+def is_key(text: object) -> bool:
+    """Whether ``text`` is 32 lower-case hex characters."""
+    return isinstance(text, str) and _KEY.fullmatch(text) is not None

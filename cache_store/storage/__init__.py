@@ -1,0 +1,1 @@
+"""Where the bytes of a cache lie: a folder, or an object store."""

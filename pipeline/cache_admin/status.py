@@ -1,0 +1,80 @@
+"""Progress and size of a cache in plain figures."""
+
+from typing import Any
+
+from alignkd.cache_store.protocol.store import CacheStore, Status
+from alignkd.pipeline.config.cache_layout import logit_width
+
+RECENT_S = 600.0
+"""What counts as of late, before the commit that came last."""
+
+
+def status_figures(store: CacheStore) -> dict[str, Any]:
+    """Progress and size of a cache, as plain figures; it may be running."""
+    status = store.status()
+    teacher = store.spec.fingerprint["teacher"]
+    dense = dense_bytes(status.decoded_bytes_by_field, logit_width(store.spec.fingerprint), int(teacher["width"]))
+    return {
+        "cache": store.url,
+        "format": store.manifest.shard_format,
+        "complete": status.complete,
+        "shards_done": status.shards_done,
+        "shards": status.shards,
+        "samples_done": status.samples_done,
+        "samples_rejected": len(status.rejected),
+        "samples": status.samples,
+        "bytes": status.total_bytes,
+        "bytes_by_field": status.bytes_by_field,
+        "tensor_bytes": status.tensor_bytes,
+        "dense_bytes_by_field": dense,
+        **per_sample(status, dense),
+        "seconds": round(status.seconds, 3),
+        "samples_per_second": round(status.samples_done / status.seconds, 3) if status.seconds else 0.0,
+        "tokens": status.tokens,
+        **recent_figures(status),
+        "rejected": rejected_samples(status),
+    }
+
+
+def per_sample(status: Status, dense: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Stored bytes a sample by field, and what the same targets take uncompressed in 16 bits."""
+    done = max(status.samples_done, 1)
+    return {
+        "bytes_per_sample_by_field": {name: round(size / done) for name, size in status.bytes_by_field.items()},
+        "dense_bytes_per_sample_by_field": {name: round(size / done) for name, size in dense.items()},
+    }
+
+
+def recent_figures(status: Status) -> dict[str, Any]:
+    """How fast all workers together have been of late, and how long the rest will take them."""
+    finished = sorted(((record.finished, record) for record in status.records.values()), key=lambda pair: pair[0])
+    if len(finished) < 2:
+        return {"recent_workers": len(finished), "recent_samples_per_second": None, "seconds_left": None}
+    last = finished[-1][0]
+    recent = [record for when, record in finished if when >= last - RECENT_S]
+    # The first of them was worked on before the window; what counts is what was finished since.
+    samples = sum(record.rows for record in recent[1:])
+    span = last - recent[0].finished
+    rate = samples / span if span > 0 else None
+    left = status.samples - status.samples_done - len(status.rejected)
+    return {
+        "recent_workers": len({record.worker for record in recent}),
+        "recent_samples_per_second": None if rate is None else round(rate, 3),
+        "seconds_left": None if not rate else round(left / rate, 1),
+    }
+
+
+def rejected_samples(status: Status) -> list[dict[str, str]]:
+    """Every rejected sample with its reason."""
+    return [{"id": r.sample_id, "key": r.key, "reason": r.reason} for r in status.rejected]
+
+
+def dense_bytes(decoded_bytes_by_field: dict[str, int], vocabulary: int, width: int) -> dict[str, int]:
+    """What the same targets take uncompressed in 16 bits: attention and vision tokens as they are, logits in full."""
+    dense: dict[str, int] = {
+        name: decoded_bytes_by_field[name] // 2 for name in ("attention", "vision_tokens") if name in decoded_bytes_by_field
+    }
+    answers = decoded_bytes_by_field.get("tail_logmass", 0) // 4 or decoded_bytes_by_field.get("hidden", 0) // (4 * width)
+    if answers:
+        dense["logits"] = answers * vocabulary * 2
+    return dense

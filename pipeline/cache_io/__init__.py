@@ -1,0 +1,1 @@
+"""Between the method's tensors and the rows of a cache."""

@@ -1,0 +1,85 @@
+"""Where the method meets the disk: captured targets to cache rows, and cache rows to a batch's targets.
+
+Shapes: H teacher heads, T text rows, V vision columns, D teacher width, A answers, J draws, L ids.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from alignkd.cache_store.codecs import get_codec
+from alignkd.cache_store.rows.row import Stored
+from alignkd.cache_store.rows.spec import FieldSpec
+from alignkd.inputs.batch import Batch
+from alignkd.pipeline.cache_io.logits import logit_fields
+from alignkd.pipeline.config.cache_layout import attention_field, attention_layer
+from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.targets.batch_targets import Targets
+from alignkd.targets.dequantise import Quantised
+
+QUANTISED = {"attention": "attention_BHTV", "vision_tokens": "vision_BVD"}
+"""Fields that stay as they are stored until they are on the device, and what they become there."""
+
+
+def row_fields(settings: TargetSettings, vocabulary: int) -> tuple[FieldSpec, ...]:
+    """The fields of a cache's rows: ids and labels always, what another make of student needs, then the targets."""
+    fields = [FieldSpec("input_ids", ("L",), "int32", "exact"), FieldSpec("labels", ("L",), "int32", "exact")]
+    if settings.across:
+        fields.append(FieldSpec("spans", ("L", "E"), "int32", "exact"))
+    if settings.across and {"attention", "vision"} & set(settings.targets):
+        fields.append(FieldSpec("regions", ("R", "C"), "float32", "exact", per_image=True))
+    if "attention" in settings.targets:
+        names = [attention_field(layer) for layer in settings.attention_layers]
+        fields += [FieldSpec(name, ("H", "T", "V"), "float32", settings.attention_codec) for name in names]
+    if "vision" in settings.targets:
+        fields.append(FieldSpec("vision_tokens", ("V", "D"), "float32", settings.vision_codec, per_image=True))
+    if "logits" in settings.targets:
+        fields += logit_fields(settings.logits, vocabulary)
+    return tuple(fields)
+
+
+def collate_targets(stored: Sequence[Mapping[str, Stored]], batch: Batch) -> Targets:
+    """Pad what the batch's samples have in the cache, in its order, to the batch's shapes; all of it stays as it is stored.
+
+    Fields that the samples lack are absent.
+    """
+    quantised = {
+        target: _pad([row[name] for row in stored], _padded_shape(name, stored, batch))
+        for name, target in QUANTISED.items()
+        if name in stored[0]
+    }
+    layers = {
+        layer: _pad([row[name] for row in stored], _padded_shape(name, stored, batch))
+        for name in stored[0]
+        if (layer := attention_layer(name))
+    }
+    others = [name for name in stored[0] if name not in QUANTISED and attention_layer(name) is None]
+    answers = {name: _concatenate([row[name] for row in stored]) for name in others}
+    return Targets(quantised=quantised, quantised_answers=answers, quantised_layers=layers)
+
+
+def _concatenate(stored: Sequence[Stored]) -> Quantised:
+    """Answer after answer."""
+    parts = {part: torch.from_numpy(np.concatenate([row.parts[part] for row in stored])) for part in stored[0].parts}
+    return Quantised(stored[0].field.codec, (sum(row.shape[0] for row in stored), *stored[0].shape[1:]), parts)
+
+
+def _padded_shape(name: str, stored: Sequence[Mapping[str, Stored]], batch: Batch) -> tuple[int, ...]:
+    """``[H, T, V]`` or ``[V, D]`` of the batch."""
+    text, vision = batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
+    if attention_layer(name) is not None:
+        return max(row[name].shape[0] for row in stored), text, vision
+    return vision, max(row[name].shape[1] for row in stored)
+
+
+def _pad(stored: Sequence[Stored], shape: tuple[int, ...]) -> Quantised:
+    """The parts of each sample in a corner of zeros: a codec decodes those to zeros."""
+    field, parts = stored[0].field, {}
+    for part, (part_shape, dtype) in get_codec(field.codec).layout(shape, field.numpy_dtype).items():
+        padded = np.zeros((len(stored), *part_shape), dtype.newbyteorder("="))
+        for i, row in enumerate(stored):
+            values = row.parts[part]
+            padded[i][tuple(slice(size) for size in values.shape)] = values
+        parts[part] = torch.from_numpy(padded)
+    return Quantised(field.codec, (len(stored), *shape), parts)

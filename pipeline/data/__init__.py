@@ -1,0 +1,1 @@
+"""Data files and images as samples, prepared for a model."""

@@ -1,0 +1,35 @@
+"""Features of the frozen vision tower for a set of images.
+
+Shapes: P patches, C tower width.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+import torch
+
+from alignkd.models.encoders.placeholder import Picture
+from alignkd.models.vlm import Vlm
+from alignkd.pipeline.data.preparer import Preparer, SampleError
+
+IMAGES_AT_ONCE = 64
+
+
+@torch.no_grad()
+def tower_features(vlm: Vlm, preparer: Preparer, references: Sequence[str]) -> dict[str, tuple[str, Picture]]:
+    """Features ``[P, C]`` of images by reference, each with its file's SHA-256.
+
+    An unreadable image is absent: the sample that uses it is then named and counted.
+    """
+    features = {}
+    for start in range(0, len(references), IMAGES_AT_ONCE):
+        loaded = {}
+        for reference in references[start : start + IMAGES_AT_ONCE]:
+            with suppress(SampleError):
+                loaded[reference] = preparer.load_images((reference,))
+        if loaded:
+            pixels = torch.stack([images[0].values for images, _ in loaded.values()]).to(vlm.device)
+            encoded = vlm.model.model.encode_images(pixels).cpu()
+            for (reference, (images, digest)), values in zip(loaded.items(), encoded, strict=True):
+                features[reference] = (digest, Picture(values.clone(), images[0].size))
+    return features

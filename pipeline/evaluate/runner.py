@@ -1,0 +1,137 @@
+"""Accuracy of a model on a question file: generate each last answer and compare it with the one in the file."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignkd.inputs.batch import ModelInput, collate
+from alignkd.models.loading import load_vlm
+from alignkd.models.vlm import Vlm
+from alignkd.pipeline.config.defaults import DEFAULT_MAX_LENGTH
+from alignkd.pipeline.config.evaluate import EvaluateConfig
+from alignkd.pipeline.data.preparer import Preparer, SampleError
+from alignkd.pipeline.data.rejected_samples import Rejects
+from alignkd.pipeline.data.samples import Sample, SampleFile
+from alignkd.pipeline.data.tower_features import tower_features
+from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
+from alignkd.pipeline.runtime.progress import bar
+from alignkd.pipeline.runtime.run_record import write_run
+
+
+def exact(prediction: str, answer: str) -> bool:
+    """The same words, whatever their case, surrounding space or final full stop."""
+    return prediction.strip().rstrip(".").casefold() == answer.strip().rstrip(".").casefold()
+
+
+def contains(prediction: str, answer: str) -> bool:
+    """The answer occurs in the prediction, whatever the case."""
+    return answer.strip().rstrip(".").casefold() in prediction.casefold()
+
+
+METRICS: dict[str, Callable[[str, str], bool]] = {"exact": exact, "contains": contains}
+
+
+@dataclass(frozen=True)
+class _Question:
+    sample: Sample
+    input: ModelInput
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson's score interval)."""
+    if total == 0:
+        return 0.0, 1.0
+    p, n = correct / total, total
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return centre - half, centre + half
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Generate and score; writes ``predictions.jsonl`` and ``result.json`` where ``out`` is given.
+
+    Raises:
+        ValueError: bad input, or too many rejected samples.
+    """
+    samples = SampleFile(config.data)
+    tower = Path(config.vision_tower) if config.vision_tower else None
+    vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
+    template = config.template or vlm.default_template
+    preparer = Preparer.of(vlm, template=template, max_length=DEFAULT_MAX_LENGTH, image_root=config.images)
+    rejects = Rejects(config.max_rejected)
+    lines: list[dict[str, Any]] = []
+    with bar("evaluate", len(samples), "samples") as progress:
+        for start in range(0, len(samples), config.batch_size):
+            indices = range(start, min(start + config.batch_size, len(samples)))
+            questions = _questions(vlm, [samples[i] for i in indices], preparer, rejects)
+            if questions:
+                predictions = answer(vlm, [question.input for question in questions], config.max_new_tokens)
+                lines += [_line(q.sample, p, METRICS[config.metric]) for q, p in zip(questions, predictions, strict=True)]
+            progress.advance(len(indices))
+    correct = sum(line["correct"] for line in lines)
+    low, high = wilson_interval(correct, len(lines))
+    result = {
+        "metric": config.metric,
+        "accuracy": correct / max(len(lines), 1),
+        "interval_95": [low, high],
+        "correct": correct,
+        "answered": len(lines),
+        "rejected": rejects.count,
+        "rejected_samples": rejects.reasons,
+    }
+    if config.out is not None:
+        _write(Path(config.out), config, lines, result)
+    return result
+
+
+def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects: Rejects) -> list[_Question]:
+    preparer.features = {}
+    if vlm.caches_tower:  # benchmarks ask many questions about one image: the tower sees it once a batch
+        preparer.features = tower_features(vlm, preparer, list(dict.fromkeys(ref for s in samples for ref in s.images)))
+    questions = []
+    for sample in samples:
+        try:
+            questions.append(_Question(sample, preparer.question(sample)))
+        except SampleError as error:
+            rejects.add(sample.id or sample.key, str(error))
+    return questions
+
+
+@torch.inference_mode()
+def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
+    """Greedy answers of a batch."""
+    batch = collate(
+        questions,
+        tokens_per_placeholder=vlm.tokens_per_placeholder,
+        pad_token_id=vlm.pad_token_id,
+        image_token_id=vlm.image_token_id,
+        pad_left=True,  # so that generation goes on from the prompt
+    ).to(vlm.device)
+    output = vlm.model.generate(
+        input_ids=batch.input_ids_BS,
+        attention_mask=batch.attention_mask_BS.long(),
+        **vlm.generation_inputs(batch),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=vlm.end_token_ids,
+        pad_token_id=vlm.pad_token_id,
+    )
+    new_ids = output[:, batch.input_ids_BS.shape[1] :].tolist()
+    return [vlm.answer_text(ids) for ids in new_ids]
+
+
+def _line(sample: Sample, prediction: str, metric: Callable[[str, str], bool]) -> dict[str, Any]:
+    expected = sample.turns[-1][1]
+    return {"id": sample.id, "prediction": prediction, "answer": expected, "correct": metric(prediction, expected)}
+
+
+def _write(out: Path, config: EvaluateConfig, lines: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    write_run(out / "run.json", "evaluate", asdict(config))
+    (out / "predictions.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")

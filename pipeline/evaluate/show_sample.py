@@ -1,0 +1,124 @@
+"""One sample as the model sees it: its tokens, where the text looks, the answer's logits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from alignkd.capture.attention import capture, enable_capture
+from alignkd.inputs.batch import collate, expand
+from alignkd.inputs.prompts import IGNORE
+from alignkd.models.loading import load_vlm
+from alignkd.models.vlm import Vlm
+from alignkd.pipeline.config.show import ShowConfig
+from alignkd.pipeline.data.preparer import Prepared, Preparer, SampleError
+from alignkd.pipeline.data.samples import Sample, SampleFile
+from alignkd.pipeline.figures.attention import attention_figure, save_figure
+from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The arrays of one sample (names as in the CLI's documentation) and its token table."""
+
+    arrays: dict[str, np.ndarray]
+    tokens: list[dict[str, Any]]
+    figures: dict[str, Any]
+
+
+def show(config: ShowConfig) -> Shown:
+    """Run a model on one sample and gather what Align-KD compares.
+
+    Raises:
+        ValueError: bad input, no such sample, or a sample that cannot be prepared.
+    """
+    sample = find_sample(SampleFile(config.data), config.id)
+    tower = Path(config.vision_tower) if config.vision_tower else None
+    vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
+    enable_capture(vlm)
+    template = config.template or vlm.default_template
+    preparer = Preparer.of(vlm, template=template, max_length=config.max_length, image_root=config.images)
+    try:
+        prepared = preparer(sample)
+    except SampleError as error:
+        raise ValueError(f"sample {sample.id!r}: {error}") from error
+    arrays = captured_arrays(vlm, prepared)
+    if config.save is not None:
+        np.savez(config.save, **arrays)  # type: ignore[arg-type]
+    if config.plot is not None:
+        pictures = [np.asarray(image, dtype=np.float32) / 255 for image in preparer.pictures(sample)]
+        title = f"{sample.id}: first-layer attention from text to vision ({template})"
+        save_figure(attention_figure(pictures, arrays["attention_HTV"], prepared.input.regions_R8, title), config.plot)
+    figures = {
+        "id": sample.id,
+        "template": template,
+        "ids": len(arrays["input_ids"]),
+        "images": len(sample.images),
+        "positions": len(arrays["input_ids"]) + len(sample.images) * (vlm.tokens_per_placeholder - 1),
+        "text_rows": arrays["attention_HTV"].shape[1],
+        "vision_tokens": arrays["vision_tokens_VD"].shape[0],
+        "answer_tokens": arrays["answer_logits_AN"].shape[0],
+        "attention_on_images": float(arrays["attention_HTV"].sum(axis=2).mean()) if arrays["attention_HTV"].size else 0.0,
+        "loss": float(arrays["loss"]),
+    }
+    return Shown(arrays, token_table(vlm, prepared), figures)
+
+
+def find_sample(samples: SampleFile, sample_id: str | None) -> Sample:
+    """The sample of an id (the first one without).
+
+    Raises:
+        ValueError: no sample has it.
+    """
+    if sample_id is None:
+        return samples[0]
+    for index in range(len(samples)):
+        sample = samples[index]
+        if sample.id == sample_id:
+            return sample
+    raise ValueError(f"{samples.path} holds no sample with id {sample_id!r}; its first is {samples[0].id!r}")
+
+
+@torch.inference_mode()
+def captured_arrays(vlm: Vlm, prepared: Prepared) -> dict[str, np.ndarray]:
+    """One forward pass over one sample; float32 arrays."""
+    given = prepared.input
+    batch = collate(
+        [given],
+        tokens_per_placeholder=vlm.tokens_per_placeholder,
+        pad_token_id=vlm.pad_token_id,
+        image_token_id=vlm.image_token_id,
+    ).to(vlm.device)
+    captured = capture(vlm, batch)
+    logits_AN = vlm.head(captured.hidden_AD).float()
+    assert captured.attention_BHTV is not None
+    return {
+        "input_ids": given.input_ids,
+        "labels": given.labels,
+        "pixel_values": given.images.float().numpy(),
+        "attention_HTV": captured.attention_BHTV[0].cpu().numpy(),
+        "vision_tokens_VD": captured.vision_BVD[0].float().cpu().numpy(),
+        "answer_logits_AN": logits_AN.cpu().numpy(),
+        "loss": functional.cross_entropy(logits_AN, batch.answer_ids_A).cpu().numpy(),
+    }
+
+
+def token_table(vlm: Vlm, prepared: Prepared) -> list[dict[str, Any]]:
+    """Each id with its position, piece, where it stands (before or after the image) and whether it is supervised."""
+    given = prepared.input
+    layout = expand(given.input_ids, given.labels, vlm.tokens_per_placeholder, vlm.image_token_id)
+    table, position, seen = [], 0, False
+    for token, label in zip(given.input_ids.tolist(), given.labels.tolist(), strict=True):
+        is_image = token == vlm.image_token_id
+        width = vlm.tokens_per_placeholder if is_image else 1
+        piece = f"<image: {width} vision tokens>" if is_image else vlm.tokenizer.convert_ids_to_tokens(token)
+        place = "vision" if is_image else "after image" if seen else "before image" if prepared.image_sha256 else "text"
+        table.append(
+            {"position": position, "id": token, "piece": piece, "place": place, "supervised": label != IGNORE and position > 0}
+        )
+        position, seen = position + width, seen or is_image
+    assert position == len(layout.input_ids)
+    return table

@@ -1,0 +1,111 @@
+"""How many positions each sample of a training set takes: for batches of like length, or within a budget of positions.
+
+Counted by tokenising every text once, on a few processes; kept beside the run, so that resuming does not count again.
+"""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from alignkd.cache_store.storage.local import LocalStorage
+from alignkd.models.vlm import Vlm
+from alignkd.pipeline.data.preparer import SampleError
+from alignkd.pipeline.feeding.dataset import TrainingSet
+from alignkd.pipeline.runtime.progress import bar
+from alignkd.pipeline.runtime.signals import leave_signals_to_parent
+
+_CHUNK = 256
+"""Samples a worker counts at a time."""
+_FEW = 4096
+"""Fewer samples than these are counted before worker processes would have started."""
+
+
+def sample_lengths(data: TrainingSet, student: Vlm, folder: Path, *, workers: int = 0, show: bool = True) -> np.ndarray:
+    """Positions of each sample, ``[samples]`` int32: its ids, each image as its vision tokens. 0 for one that fails.
+
+    They are kept in ``folder/lengths-DIGEST.npy``, the digest over everything that they depend on, and read from there
+    where they are already. ``show``: a progress bar.
+    """
+    storage, name = LocalStorage(folder), f"lengths-{_digest(data, student)}.npy"
+    lengths = _read(storage, name, len(data))
+    if lengths is None:
+        lengths = _count(data, workers if len(data) > _FEW else 0, show)
+        buffer = io.BytesIO()
+        np.save(buffer, lengths)
+        storage.delete(name)
+        storage.write(name, buffer.getvalue())
+    return lengths
+
+
+def check_budget(data: TrainingSet, lengths: np.ndarray, batch_tokens: int) -> None:
+    """Refuse a budget that some sample does not fit into on its own.
+
+    Raises:
+        ValueError: names the longest sample, its length, and the way out.
+    """
+    longest = int(lengths.argmax())
+    if lengths[longest] > batch_tokens:
+        sample = data.sample(longest)
+        over = int((lengths > batch_tokens).sum())
+        raise ValueError(
+            f"sample {sample.id or sample.key!r} takes {lengths[longest]:,} positions with its images, more than"
+            f" --batch-tokens {batch_tokens:,}, as do {over:,} of {len(data):,} samples in all; give --batch-tokens"
+            f" {lengths[longest]} or more, or a smaller --max-length (a cache must be written with the same)"
+        )
+
+
+class _Lengths(Dataset["list[int]"]):
+    """Lengths by chunk of samples."""
+
+    def __init__(self, data: TrainingSet) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // _CHUNK)
+
+    def __getitem__(self, chunk: int) -> list[int]:
+        positions = range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.data)))
+        return [self._length(position) for position in positions]
+
+    def _length(self, position: int) -> int:
+        sample = self.data.sample(position)
+        try:
+            return self.data.preparer.text(sample).length
+        except SampleError:
+            return 0  # the loader names it when its turn comes
+
+
+def _count(data: TrainingSet, workers: int, show: bool) -> np.ndarray:
+    chunks = DataLoader(_Lengths(data), batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_parent)
+    found: list[int] = []
+    with bar("lengths", len(data), "samples", show=show) as progress:
+        for lengths in chunks:
+            found += lengths
+            progress.advance(len(lengths))
+    return np.asarray(found, dtype=np.int32)
+
+
+def _digest(data: TrainingSet, student: Vlm) -> str:
+    preparer = data.preparer
+    about = [
+        data.fingerprint(),
+        student.tokenizer_fingerprint(),
+        preparer.encoder.template,
+        preparer.encoder.max_length,
+        student.image_fingerprint(),
+        student.vision_tokens_per_image,
+    ]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def _read(storage: LocalStorage, name: str, samples: int) -> np.ndarray | None:
+    """The lengths of an earlier run; None where there are none, or where they are damaged."""
+    try:
+        lengths: np.ndarray = np.load(io.BytesIO(storage.read(name)), allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    return lengths if lengths.shape == (samples,) and lengths.dtype == np.int32 else None

@@ -1,0 +1,73 @@
+"""Compare a cached row with the sample it is used for: never a silent misalignment."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from alignkd.cache_store.rows.row import Row, Stored
+from alignkd.inputs.prompts import IMAGE_TOKEN_ID
+from alignkd.pipeline.config.cache_layout import attention_layer
+from alignkd.pipeline.data.preparer import Prepared
+from alignkd.pipeline.data.samples import Sample
+
+
+class MisalignedRow(ValueError):  # noqa: N818 - the name says what is the matter
+    """A cached row is not about the sample it is used for."""
+
+
+def check_row(
+    sample: Sample,
+    prepared: Prepared,
+    row: Row,
+    stored: Mapping[str, Stored],
+    tokens_per_placeholder: int,
+    image_token_id: int = IMAGE_TOKEN_ID,
+) -> None:
+    """Compare a row, and what of it is ``stored`` undecoded, with the sample as this run prepared it.
+
+    Raises:
+        MisalignedRow: token ids, labels, images, or the number of vision tokens or text rows differ; names the sample and
+            the cause.
+    """
+    found: str | None = None
+    if not np.array_equal(row.values["input_ids"], prepared.input.input_ids):
+        found = "its token ids differ: the tokenizer, template or maximum length is not the cache's"
+    elif not np.array_equal(row.values["labels"], prepared.input.labels):
+        found = "its labels differ: the template is not the cache's"
+    else:
+        check_images(sample, prepared, row)
+        found = _misshapen(prepared.input.input_ids, stored, tokens_per_placeholder, image_token_id)
+    if found is not None:
+        raise MisalignedRow(f"sample {sample.id!r} does not match its row in the cache: {found}")
+
+
+def check_images(sample: Sample, prepared: Prepared, row: Row) -> None:
+    """Compare the image files of a row with those that this run read.
+
+    Raises:
+        MisalignedRow: they differ; names the sample and the cause.
+    """
+    if row.image_sha256 != prepared.image_sha256:
+        raise MisalignedRow(
+            f"sample {sample.id!r} does not match its row in the cache: its image file differs from the one the teacher saw:"
+            " --images points elsewhere, or the file has changed"
+        )
+
+
+def _misshapen(
+    input_ids: np.ndarray, stored: Mapping[str, Stored], tokens_per_placeholder: int, image_token_id: int
+) -> str | None:
+    """What is wrong with the number of vision tokens or text rows."""
+    images = np.flatnonzero(input_ids == image_token_id)
+    columns = len(images) * tokens_per_placeholder
+    rows = len(input_ids) - int(images[0]) - len(images) if len(images) else 0
+    if "vision_tokens" in stored and (held := stored["vision_tokens"].shape[0]) != columns:
+        return f"it holds {held} vision tokens where the student has {columns}"
+    for name in (name for name in stored if attention_layer(name) is not None):
+        held_rows, held_columns = stored[name].shape[1:]
+        if (held_rows, held_columns) != (rows, columns):
+            return (
+                f"it holds attention of {held_rows} text rows to {held_columns} vision tokens where the student has"
+                f" {rows} and {columns}"
+            )
+    return None

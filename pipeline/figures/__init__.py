@@ -1,0 +1,1 @@
+"""Pictures: attention drawn over an image."""

@@ -1,0 +1,80 @@
+"""Pictures: attention drawn over an image, and the few charts of the report. Drawn without a display."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from alignkd.inputs.regions import tokens_of
+
+__all__ = ["Figure", "attention_figure", "image_heat", "overlay", "plt", "save_figure"]
+
+
+Patch = tuple[np.ndarray, tuple[float, float, float, float]]
+"""A heat map ``[rows, columns]`` and its box (top, left, bottom, right) in fractions of the picture."""
+
+
+def overlay(axes: Axes, picture: np.ndarray, heat: Sequence[Patch], title: str) -> None:
+    """Draw heat maps over a picture ``[h, w, 3]``, in order; white is the most attended token of each."""
+    height, width = picture.shape[:2]
+    axes.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1.6, extent=(0, width, height, 0))
+    for values, (top, left, bottom, right) in heat:
+        extent = (left * width, right * width, bottom * height, top * height)
+        axes.imshow(values, cmap="magma", alpha=0.55, extent=extent, interpolation="nearest", vmin=0)
+    tops, lefts, bottoms, rights = zip((0.0, 0.0, 1.0, 1.0), *(box for _, box in heat), strict=True)
+    axes.set_xlim(min(lefts) * width, max(rights) * width)
+    axes.set_ylim(max(bottoms) * height, min(tops) * height)
+    axes.set_title(title, fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def image_heat(attention_HTV: np.ndarray, regions_R8: np.ndarray, image: int) -> list[Patch]:
+    """Attention on one image's regions, averaged over heads and text rows; tokens without a place are left out."""
+    mean_V, patches = attention_HTV.mean(axis=(0, 1)), []
+    ends = np.cumsum(tokens_of(regions_R8))
+    for (owner, rows, columns, row_ends, *box), end in zip(regions_R8.tolist(), ends.tolist(), strict=True):
+        if int(owner) == image and box[2] > box[0]:
+            grid = mean_V[end - int(rows * (columns + row_ends)) : end].reshape(int(rows), -1)[:, : int(columns)]
+            patches.append((grid, (box[0], box[1], box[2], box[3])))
+    return patches
+
+
+def attention_figure(
+    pictures: list[np.ndarray], attention_HTV: np.ndarray, regions_R8: np.ndarray, title: str, heads: int = 4
+) -> Figure:
+    """Each image of a sample: itself, the mean attention, and the heads that attend to it most."""
+    shown = min(heads, attention_HTV.shape[0] if attention_HTV.shape[0] > 1 else 0)
+    figure, axes = plt.subplots(
+        max(len(pictures), 1), 2 + shown, figsize=(2.1 * (2 + shown), 2.5 * max(len(pictures), 1) + 0.4), squeeze=False
+    )
+    image_V = np.repeat(regions_R8[:, 0].astype(int), tokens_of(regions_R8))
+    for row, picture in enumerate(pictures):
+        axes[row, 0].imshow(picture)
+        axes[row, 0].set_title("image", fontsize=8)
+        axes[row, 0].axis("off")
+        mass_H = attention_HTV[:, :, image_V == row].sum(axis=2).mean(axis=1)
+        heat = image_heat(attention_HTV, regions_R8, row)
+        overlay(axes[row, 1], picture, heat, f"all heads\n{mass_H.mean():.1%} of attention")
+        for column, head in enumerate(np.argsort(-mass_H)[:shown], start=2):
+            heat = image_heat(attention_HTV[head : head + 1], regions_R8, row)
+            overlay(axes[row, column], picture, heat, f"head {head}\n{mass_H[head]:.1%}")
+    if not pictures:
+        for axis in axes[0]:
+            axis.axis("off")
+        axes[0, 0].text(0, 0.5, "no image", fontsize=12)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure and forget it."""
+    figure.savefig(path, dpi=140, bbox_inches="tight")
+    plt.close(figure)

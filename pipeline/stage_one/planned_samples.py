@@ -1,0 +1,35 @@
+"""The samples of a data file in the order of a cache's plan."""
+
+from pathlib import Path
+
+from alignkd.cache_store.protocol.manifest import NAME as MANIFEST
+from alignkd.cache_store.protocol.manifest import read_manifest
+from alignkd.cache_store.protocol.plan import Plan
+from alignkd.cache_store.storage.open_storage import open_storage
+from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.data.samples import DataError, SampleFile
+
+
+def find_samples(config: CacheTeacherConfig) -> tuple[SampleFile, Plan]:
+    """The samples in the order of the plan, and the plan: of the cache, if it was made from a file of this size."""
+    size = _size(config.data)
+    storage = open_storage(config.cache)
+    if storage.size(MANIFEST) is not None:
+        plan = read_manifest(storage).load_plan(storage)
+        known = plan.meta.get("bytes") == size and plan.shard_samples == config.shard_samples
+        if known and {"starts", "lengths"} <= plan.extras.keys():
+            # Each sample is compared with its key when it is read, so a changed file of the same size cannot pass.
+            return SampleFile.known(config.data, plan.keys, plan.extras["starts"], plan.extras["lengths"]), plan
+    file = SampleFile(config.data)
+    order = file.by_image()
+    keys, starts, lengths = file.keys[order], file.starts[order], file.lengths[order]
+    meta = {"data_file": Path(config.data).name, "bytes": size, "records": len(file)}
+    plan = Plan(keys, config.shard_samples, meta, {"starts": starts.astype("<i8"), "lengths": lengths.astype("<i8")})
+    return SampleFile.known(config.data, keys, starts, lengths), plan
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError as error:
+        raise DataError(f"data file {path}: {error.strerror}") from error

@@ -1,0 +1,141 @@
+"""Stage one: run the teacher once and write its targets.
+
+1. Index the data file and give every sample its key. 2. Load the teacher; everything that determines the targets becomes
+the cache's fingerprint. 3. Freeze the plan, or refuse to go on with a cache that was written otherwise. 4. For each of
+this worker's shards that is not committed: lay out its samples, run batches under a token budget, commit it whole.
+Images are read ahead of the forward pass; rows are encoded, compressed and written behind it.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from alignkd.cache_store.protocol.repair import MIN_AGE_S
+from alignkd.cache_store.protocol.store import CacheStore
+from alignkd.cache_store.rows.row import Rejected
+from alignkd.cache_store.rows.shard import EncodedRow, encode_row
+from alignkd.pipeline.cache_admin.status import status_figures
+from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.data.rejected_samples import Rejects
+from alignkd.pipeline.runtime.devices import peak_memory_bytes
+from alignkd.pipeline.runtime.progress import Bar, bar
+from alignkd.pipeline.runtime.ranks import Worker, find_worker
+from alignkd.pipeline.runtime.run_record import run_record
+from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
+from alignkd.pipeline.stage_one.halve_on_oom import FittingRunner
+from alignkd.pipeline.stage_one.prefetch import HostWork
+from alignkd.pipeline.stage_one.run_teacher import TeacherOutput
+from alignkd.pipeline.stage_one.shard_work import ReadyBatch, ShardWork, rows
+from alignkd.pipeline.stage_one.teacher_stage import StageOne
+
+_BATCHES_AHEAD = 3
+
+
+def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
+    """Write (or go on with) a cache, as one of any number of workers; figures of this run and of the whole cache.
+
+    Raises:
+        ValueError: bad input, a cache of other settings, or too many rejected samples.
+        Interrupted: a signal came; what is committed stays.
+    """
+    worker = find_worker(config.rank, config.world_size)
+    with stop_on_signals() as stop:
+        stage = StageOne.open(config, worker.local_rank, stop)
+        store = stage.open_store()
+        store.sweep(min_age_s=MIN_AGE_S)
+        configuration = asdict(stage.config) | {"template": stage.template, "worker": str(worker)}
+        store.write_run(run_record("cache-teacher", configuration))
+        started = time.perf_counter()
+        job = WorkerJob(stage, store, worker, stop)
+        job.run(worker.order(store.pending(), steal=config.steal))
+    seconds = time.perf_counter() - started
+    return {
+        "worker": str(worker),
+        "new_samples": job.samples,
+        "new_samples_per_second": round(job.samples / seconds, 3),
+        "new_positions_per_second": round(job.tokens / seconds, 1),
+        "run_seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        **status_figures(store),
+    }
+
+
+@dataclass
+class WorkerJob:
+    """One worker's shards; counts what it did."""
+
+    stage: StageOne
+    store: CacheStore
+    worker: Worker
+    stop: StopFlag
+    samples: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    rejects: Rejects = field(init=False)
+    runner: FittingRunner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rejects = Rejects(self.stage.config.max_rejected)
+        for sample in self.store.status().rejected:
+            self.rejects.add(sample.sample_id or sample.key, sample.reason)
+        self.runner = FittingRunner(self.stage)
+
+    def run(self, shards: Sequence[int], *, show: bool = True) -> None:
+        """Do these shards, but those that others commit meanwhile.
+
+        Raises:
+            Interrupted: a signal came.
+            ValueError: too many samples are rejected.
+        """
+        total = sum(len(self.store.plan.positions_of(shard)) for shard in shards)
+        title = "cache-teacher" if self.worker.world_size == 1 else f"cache-teacher {self.worker}"
+        self.stop.check()
+        with HostWork(self.stage.config.host_threads) as host, bar(title, total, "samples", show=show) as progress:
+            for work in host.ahead(shards, self.stage.lay_out, 1):
+                if self.store.committed(work.number):
+                    progress.advance(len(self.store.plan.positions_of(work.number)))
+                    continue
+                self._run_shard(work, host, progress)
+            host.flush()
+
+    def _run_shard(self, work: ShardWork, host: HostWork, progress: Bar) -> None:
+        started = time.perf_counter()
+        encoded: list[EncodedRow] = []
+        rejected = list(work.rejected)
+        self._reject(work.rejected, progress)
+        tokens = 0
+        for ready in host.ahead(work.batches, self.stage.load, _BATCHES_AHEAD):
+            self.stop.check()
+            outputs, unfit = self.runner.run(ready)
+            self._reject([*ready.rejected, *unfit], progress)
+            rejected += [*ready.rejected, *unfit]
+            host.behind(lambda outputs=outputs: encoded.extend(self._encode(outputs)))  # type: ignore[misc]
+            positions, done = sum(item.length for item, _ in ready.items), len(ready.items) - len(unfit)
+            tokens += positions
+            self.tokens += positions
+            self.samples += done
+            progress.advance(done)
+            progress.note(self._words(progress))
+        host.behind(lambda: self._commit(work.number, encoded, rejected, time.perf_counter() - started, tokens))
+
+    def _encode(self, outputs: Sequence[tuple[ReadyBatch, TeacherOutput]]) -> list[EncodedRow]:
+        return [encode_row(self.store.spec, row) for ready, output in outputs for row in rows(ready, output)]
+
+    def _commit(
+        self, number: int, encoded: Sequence[EncodedRow], rejected: Sequence[Rejected], seconds: float, tokens: int
+    ) -> None:
+        worker = f"{self.worker} {platform.node()} {os.getpid()}"
+        record = self.store.commit_shard(number, encoded, rejected, seconds=seconds, tokens=tokens, worker=worker)
+        self.bytes += record.bytes
+
+    def _reject(self, rejected: Sequence[Rejected], progress: Bar) -> None:
+        for sample in rejected:
+            self.rejects.add(sample.sample_id or sample.key, sample.reason)
+        progress.advance(len(rejected))
+
+    def _words(self, progress: Bar) -> str:
+        parts = [f"{self.tokens / max(progress.seconds, 1e-9):,.0f} positions/s", f"{self.bytes / 1e6:,.1f} MB written"]
+        return ", ".join(parts + ([f"{self.rejects.count} rejected"] if self.rejects.count else []))

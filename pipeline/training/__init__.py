@@ -1,0 +1,1 @@
+"""Stage two: train the student from the cache."""

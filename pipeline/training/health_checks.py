@@ -1,0 +1,144 @@
+"""Warnings that matter, from the log lines of a run; and a stop where a loss is no longer a number."""
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alignkd.losses.recipes import Recipe, term_weights
+from alignkd.pipeline.runtime.host_copy import copy_to_host
+from alignkd.targets.logit_settings import DIVERGENCE_NAMES
+
+LINES = 10
+"""Log lines in a row that make a warning."""
+
+_PARTS = {name: (name,) for name in ("supervised", *DIVERGENCE_NAMES, "attention")} | {"vision": ("vision_all", "vision_focus")}
+"""Weights of a recipe, and the logged terms that each sets: the focus is a small part of L_V by design."""
+
+NEGLIGIBLE, DOMINANT = 0.01, 0.90
+"""Shares of the weighted loss below and above which a term is worth a word."""
+
+UNIFORM = 1e-3
+"""Contrast of the teacher's attention (see :mod:`alignkd.losses.uniformity`) below which it is as good as uniform."""
+
+_NAMED = 10
+"""Samples that an error names; the rest is counted."""
+
+
+class Watch:
+    """Reads log lines and says what a user should look at, each warning once as long as its cause lasts."""
+
+    def __init__(self, recipe: Recipe, *, lines: int = LINES) -> None:
+        self.recipe, self.lines = recipe, lines
+        self.active = tuple(name for name in _PARTS if getattr(recipe, name) > 0)
+        self._lasting: dict[tuple[str, str], int] = {}
+
+    def __call__(self, line: Mapping[str, Any]) -> list[str]:
+        """The warnings that are due at this line."""
+        return [*self._shares(line), *self._uniformity(line)]
+
+    def _shares(self, line: Mapping[str, Any]) -> list[str]:
+        # Learned weights make every term weigh the same in the end.
+        if len(self.active) < 2 or self.recipe.weighting == "learned":
+            return []
+        found = []
+        for name in self.active:
+            shares = [line[f"share/{part}"] for part in _PARTS[name] if f"share/{part}" in line]
+            share = sum(shares) if shares else math.nan
+            weight = f"its weight (--set {name}=..., now {getattr(self.recipe, name):g})"
+            when = f"of the loss in {self.lines} log lines (now {share:.2%}, step {line['step']})"
+            if self._lasts("negligible", name, share < NEGLIGIBLE):
+                found.append(
+                    f"{name} was below {NEGLIGIBLE:.0%} {when}: it teaches next to nothing. Raise {weight}, or set it to 0 and"
+                    " save what it costs"
+                )
+            if self._lasts("dominant", name, share > DOMINANT):
+                found.append(
+                    f"{name} was above {DOMINANT:.0%} {when}: the others hardly count. Lower {weight}, or raise theirs"
+                )
+        return found
+
+    def _uniformity(self, line: Mapping[str, Any]) -> list[str]:
+        contrast = line.get("attention_contrast", math.nan)
+        if not self._lasts("uniform", "attention", contrast < UNIFORM):
+            return []
+        terms = [name for name in ("attention", "vision_focus") if term_weights(self.recipe)[name] > 0] or ["attention"]
+        return [
+            f"the teacher's attention over vision tokens was uniform in {self.lines} log lines (relative variance"
+            f" {contrast:.1e}, step {line['step']}): there is nothing to learn from it. Look at the teacher with alignkd show"
+            f" --plot; if it is as it should be, leave the term out ({' '.join(f'--set {name}=0' for name in terms)})"
+        ]
+
+    def _lasts(self, kind: str, name: str, holds: bool) -> bool:
+        """Whether a condition now holds in as many lines in a row as make a warning: true once an episode."""
+        key = (kind, name)
+        self._lasting[key] = self._lasting.get(key, 0) + 1 if holds else 0
+        return self._lasting[key] == self.lines
+
+
+class NotFinite(ValueError):  # noqa: N818 - the name says what is the matter
+    """A loss term of some samples is not a finite number."""
+
+    def __init__(self, step: int, bad: Sequence[str], samples: int) -> None:
+        self.step, self.sample_ids = step, tuple(bad)
+        named = ", ".join(bad[:_NAMED]) + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
+        cause = (
+            "Every sample of the batch has it, so the weights themselves have probably left the numbers: lower --learning-rate"
+            if len(bad) == samples > 1
+            else "Look at them with alignkd show --id ID and alignkd cache inspect --id ID; if they are sound, lower"
+            " --learning-rate"
+        )
+        super().__init__(
+            f"step {step}: a loss term is not a finite number for {len(bad)} of {samples} samples: {named}. Nothing of this"
+            f" step was saved. {cause}, or use --dtype bfloat16 in place of float16; then go on with --resume"
+        )
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """Flags of a micro-batch on their way to the host; ``arrived`` is None once they are there."""
+
+    bad_B: torch.Tensor
+    arrived: torch.cuda.Event | None
+    sample_ids: tuple[str, ...]
+    step: int
+
+
+class FiniteWatch:
+    """Finds the samples whose loss is not finite, without making the device wait.
+
+    Loss terms, not gradients: with float16 an overflowing gradient is the scaler's business.
+
+    Shapes: B samples of a micro-batch.
+    """
+
+    def __init__(self) -> None:
+        self._flags: deque[_Flags] = deque()
+
+    def add(self, bad_B: torch.Tensor, sample_ids: Sequence[str], *, step: int) -> None:
+        """Take note of a micro-batch: True in ``bad_B`` where a term of that sample is not finite."""
+        assert bad_B.dtype == torch.bool
+        assert bad_B.shape == (len(sample_ids),)
+        host, arrived = copy_to_host({"bad": bad_B.clone()})
+        self._flags.append(_Flags(host["bad"], arrived, tuple(sample_ids), step))
+
+    def check(self, *, wait: bool = False) -> None:
+        """Look at the flags that have arrived; with ``wait`` (before a checkpoint is saved), at all.
+
+        Raises:
+            NotFinite: names the samples.
+        """
+        while self._flags and (wait or _has_arrived(self._flags[0])):
+            flags = self._flags.popleft()
+            if flags.arrived is not None:
+                flags.arrived.synchronize()
+            if bool(flags.bad_B.any()):
+                bad = [name for name, is_bad in zip(flags.sample_ids, flags.bad_B.tolist(), strict=True) if is_bad]
+                raise NotFinite(flags.step, bad, len(flags.sample_ids))
+
+
+def _has_arrived(flags: _Flags) -> bool:
+    return flags.arrived is None or bool(flags.arrived.query())  # type: ignore[no-untyped-call]

@@ -1,0 +1,172 @@
+"""What a run logs: terms, speed, waiting and memory between two log lines, appended to ``metrics.jsonl``.
+
+Every process counts its own micro-batches; a line holds the totals over all of them and costs one copy to the host.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignkd.pipeline.runtime.devices import peak_memory_bytes
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+"""Sums a small float64 vector over processes. It may come on the CPU (of a process that had no batch yet)."""
+
+OBSERVED = ("attention_contrast",)
+"""Outputs that are no terms: their mean over micro-batches, leaving out those where they are NaN (nothing to observe)."""
+
+PRECISION = "precision/{}"
+"""Output that is the learned precision of a term: the factor of the recipe's weight."""
+
+_COUNTED = ("samples", "tokens", "answers")
+
+
+class Metrics:
+    """Sums between two log lines, and the file they go to.
+
+    ``weights`` are the factors of the unweighted terms in the loss, times what :data:`PRECISION` gives where they are
+    ``learned``; ``writes`` is False on every process but the first.
+    """
+
+    def __init__(self, path: Path, weights: Mapping[str, float], *, writes: bool, learned: bool = False) -> None:
+        self.path, self.weights, self.writes = path, dict(weights), writes
+        self._terms = ("loss", *weights)
+        self._observed = (*OBSERVED, *(PRECISION.format(name) for name, weight in weights.items() if learned and weight > 0))
+        self._summed = (*self._terms, *self._observed, *(f"{name}/batches" for name in self._observed))
+        self._start({}, 0)
+
+    def _start(self, state: Mapping[str, Any], step: int) -> None:
+        # What was summed up to the checkpoint goes on in one process alone, or it would count once for each.
+        since = state.get("since_line", {}) if self.writes else {}
+        self._sums = torch.tensor([since.get(name, 0.0) for name in self._summed])
+        self._seen = {name: since.get(f"seen/{name}", 0) for name in self._terms}
+        self._counts = {name: since.get(name, 0) for name in _COUNTED}
+        counted_before = state.get("since_line", {})
+        self._until_line = {name: int(state.get(name, 0) - counted_before.get(name, 0)) for name in _COUNTED}
+        self._line_step = int(state.get("line_step", step))
+        self._seconds_before = float(state.get("seconds", 0.0))
+        self._line_seconds = float(state.get("line_seconds", self._seconds_before))
+        self._waited = 0.0
+        self._started = self._waiting_since = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far, also before the run was resumed."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def add(self, outputs: Mapping[str, torch.Tensor], *, samples: int, tokens: int, answers: int) -> None:
+        """Count a micro-batch; nothing is copied to the host here.
+
+        ``outputs``: scalars; ``loss`` and the unweighted terms are this process's share of the step's mean, so that they
+        add up over micro-batches and processes. Names that are neither terms nor observed are passed over.
+        """
+        for name in self._terms:
+            if name in outputs:
+                self._add(name, outputs[name].detach())
+                self._seen[name] += 1
+        for name in self._observed:
+            if name in outputs:
+                value = outputs[name].detach().float()
+                self._add(name, value.nan_to_num(0.0))
+                self._add(f"{name}/batches", ~value.isnan())
+        for name, count in zip(_COUNTED, (samples, tokens, answers), strict=True):
+            self._counts[name] += count
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        if self._sums.device != value.device:
+            self._sums = self._sums.to(value.device)
+        self._sums[self._summed.index(name)].add_(value)
+
+    def waited(self, seconds: float) -> None:
+        """Count time in which the loop had no batch to work on."""
+        self._waited += seconds
+
+    def line(self, logs: Mapping[str, Any], *, step: int, epoch: float, reduce: Reduce | None = None) -> dict[str, Any]:
+        """The log line of a step, also appended to the file; every process calls it, and gets the same totals.
+
+        Terms and ``loss`` are means over the steps since the last line; a ``loss`` in ``logs`` counts where no micro-batch
+        had one. A term that no micro-batch had is left out. Peak memory and seconds are this process's own.
+        """
+        since, seconds = self._since_line(reduce), self.seconds
+        steps, interval = max(step - self._line_step, 1), max(seconds - self._line_seconds, 1e-9)
+        means = {name: since[name] / steps for name in self._terms if since[f"seen/{name}"]}
+        observed = {name: since[name] / since[f"{name}/batches"] for name in self._observed if since[f"{name}/batches"]}
+        in_loss = {name: weight * observed.get(PRECISION.format(name), 1.0) for name, weight in self.weights.items()}
+        # 0 times an overflow would still poison the shares.
+        weighted = {name: weight * means[name] if weight > 0 else 0.0 for name, weight in in_loss.items() if name in means}
+        total = sum(weighted.values())
+        for name in _COUNTED:
+            self._until_line[name] += int(since[name])
+        line = {
+            "step": step,
+            "epoch": round(epoch, 5),
+            **self._until_line,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(since["tokens"] / interval, 3),
+            "samples_per_second": round(since["samples"] / interval, 3),
+            "data_wait_share": round(since["waited"] / max(since["seconds"], 1e-9), 5),
+            **logs,
+            **means,
+            **{f"weighted/{name}": value for name, value in weighted.items()},
+            **{f"share/{name}": value / total if total else 0.0 for name, value in weighted.items()},
+            **observed,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        self._forget(step, seconds)
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(_as_json(line) + "\n")
+        return line
+
+    def _since_line(self, reduce: Reduce | None) -> dict[str, float]:
+        waited = {"waited": self._waited, "seconds": time.perf_counter() - self._waiting_since}
+        counted = {**{f"seen/{name}": count for name, count in self._seen.items()}, **self._counts, **waited}
+        values = torch.tensor(list(counted.values()), dtype=torch.float64)
+        if reduce is None:
+            found = self._sums.tolist() + values.tolist()
+        else:
+            found = reduce(torch.cat((self._sums.double(), values.to(self._sums.device)))).tolist()
+        return dict(zip((*self._summed, *counted), found, strict=True))
+
+    def _forget(self, step: int, seconds: float) -> None:
+        self._sums = torch.zeros_like(self._sums)
+        self._seen, self._counts = dict.fromkeys(self._terms, 0), dict.fromkeys(_COUNTED, 0)
+        self._line_step, self._line_seconds = step, seconds
+        self._waited, self._waiting_since = 0.0, time.perf_counter()
+
+    def state_dict(self, reduce: Reduce | None = None) -> dict[str, Any]:
+        """Totals over processes, and what was summed since the last line; with ``reduce``, every process calls it."""
+        since = self._since_line(reduce)
+        return {
+            **{name: self._until_line[name] + int(since[name]) for name in _COUNTED},
+            "seconds": self.seconds,
+            "line_step": self._line_step,
+            "line_seconds": self._line_seconds,
+            "since_line": {name: value for name, value in since.items() if name not in ("waited", "seconds")},
+        }
+
+    def resume(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on from a checkpoint's state (empty: from the start), with any number of processes.
+
+        Lines of steps that are run again are dropped from the file.
+        """
+        self._start(state, step)
+        if not self.writes:
+            return
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        # A kill can cut the last line short; it belongs to a step that is run again.
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        rewritten = self.path.with_name(self.path.name + ".part")
+        rewritten.write_text("".join(line + "\n" for line in kept))
+        rewritten.replace(self.path)
+
+
+def _as_json(line: Mapping[str, Any]) -> str:
+    """JSON knows no NaN and no infinity: they are null."""
+    unfit = {name: None for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps({**line, **unfit}, allow_nan=False)

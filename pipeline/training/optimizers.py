@@ -1,0 +1,79 @@
+"""The optimizers of stage two."""
+
+from collections.abc import Callable, Collection, Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignkd.pipeline.config.distill import OptimizerName
+
+
+def make_optimizer(
+    name: OptimizerName,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    muon_learning_rate: float,
+    own_rates: dict[int, float],
+    undecayed: Collection[int] = (),
+    fused: bool,
+) -> torch.optim.Optimizer:
+    """AdamW over named parameters, or Muon for the matrices of layers with AdamW for the rest.
+
+    ``own_rates`` gives a parameter, by its ``id``, a learning rate of its own (under AdamW); ``undecayed`` are those, by their
+    ``id``, whose weights do not decay.
+    """
+    named = [(key, p) for key, p in parameters if p.requires_grad]
+    matrices = [p for key, p in named if name == "muon" and p.ndim == 2 and ".layers." in f".{key}" and id(p) not in own_rates]
+    taken = {id(p) for p in matrices}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(learning_rate, weight_decay): []}
+    for _, p in named:
+        if id(p) not in taken:
+            settings = own_rates.get(id(p), learning_rate), 0.0 if id(p) in undecayed else weight_decay
+            groups.setdefault(settings, []).append(p)
+    adamw = torch.optim.AdamW(
+        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        fused=fused,
+    )
+    if not matrices:
+        return adamw
+    return Together(torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay), adamw)
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers as one: schedulers see all groups, a checkpoint holds all states."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        super().__init__([{"params": group["params"]} for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        # The very dictionaries: a scheduler writes learning rates into them.
+        self.param_groups = list(chain.from_iterable(part.param_groups for part in self.parts))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of each."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the parts, in order."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._share_groups()
