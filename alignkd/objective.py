@@ -63,7 +63,8 @@ class Objective(nn.Module):
     """The student and the adapters that align it to a teacher's targets; ``forward`` gives the loss and its terms.
 
     A ``source`` computes targets for each batch, instead of being given them. ``logit_codec`` knows what the answers' targets
-    mean; recipes with a logit term need one. ``touches_all``: every trained parameter gets a gradient from every batch, if
+    mean; recipes with a logit term need one. ``keep_all_parameters_in_graph``: every trained parameter gets a gradient from
+    every batch, if
     only zeros, as processes that average gradients must agree on which there are.
     """
 
@@ -75,7 +76,7 @@ class Objective(nn.Module):
         source: TargetSource | None = None,
         logit_codec: LogitCodec | None = None,
         *,
-        touches_all: bool = False,
+        keep_all_parameters_in_graph: bool = False,
     ) -> None:
         super().__init__()
         self.vlm = student
@@ -84,7 +85,7 @@ class Objective(nn.Module):
         self.source = source
         assert logit_codec is not None or not recipe.divergences
         self.logit_codec = logit_codec
-        self.touches_all = touches_all
+        self.keep_all_parameters_in_graph = keep_all_parameters_in_graph
         self.head_map: nn.Module | None = None
         self.other_head_maps = nn.ModuleList()
         self.width_map: WidthAdapter | None = None
@@ -125,12 +126,12 @@ class Objective(nn.Module):
         ``recipe``: another than its own, of terms that its own has, too.
         """
         recipe, targets = recipe or self.recipe, targets.dequantise()
-        counts = counts or targets.compared(batch).counts()
+        counts = counts or targets.mask_to_targets(batch).counts()
         if self.source is not None:
             with torch.no_grad():
                 batch, targets = self.source.fill(self.vlm, batch, targets, recipe.needs)
         # Where others see an image: parameters that are gathered from all processes are gathered in the same order by all.
-        unseen = self.vlm.nothing_seen() if self.touches_all and not batch.images.numel() else None
+        unseen = self.vlm.zero_projector_loss() if self.keep_all_parameters_in_graph and not batch.images.numel() else None
         captured = capture(self.vlm, batch, attention=recipe.attention > 0, layers=[student for student, _ in self.layer_pairs])
         weights = term_weights(recipe)
         precisions, penalty = self._precisions(weights)
@@ -141,7 +142,7 @@ class Objective(nn.Module):
         sums = {name: total / max(counts.answers, 1) for name, total in answers.sums.items()}
         bad_B = _samples_of(~answers.finite_A, batch)
         loss = answers.loss
-        alignment = self._alignment_terms(recipe, captured, targets.compared(batch), targets, counts)
+        alignment = self._alignment_terms(recipe, captured, targets.mask_to_targets(batch), targets, counts)
         for name, (value_B, samples) in alignment.items():
             term = value_B.sum() / max(samples, 1)
             # A term of weight 0 stays out: 0 times an overflow would still poison the sum.
@@ -216,7 +217,7 @@ class Objective(nn.Module):
         """Each term of each sample ``[B]``, and the number of samples it is averaged over."""
         terms = {}
         if recipe.attention > 0:
-            terms["attention"] = (self._attention_term(recipe, captured, batch, targets), counts.attended)
+            terms["attention"] = (self._attention_term(recipe, captured, batch, targets), counts.with_text_after_image)
         if self.width_map is not None and recipe.vision > 0:
             assert targets.vision_BVD is not None
             student, teacher = self.width_map(captured.vision_BVD, targets.vision_BVD)
@@ -226,7 +227,7 @@ class Objective(nn.Module):
                 chosen["vision_focus"] = focus_mask(targets.attention_BHTV, batch.vision_mask_BV, recipe.focus_k)
             for name, mask in chosen.items():
                 loss_B = vision_loss(student, teacher, mask, batch.vision_mask_BV, relative_to_variance=recipe.normalise)
-                terms[name] = (loss_B, counts.seen)
+                terms[name] = (loss_B, counts.with_image)
         return terms
 
     def _attention_term(self, recipe: Recipe, captured: Captured, batch: Batch, targets: Targets) -> torch.Tensor:

@@ -89,7 +89,7 @@ def bare_seconds(stage: StageOne, batches: list[ReadyBatch]) -> float:
     for ready in batches:
         assert ready.batch is not None
         batch = ready.batch.to(device)
-        vision = model.model.see(batch.images).flatten(0, 1)
+        vision = model.model.encode_images(batch.images).flatten(0, 1)
         hidden = model.model.decode(batch.input_ids_BS, batch.attention_mask_BS, vision, batch.vision_positions)
         model.lm_head(hidden.flatten(0, 1)[batch.answer_positions_A]).argmax(1)
     if device.type == "cuda":

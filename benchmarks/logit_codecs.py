@@ -109,7 +109,9 @@ def read_demo(folder: Path, tokens: int, calibration_tokens: int) -> Data:
             inputs = [preparer(samples[order.pop()]).input for _ in range(64)]
             batch = collate(inputs, tokens_per_placeholder=teacher.vision_tokens_per_image, pad_token_id=0)
             model = teacher.model.model
-            embeddings_BSD = model.embed(batch.input_ids_BS, model.see(batch.images).flatten(0, 1), batch.vision_positions)
+            embeddings_BSD = model.embed(
+                batch.input_ids_BS, model.encode_images(batch.images).flatten(0, 1), batch.vision_positions
+            )
             out = model.language_model(
                 inputs_embeds=embeddings_BSD, attention_mask=batch.attention_mask_BS, output_hidden_states=True
             )

@@ -86,7 +86,7 @@ def read(url: str, epoch: int) -> Epoch:
     for keys, shards in planned:
         reader.prefetch(shards)
         for key in keys:
-            answers += reader.stored(key.tobytes().hex(), fields)["tail_logmass"].shape[0]
+            answers += reader.encoded_fields(key.tobytes().hex(), fields)["tail_logmass"].shape[0]
     return Epoch(len(reader), answers, time.perf_counter() - started, time.process_time() - cpu_started)
 
 

@@ -16,8 +16,8 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from alignkd.cache_store.codecs import get_codec
-from alignkd.cache_store.rows.row import Stored
-from alignkd.capture.teacher_slice import TOWER, TeacherSlice, describe_slice, slice_sizes
+from alignkd.cache_store.rows.row import EncodedField
+from alignkd.capture.teacher_slice import TOWER, TeacherSlice, slice_config, slice_sizes
 from alignkd.inputs.batch import Batch, ModelInput, collate
 from alignkd.inputs.prompts import IGNORE, IMAGE_TOKEN_ID
 from alignkd.models.families.mobilevlm import MobileVlmFamily
@@ -63,7 +63,7 @@ def make_vlm(shape: dict[str, int], scale: int, device: str, dtype: torch.dtype 
 
 def describe_teacher(scale: int) -> dict[str, dict[str, Any]]:
     with built_on("meta"):
-        return describe_slice(MobileVlm(config(TEACHER, scale)))
+        return slice_config(MobileVlm(config(TEACHER, scale)))
 
 
 def make_slice(scale: int, device: str, dtype: torch.dtype, *, tower: bool = False) -> TeacherSlice:
@@ -134,8 +134,9 @@ def _answers(batch: Batch, codec: LogitCodec, generator: torch.Generator) -> dic
     return {name: torch.cat([part[name] for part in made]).numpy().astype(fields[name].dtype) for name in fields}
 
 
-def _stored(settings: TargetSettings, values: dict[str, np.ndarray]) -> dict[str, Stored]:
+def _stored(settings: TargetSettings, values: dict[str, np.ndarray]) -> dict[str, EncodedField]:
     fields = {field.name: field for field in row_fields(settings, VOCABULARY) if field.name in values}
     return {
-        name: Stored(field, values[name].shape, get_codec(field.codec).encode(values[name])) for name, field in fields.items()
+        name: EncodedField(field, values[name].shape, get_codec(field.codec).encode(values[name]))
+        for name, field in fields.items()
     }

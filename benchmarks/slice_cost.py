@@ -74,7 +74,7 @@ class Case:
         self.counts, self.batch = host.counts(), host.to(device)
         self.targets = targets_of(self.batch, heads, width)
         with torch.no_grad():
-            features = vlm.model.model.encode_images(self.batch.images)
+            features = vlm.model.model.run_tower(self.batch.images)
         self.with_features = replace(self.batch, images=features)
         kind = torch.device(device).type
         self.autocast = maybe_autocast(kind, dtype, enabled=dtype != torch.float32)

@@ -141,7 +141,7 @@ def _plain_loss(student: Vlm, batch: Batch) -> torch.Tensor:
 def with_features(student: Vlm, batch: Batch) -> Batch:
     """The batch as ``--cache-tower-features`` makes it: the frozen tower has run."""
     with torch.no_grad():
-        return replace(batch, images=student.model.model.encode_images(batch.images.to(student.device)).cpu())
+        return replace(batch, images=student.model.model.run_tower(batch.images.to(student.device)).cpu())
 
 
 def seconds_in_turns(functions: Mapping[str, Callable[[], None]], rounds: int, *, on_cuda: bool) -> dict[str, list[float]]:

@@ -23,7 +23,7 @@ from transformers import set_seed
 
 from alignkd.cache_store.codecs import get_codec
 from alignkd.cache_store.formats.registry import get_format
-from alignkd.cache_store.rows.row import Row, Stored
+from alignkd.cache_store.rows.row import EncodedField, Row
 from alignkd.cache_store.rows.shard import encode_row, pack
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 from alignkd.inputs.batch import Batch
@@ -142,7 +142,7 @@ def coded_targets(sampled: Sampled, codecs: Mapping[str, str]) -> Targets:
     """The targets of a batch as stage two gets them."""
     fields = {name: field(name, codec) for name, codec in codecs.items()}
     stored = [
-        {n: Stored(f, row.values[n].shape, get_codec(f.codec).encode(row.values[n])) for n, f in fields.items()}
+        {n: EncodedField(f, row.values[n].shape, get_codec(f.codec).encode(row.values[n])) for n, f in fields.items()}
         for row in sampled.rows
     ]
     return collate_targets([row.values for row in sampled.rows], stored, sampled.batch)

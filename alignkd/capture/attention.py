@@ -88,7 +88,7 @@ def capture(vlm: Vlm, batch: Batch, *, attention: bool = True, layers: Collectio
     Raises:
         ValueError: one of the layers has no attention that could be captured.
     """
-    vision = vlm.see(batch)
+    vision = vlm.encode_images(batch)
     wanted = frozenset(layers) if attention else frozenset()
     tap = _Tap(batch, wanted) if wanted and has_attention(batch) else None
     if tap is not None:

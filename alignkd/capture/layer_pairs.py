@@ -1,6 +1,6 @@
 """Which layers a recipe compares between a student and a teacher; how they are named is in :mod:`alignkd.losses.layers`."""
 
-from alignkd.losses.layers import find_layers, meeting
+from alignkd.losses.layers import find_layers, matching_teacher_layer
 from alignkd.losses.recipes import Recipe
 from alignkd.models.vlm import Vlm
 
@@ -21,7 +21,7 @@ def find_layer_pairs(recipe: Recipe, student: Vlm, teacher_layers: int | None) -
     """The :func:`compared_layers`, each with the teacher's layer that it meets."""
     layers = compared_layers(recipe, student)
     assert teacher_layers is not None or not any(layers), "layers beyond the first need the number of the teacher's"
-    return tuple((layer, meeting(layer, student.layers, teacher_layers or 1)) for layer in layers)
+    return tuple((layer, matching_teacher_layer(layer, student.layers, teacher_layers or 1)) for layer in layers)
 
 
 def needed_layers(recipe: Recipe, student: Vlm, teacher_layers: int | None) -> tuple[int, ...]:

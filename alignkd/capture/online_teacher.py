@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from alignkd.capture.attention import capture, enable_capture
-from alignkd.capture.teacher_slice import describe_slice, same_features
+from alignkd.capture.teacher_slice import same_features, slice_config
 from alignkd.inputs.batch import Batch
 from alignkd.models.vlm import Vlm, module_fingerprint
 from alignkd.targets.batch_targets import Targets
@@ -61,7 +61,7 @@ class OnlineTeacher:
     def fill(self, student: Vlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
         """See :class:`alignkd.objective.TargetSource`."""
         if self.shares_tower and batch.images.dim() == 4:
-            batch = replace(batch, images=student.model.model.encode_images(batch.images))
+            batch = replace(batch, images=student.model.model.run_tower(batch.images))
         with torch.autocast(batch.input_ids_BS.device.type, enabled=False):
             captured = capture(self.teacher, batch, attention="attention" in needs, layers=self.attention_layers)
         return batch, replace(
@@ -76,6 +76,6 @@ class OnlineTeacher:
 def _same_tower(student: Vlm, teacher: Vlm) -> bool:
     if not (student.caches_tower and teacher.caches_tower):
         return False
-    same = same_features(describe_slice(student.model), describe_slice(teacher.model))
+    same = same_features(slice_config(student.model), slice_config(teacher.model))
     dtype = teacher.dtype
     return same and module_fingerprint(student.tower, dtype) == module_fingerprint(teacher.tower, dtype)

@@ -5,7 +5,7 @@ tensors once needs neither target in its rows: stage two computes both for each 
 code that captured them in stage one.
 
 1. :func:`check_sliceable` refuses a teacher whose first scores depend on anything else.
-2. :func:`describe_slice` and :func:`slice_tensors` are what a cache keeps: the shape of the slice, and one flat tensor for each
+2. :func:`slice_config` and :func:`slice_tensors` are what a cache keeps: the shape of the slice, and one flat tensor for each
    of its groups, the parameters in the order of their names. The tower is a group of its own, because a student that holds
    the same frozen tower shares its features.
 3. :class:`TeacherSlice` puts them together again, without a copy.
@@ -88,7 +88,7 @@ def check_sliceable(vlm: Vlm) -> None:
     """
     if not isinstance(vlm.model, MobileVlm):
         raise ValueError(
-            f"--alignment slice does not serve the family {vlm.family}: {vlm.not_sliced}. Cache the targets themselves:"
+            f"--alignment slice does not serve the family {vlm.family}: {vlm.without_slice}. Cache the targets themselves:"
             " --alignment targets"
         )
     text, config = vlm.model.model.language_model, vlm.text_config
@@ -112,7 +112,7 @@ def check_sliceable(vlm: Vlm) -> None:
         )
 
 
-def describe_slice(model: MobileVlm) -> dict[str, dict[str, Any]]:
+def slice_config(model: MobileVlm) -> dict[str, dict[str, Any]]:
     """The shape of a model's slice as plain data: what :class:`TeacherSlice` must know besides the tensors."""
     config = model.config
     sources = {"text": config.text_config, "vision": config.vision_config, "features": config}
@@ -142,7 +142,7 @@ def slice_tensors(vlm: Vlm, *, tower: bool) -> dict[str, torch.Tensor]:
         ValueError: the model cannot be sliced, or holds numbers that are not finite.
     """
     check_sliceable(vlm)
-    _, shapes = _read(describe_slice(vlm.model))
+    _, shapes = _read(slice_config(vlm.model))
     state = vlm.model.model.state_dict()
     return {group: _flat(group, shapes[group], state) for group in GROUPS if tower or group != TOWER}
 
@@ -210,7 +210,7 @@ class TeacherSlice:
     def fill(self, student: Vlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
         """See :class:`alignkd.objective.TargetSource`."""
         if self.shares_tower and batch.images.dim() == 4:
-            batch = replace(batch, images=student.model.model.encode_images(batch.images))
+            batch = replace(batch, images=student.model.model.run_tower(batch.images))
         attention_BHTV, vision_BVD = self.targets(batch, attention="attention" in needs)
         return batch, replace(targets, attention_BHTV=attention_BHTV, vision_BVD=vision_BVD)
 
@@ -219,7 +219,7 @@ class TeacherSlice:
         """``attention_BHTV`` (None where not asked for) and ``vision_BVD``, both float32; nothing waits for the device."""
         assert self.shares_tower == (batch.images.dim() == 3) or not batch.images.numel()
         with maybe_autocast(batch.input_ids_BS.device.type, enabled=False):
-            tokens_NVD = self.model.see(batch.images)
+            tokens_NVD = self.model.encode_images(batch.images)
             tokens_MD = None if tokens_NVD is None else tokens_NVD.flatten(0, 1)
             vision_BVD = by_sample(tokens_MD, batch, self.model.config.text_config.hidden_size, self.model.dtype)
             attention_BHTV = self._attention(batch, tokens_MD) if attention else None

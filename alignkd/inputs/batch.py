@@ -76,8 +76,8 @@ class Counts:
     """
 
     answers: float
-    attended: float
-    seen: float
+    with_text_after_image: float
+    with_image: float
     processes: int = 1
 
 

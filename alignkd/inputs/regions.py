@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-Fit = Literal["pad", "crop", "stretch"]
+SquareMode = Literal["pad", "crop", "stretch"]
 """How an image becomes square: with borders, by its central square, or by distortion."""
 
 COLUMNS = ("image", "rows", "columns", "row_ends", "top", "left", "bottom", "right")
@@ -29,12 +29,12 @@ def region(
     return np.asarray([image, *grid, row_ends, *box], dtype=np.float32)
 
 
-def no_place(image: int, tokens: int) -> np.ndarray:
+def region_without_coordinates(image: int, tokens: int) -> np.ndarray:
     """Tokens about no place in particular, ``[8]``."""
     return region(image, (1, tokens), (0, 0, 0, 0))
 
 
-def square_box(size: tuple[int, int], fit: Fit) -> tuple[float, float, float, float]:
+def square_box(size: tuple[int, int], fit: SquareMode) -> tuple[float, float, float, float]:
     """The box that a square input covers of an image of ``size`` (width, height)."""
     if fit == "stretch":
         return 0.0, 0.0, 1.0, 1.0

@@ -55,7 +55,7 @@ class HeadMean(nn.Module):
 
 
 def _grouped(teacher_heads: int, student_heads: int) -> torch.Tensor:
-    """Start with each student head meeting its share of the teacher's, at least one: ``[Hs, Ht]`` of 0 and 1."""
+    """Start with each student head mixing its share of the teacher's, at least one: ``[Hs, Ht]`` of 0 and 1."""
     weights = torch.zeros(student_heads, teacher_heads)
     for student in range(student_heads):
         first = student * teacher_heads // student_heads

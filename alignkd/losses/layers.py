@@ -57,10 +57,10 @@ def find_teacher_layers(text: str, depth: int) -> tuple[int, ...]:
         return find_layers(words, depth)
     if not student.isdigit() or int(student) < 1:
         raise ValueError(f"{text!r}: after @ stand the layers of the student, such as {words}@24")
-    return tuple(sorted({meeting(layer, int(student), depth) for layer in find_layers(words, int(student))}))
+    return tuple(sorted({matching_teacher_layer(layer, int(student), depth) for layer in find_layers(words, int(student))}))
 
 
-def meeting(layer: int, depth: int, teacher_depth: int) -> int:
+def matching_teacher_layer(layer: int, depth: int, teacher_depth: int) -> int:
     """The layer of a teacher that a layer of a student of ``depth`` layers meets.
 
     At the same relative depth, rounded (half up): the first meets the first, the last meets the last.

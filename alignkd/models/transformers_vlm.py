@@ -17,7 +17,7 @@ from torch import nn
 
 from alignkd.inputs.batch import Batch, ModelInput, collate
 from alignkd.inputs.prompts import PromptError, check_template
-from alignkd.inputs.regions import no_place
+from alignkd.inputs.regions import region_without_coordinates
 from alignkd.models.encoders.chat import ChatEncoder
 from alignkd.models.vlm import Vision, Vlm, fingerprint
 
@@ -116,7 +116,7 @@ class TransformersVlm(Vlm):
         tokens: int,
     ) -> list[np.ndarray]:
         """A family that does not know gives no place."""
-        return [no_place(index, tokens)]
+        return [region_without_coordinates(index, tokens)]
 
     def check(self) -> None:
         """Refuse a model that the contract does not fit, before any data is read.
@@ -148,7 +148,7 @@ class TransformersVlm(Vlm):
             "an output head": self.head is not None,
         }
 
-    def see(self, batch: Batch) -> Vision | None:
+    def encode_images(self, batch: Batch) -> Vision | None:
         """Run the model's own encoder of images.
 
         Raises:
@@ -171,19 +171,19 @@ class TransformersVlm(Vlm):
         """See :class:`alignkd.models.vlm.Vlm`."""
         given: dict[str, Any] = {name: value for name, value in self._extra(batch).items() if name in self._forward_inputs}
         if vision is not None:
-            given["mm_encoder_outputs"] = {"image": vision.passed}
+            given["mm_encoder_outputs"] = {"image": vision.encoder_outputs}
         output = self.model.model(
             input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS.long(), use_cache=False, **given, **kwargs
         )
         hidden_BSD: torch.Tensor = output.last_hidden_state
         return hidden_BSD
 
-    def nothing_seen(self) -> torch.Tensor:
+    def zero_projector_loss(self) -> torch.Tensor:
         """Of a grey image."""
-        return self._see_grey().tokens_MD.float().sum() * 0.0
+        return self._encode_grey_image().tokens_MD.float().sum() * 0.0
 
-    def _see_grey(self) -> Vision:
-        vision = self.see(self.batch_of([self._grey]).to(self.device))
+    def _encode_grey_image(self) -> Vision:
+        vision = self.encode_images(self.batch_of([self._grey]).to(self.device))
         assert vision is not None
         return vision
 

@@ -26,7 +26,7 @@ class Vision:
     """Vision tokens of a batch's images, one after the other, ``[M, D]``; ``passed`` is what decoding needs besides."""
 
     tokens_MD: torch.Tensor
-    passed: Any = None
+    encoder_outputs: Any = None
 
 
 @dataclass
@@ -34,11 +34,11 @@ class Vlm(ABC):
     """A loaded vision-language model with its tokenizer."""
 
     family: ClassVar[str]
-    not_sliced: ClassVar[str] = "slices are made of MobileVLM's parts alone so far"
+    without_slice: ClassVar[str] = "slices are made of MobileVLM's parts alone so far"
     """Why its targets cannot be recomputed from a slice of the teacher; empty where they can."""
     one_image: ClassVar[str] = ""
     """Why a sample may not have several images; empty where it may."""
-    no_place: ClassVar[str] = ""
+    without_coordinates: ClassVar[str] = ""
     """Why its vision tokens lie nowhere in the image, so that only a model of the same family can be its student."""
     caches_tower: ClassVar[bool] = False
     """Whether batches may carry ready features of the frozen tower instead of pixel values."""
@@ -91,7 +91,7 @@ class Vlm(ABC):
         """
 
     @abstractmethod
-    def see(self, batch: Batch) -> Vision | None:
+    def encode_images(self, batch: Batch) -> Vision | None:
         """Run tower and projector over a batch's images, or the projector over ready features; None without images."""
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Vlm(ABC):
         """Last hidden states ``[B, S, D]``, after the final norm; ``kwargs`` go down to each layer's attention function."""
 
     @abstractmethod
-    def nothing_seen(self) -> torch.Tensor:
+    def zero_projector_loss(self) -> torch.Tensor:
         """Zero, with a zero gradient for the projector: of an image that no sample has."""
 
     @abstractmethod

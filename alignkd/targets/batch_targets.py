@@ -40,7 +40,7 @@ class Targets:
         """Attention of one of the teacher's layers, ``[B, H, T, V]``; None where there is none."""
         return self.other_layers.get(number) if number else self.attention_BHTV
 
-    def compared(self, batch: Batch) -> Batch:
+    def mask_to_targets(self, batch: Batch) -> Batch:
         """The batch with masks of those text rows and vision columns alone that have a target."""
         if self.row_mask_BT is not None:
             batch = replace(batch, text_mask_BT=batch.text_mask_BT & self.row_mask_BT)

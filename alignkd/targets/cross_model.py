@@ -24,7 +24,7 @@ _TINY = 1e-6
 """Of a token's side: cells that touch overlap by rounding errors."""
 
 
-class AlignmentError(ValueError):
+class CrossModelError(ValueError):
     """Teacher and student see a sample in ways that cannot be aligned; the message says which."""
 
 
@@ -70,7 +70,7 @@ def map_vision(teacher_R8: np.ndarray, student_R8: np.ndarray) -> VisionMap:
     have as many.
 
     Raises:
-        AlignmentError: the numbers of images differ, or tokens without a place meet another number of tokens.
+        CrossModelError: the numbers of images differ, or tokens without a place meet another number of tokens.
     """
     return _map_vision(np.asarray(teacher_R8, np.float32).tobytes(), np.asarray(student_R8, np.float32).tobytes())
 
@@ -80,7 +80,7 @@ def _map_vision(teacher: bytes, student: bytes) -> VisionMap:
     teacher_R8, student_R8 = (np.frombuffer(x, np.float32).reshape(-1, len(COLUMNS)) for x in (teacher, student))
     seen = [sorted(set(regions_R8[:, 0].astype(int).tolist())) for regions_R8 in (teacher_R8, student_R8)]
     if seen[0] != seen[1]:
-        raise AlignmentError(f"the teacher saw {len(seen[0])} images, the student {len(seen[1])}")
+        raise CrossModelError(f"the teacher saw {len(seen[0])} images, the student {len(seen[1])}")
     columns = [np.repeat(regions_R8[:, 0].astype(int), tokens_of(regions_R8)) for regions_R8 in (teacher_R8, student_R8)]
     area = np.zeros((len(columns[0]), len(columns[1])))
     for image in seen[0]:
@@ -100,7 +100,7 @@ def _overlap(image: int, teacher_R8: np.ndarray, student_R8: np.ndarray) -> np.n
     (_, theirs), (_, ours) = boxes(teacher_R8), boxes(student_R8)
     if not all(_has_place(box_V4).any() for box_V4 in (theirs, ours)):
         if len(theirs) != len(ours):
-            raise AlignmentError(
+            raise CrossModelError(
                 f"image {image} is {len(theirs)} vision tokens of the teacher and {len(ours)} of the student, and one side's"
                 " have no place in the image to match them by: attention and vision tokens cannot be compared"
             )
@@ -163,7 +163,7 @@ def pair_answers(teacher: Text, student: Text) -> np.ndarray:
     maximum length left out of its answers.
 
     Raises:
-        AlignmentError: the teacher splits the same characters into other ids.
+        CrossModelError: the teacher splits the same characters into other ids.
     """
     waiting: dict[tuple[int, ...], deque[int]] = defaultdict(deque)
     for answer, key in enumerate(_keys(teacher, _answers(teacher))):
@@ -175,7 +175,7 @@ def pair_answers(teacher: Text, student: Text) -> np.ndarray:
         start, end, token = key
         found.append(waiting[key].popleft() if waiting[key] else -1)
         if found[-1] < 0 and start < end <= reached and key not in known:
-            raise AlignmentError(f"the teacher splits the answer's characters {start} to {end} otherwise than into id {token}")
+            raise CrossModelError(f"the teacher splits the answer's characters {start} to {end} otherwise than into id {token}")
     return np.asarray(found, dtype=np.int64)
 
 

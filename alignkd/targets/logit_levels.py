@@ -23,7 +23,7 @@ def decode_kept(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids ``[A, K]`` int64 and log-probabilities ``[A, K]`` of kept tokens, and the log mass of all others ``[A]``, float32.
 
-    Together they sum to one, as in :meth:`alignkd.targets.logits.topk.TopK.kept`.
+    ChainedOptimizer they sum to one, as in :meth:`alignkd.targets.logits.topk.TopK.kept`.
     """
     ids_AK = id_of_rank_N[rank_steps_AK.astype(np.int64).cumsum(axis=1)].astype(np.int64)
     logprobs_AK = (1 - np.exp(codes_AK.astype(np.float32) / np.float32(LEVELS_PER_E))) * np.float32(FINE)

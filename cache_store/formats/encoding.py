@@ -15,7 +15,7 @@ from numcodecs import Blosc, blosc
 from numpy.typing import NDArray
 
 from alignkd.cache_store.codecs import Array
-from alignkd.cache_store.rows.shard import MAX_SHARD_BYTES, CorruptShard
+from alignkd.cache_store.rows.shard import MAX_SHARD_BYTES, CorruptShardError
 from alignkd.cache_store.rows.spec import FieldSpec
 
 # Blosc's threads write their blocks in the order in which they finish, so equal arrays would give different bytes;
@@ -45,15 +45,15 @@ def describe(field: FieldSpec) -> dict[str, Any]:
 def check_shapes(field: FieldSpec, shapes: NDArray[np.int32]) -> None:
     """CorruptShard for shapes that no array has: with a negative size, or too large even for numpy's empty arrays."""
     if (shapes < 0).any():
-        raise CorruptShard(f"field {field.name!r} has a negative size")
+        raise CorruptShardError(f"field {field.name!r} has a negative size")
     if np.maximum(shapes, 1).prod(axis=1, dtype=np.float64).max(initial=0) > MAX_SHARD_BYTES:
-        raise CorruptShard(f"field {field.name!r} has a shape of more than {MAX_SHARD_BYTES} values")
+        raise CorruptShardError(f"field {field.name!r} has a shape of more than {MAX_SHARD_BYTES} values")
 
 
 def check_budget(nbytes: int) -> None:
     """CorruptShard where the arrays of a shard claim to hold more than any shard does."""
     if nbytes > MAX_SHARD_BYTES:
-        raise CorruptShard(f"the shard claims {nbytes} bytes of arrays, at most {MAX_SHARD_BYTES} are read")
+        raise CorruptShardError(f"the shard claims {nbytes} bytes of arrays, at most {MAX_SHARD_BYTES} are read")
 
 
 def compress(values: Array) -> bytes:
@@ -62,29 +62,30 @@ def compress(values: Array) -> bytes:
 
 
 def decompress(frame: bytes | memoryview, nbytes: int) -> bytes:
-    """The ``nbytes`` bytes in a frame of ``compress``; CorruptShard where it does not hold just these."""
+    """The ``nbytes`` bytes in a frame of ``compress``; CorruptShardError where it does not hold just these."""
     if nbytes == 0 and len(frame) == 0:
         return b""
     check_frame(frame, nbytes)
     try:
         return bytes(blosc.decompress(frame))
     except RuntimeError as error:
-        raise CorruptShard(f"a Blosc frame cannot be decompressed: {error}") from error
+        raise CorruptShardError(f"a Blosc frame cannot be decompressed: {error}") from error
 
 
 def decompress_into(frame: bytes | memoryview, place: Array) -> None:
-    """Decompress a frame that ``check_frame`` found right into ``place``, which is as long; CorruptShard where it breaks."""
+    """Decompress a frame that ``check_frame`` found right into ``place``, which is as long; CorruptShardError where it
+    breaks."""
     try:
         blosc.decompress(frame, place)
     except RuntimeError as error:
-        raise CorruptShard(f"a Blosc frame cannot be decompressed: {error}") from error
+        raise CorruptShardError(f"a Blosc frame cannot be decompressed: {error}") from error
 
 
 def check_frame(frame: bytes | memoryview, nbytes: int) -> None:
     """CorruptShard unless the header of a Blosc frame declares ``nbytes`` bytes, zstd and the frame's own length."""
     if len(frame) < _HEADER.size:
-        raise CorruptShard(f"found {len(frame)} bytes for a Blosc frame, expected at least {_HEADER.size}")
+        raise CorruptShardError(f"found {len(frame)} bytes for a Blosc frame, expected at least {_HEADER.size}")
     version, flags, uncompressed, compressed = _HEADER.unpack_from(frame)
     found, expected = (version, flags >> 5, uncompressed, compressed), (_FORMAT_VERSION, _ZSTD, nbytes, len(frame))
     if found != expected:
-        raise CorruptShard(f"a Blosc frame declares version, compressor, bytes and length {found}, expected {expected}")
+        raise CorruptShardError(f"a Blosc frame declares version, compressor, bytes and length {found}, expected {expected}")

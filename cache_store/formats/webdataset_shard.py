@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from alignkd.cache_store.codecs import Array
 from alignkd.cache_store.formats.encoding import check_budget, check_shapes, compress, decompress, describe, dump_json
 from alignkd.cache_store.rows.shard import (
-    CorruptShard,
+    CorruptShardError,
     RowId,
     Shard,
     check_ids,
@@ -82,8 +82,8 @@ class TarShard(Shard):
         value = self.value_of_row[field][i]
         try:
             return np.frombuffer(decompress(memoryview(self.data)[starts[value] : stops[value]], nbytes[value]), dtype)
-        except CorruptShard as error:
-            raise CorruptShard(f"row {self.ids[i].key}, field {field!r}, {part}: {error}") from error
+        except CorruptShardError as error:
+            raise CorruptShardError(f"row {self.ids[i].key}, field {field!r}, {part}: {error}") from error
 
     def frame(self, field: str, part: str, i: int) -> bytes:
         """As it lies in the archive."""
@@ -97,14 +97,15 @@ def write_shard(shard: Shard) -> bytes:
 
 
 def read_shard(spec: CacheSpec, data: bytes) -> TarShard:
-    """The shard in ``data``; CorruptShard where it is none, or holds other than ``spec`` says. Frames are not looked at."""
+    """The shard in ``data``; CorruptShardError where it is none, or holds other than ``spec`` says. Frames are not looked
+    at."""
     try:
         base, text = _find_index(data)
         return _parse(spec, data, base, text)
-    except CorruptShard:
+    except CorruptShardError:
         raise
     except Exception as error:  # bytes from a stranger may break tar and JSON in any way
-        raise CorruptShard(f"not a readable shard: {error!r}") from error
+        raise CorruptShardError(f"not a readable shard: {error!r}") from error
 
 
 def audit(data: bytes, shard: Shard) -> None:
@@ -113,7 +114,9 @@ def audit(data: bytes, shard: Shard) -> None:
     expected = _archive(shard, shard.frame)
     if data != expected:
         at = _first_difference(data, expected)
-        raise CorruptShard(f"from byte {at} on the archive is not what follows from its index and the frames that it names")
+        raise CorruptShardError(
+            f"from byte {at} on the archive is not what follows from its index and the frames that it names"
+        )
 
 
 def field_bytes(spec: CacheSpec, data: bytes) -> dict[str, int]:
@@ -197,7 +200,7 @@ def _find_index(data: bytes) -> tuple[int, bytes]:
     member = tarfile.TarInfo.frombuf(data[: tarfile.BLOCKSIZE], "utf-8", "strict")
     base = tarfile.BLOCKSIZE + member.size + _padding(member.size)
     if member.name != _INDEX or member.type != tarfile.REGTYPE or member.size < 0 or base > len(data):
-        raise CorruptShard(f"found member {member.name!r} of {member.size} bytes first, expected {_INDEX!r}")
+        raise CorruptShardError(f"found member {member.name!r} of {member.size} bytes first, expected {_INDEX!r}")
     return base, data[tarfile.BLOCKSIZE : tarfile.BLOCKSIZE + member.size]
 
 
@@ -205,11 +208,11 @@ def _parse(spec: CacheSpec, data: bytes, base: int, text: bytes) -> TarShard:
     index = json.loads(text)
     ids, size, entries = check_ids(index["ids"]), len(data) - base, index["fields"]
     if index["size"] != size:
-        raise CorruptShard(f"found {size} bytes after the index, expected {index['size']}")
+        raise CorruptShardError(f"found {size} bytes after the index, expected {index['size']}")
     expected = {field.name: describe(field) for field in spec.fields}
     found = {name: {key: entry[key] for key in entry.keys() - {"shapes", "parts"}} for name, entry in entries.items()}
     if found != expected:
-        raise CorruptShard(f"found fields {found}, expected {expected}")
+        raise CorruptShardError(f"found fields {found}, expected {expected}")
     firsts = {field.name: list(first_rows(values_of_rows(field, ids))) for field in spec.fields}
     shapes = {f.name: _parse_shapes(f, entries[f.name]["shapes"], len(ids))[firsts[f.name]] for f in spec.fields}
     places = {
@@ -218,10 +221,10 @@ def _parse(spec: CacheSpec, data: bytes, base: int, text: bytes) -> TarShard:
     }
     # Also where the later rows of an image have other shapes or places than the first.
     if text != _index_json(spec, ids, shapes, places, size):
-        raise CorruptShard("the index says something twice, or something else than rows, shapes and places")
+        raise CorruptShardError("the index says something twice, or something else than rows, shapes and places")
     taken = sum(int(places_of[:, 1].sum()) for places_of in places.values())
     if taken > size:
-        raise CorruptShard(f"the index names frames of {taken} bytes in the {size} bytes after it")
+        raise CorruptShardError(f"the index names frames of {taken} bytes in the {size} bytes after it")
     shard = TarShard(spec, ids, shapes, data, base, places)
     check_budget(sum(sum(frames.nbytes) for frames in shard.frames.values()))
     return shard
@@ -236,5 +239,5 @@ def _parse_shapes(field: FieldSpec, rows: Any, count: int) -> NDArray[np.int32]:
 def _parse_places(entry: Any, count: int, end: int) -> NDArray[np.int64]:
     offsets, sizes = (np.array(entry[name], np.int64).reshape(count) for name in ("offsets", "sizes"))
     if (offsets < 0).any() or (sizes < 0).any() or (offsets > end - sizes).any():
-        raise CorruptShard(f"the index names places beyond the {end} bytes after it")
+        raise CorruptShardError(f"the index names places beyond the {end} bytes after it")
     return np.stack([offsets, sizes], axis=1)

@@ -13,7 +13,7 @@ import numpy as np
 
 from alignkd.cache_store.codecs import Array, Shape
 from alignkd.cache_store.formats.encoding import CLEVEL, CNAME, check_frame, decompress_into, dump_json
-from alignkd.cache_store.rows.shard import CorruptShard
+from alignkd.cache_store.rows.shard import CorruptShardError
 
 CHUNK_BYTES = 4 << 20
 
@@ -96,7 +96,7 @@ def encode(values: Array) -> bytes:
 
 
 def decode(data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Array:
-    """The array in its shard; CorruptShard, before anything is decompressed, where the shard is not laid out for it.
+    """The array in its shard; CorruptShardError, before anything is decompressed, where the shard is not laid out for it.
 
     The frames are decompressed into place here: through zarr itself, whose stores are asynchronous, a shard of many
     small arrays takes twice as long to open.
@@ -120,17 +120,17 @@ def _chunks(shape: Shape, dtype: np.dtype[Any]) -> tuple[Shape, Shape]:
 
 
 def _frames(data: bytes, count: int, nbytes: int) -> list[memoryview]:
-    """The Blosc frames of all chunks; CorruptShard unless ``data`` is these, in order, and the index that says so."""
+    """The Blosc frames of all chunks; CorruptShardError unless ``data`` is these, in order, and the index that says so."""
     index_at = len(data) - count * _INDEX_ENTRY_BYTES - _CRC_BYTES
     if index_at < 0:
-        raise CorruptShard(f"found {len(data)} bytes for {count} chunks and their index")
+        raise CorruptShardError(f"found {len(data)} bytes for {count} chunks and their index")
     at, frames = 0, []
     for offset, size in np.frombuffer(data, "<u8", 2 * count, index_at).reshape(count, 2).tolist():
         if offset != at or at + size > index_at:
-            raise CorruptShard(f"found a chunk of {size} bytes at {offset}, expected one at {at} that ends by {index_at}")
+            raise CorruptShardError(f"found a chunk of {size} bytes at {offset}, expected one at {at} that ends by {index_at}")
         frames.append(memoryview(data)[at : at + size])
         check_frame(frames[-1], nbytes)
         at += size
     if at != index_at:
-        raise CorruptShard(f"found chunks of {at} bytes, expected {index_at}")
+        raise CorruptShardError(f"found chunks of {at} bytes, expected {index_at}")
     return frames

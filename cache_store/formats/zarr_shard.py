@@ -40,7 +40,7 @@ from alignkd.cache_store.formats.zarr_array import (
 )
 from alignkd.cache_store.rows.shard import (
     ColumnShard,
-    CorruptShard,
+    CorruptShardError,
     RowId,
     Shard,
     check_ids,
@@ -74,14 +74,14 @@ def write_shard(shard: Shard) -> bytes:
 
 
 def read_shard(spec: CacheSpec, data: bytes) -> Shard:
-    """The shard in ``data``; CorruptShard where it is none, or holds other than ``spec`` says."""
+    """The shard in ``data``; CorruptShardError where it is none, or holds other than ``spec`` says."""
     require_zarr_3()
     try:
         return _read(spec, _Members(_unzip(data)))
-    except CorruptShard:
+    except CorruptShardError:
         raise
     except Exception as error:  # bytes from a stranger may break zip, JSON, zarr and Blosc in any way
-        raise CorruptShard(f"not a readable shard: {error!r}") from error
+        raise CorruptShardError(f"not a readable shard: {error!r}") from error
 
 
 def audit(data: bytes, shard: Shard) -> None:
@@ -129,7 +129,7 @@ def _read_values(members: _Members, field: FieldSpec, ids: Sequence[RowId]) -> i
     if field.per_image:
         found = members.array(f"{field.name}/value_of_row", (len(ids),), _SIZE)
         if found.tolist() != expected:
-            raise CorruptShard(f"array '{field.name}/value_of_row' does not follow from the images of the rows")
+            raise CorruptShardError(f"array '{field.name}/value_of_row' does not follow from the images of the rows")
     return len(first_rows(expected))
 
 
@@ -141,7 +141,7 @@ def _read_parts(members: _Members, field: FieldSpec, shapes: NDArray[np.int32]) 
         _, dtype = empty_layout(field)[part]
         parts[part] = members.array(name, (offsets[-1],), dtype)
         if members.array(f"{name}_offsets", (len(offsets),), _OFFSET).tolist() != offsets:
-            raise CorruptShard(f"array '{name}_offsets' does not follow from array '{field.name}/shape'")
+            raise CorruptShardError(f"array '{name}_offsets' does not follow from array '{field.name}/shape'")
     return parts
 
 
@@ -153,26 +153,26 @@ class _Members:
         self.claimed = 0
 
     def take(self, name: str) -> bytes:
-        """A file; CorruptShard where there is none."""
+        """A file; CorruptShardError where there is none."""
         if name not in self.files:
-            raise CorruptShard(f"member {name!r} is missing")
+            raise CorruptShardError(f"member {name!r} is missing")
         return self.files.pop(name)
 
     def require(self, name: str, expected: bytes) -> None:
         """CorruptShard unless a file holds what is ``expected``."""
         found = self.take(name)
         if found != expected:
-            raise CorruptShard(f"member {name!r}: found {_shorten(found)}, expected {_shorten(expected)}")
+            raise CorruptShardError(f"member {name!r}: found {_shorten(found)}, expected {_shorten(expected)}")
 
     def length(self, name: str) -> int:
         """How long a 1-D array says it is."""
         (length,) = json.loads(self.files[f"{name}/zarr.json"])["shape"]
         if not isinstance(length, int) or length < 0:
-            raise CorruptShard(f"array {name!r} declares a length of {length!r}")
+            raise CorruptShardError(f"array {name!r} declares a length of {length!r}")
         return length
 
     def array(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> Array:
-        """An array; CorruptShard unless it has this shape and dtype, and fits into what a shard may hold."""
+        """An array; CorruptShardError unless it has this shape and dtype, and fits into what a shard may hold."""
         self.require(f"{name}/zarr.json", array_json(shape, dtype))
         if math.prod(shape) == 0:
             return np.empty(shape, dtype)
@@ -181,13 +181,13 @@ class _Members:
         data = self.take(f"{name}/{shard_name(shape)}")
         try:
             return decode(data, shape, dtype)
-        except CorruptShard as error:
-            raise CorruptShard(f"array {name!r}: {error}") from error
+        except CorruptShardError as error:
+            raise CorruptShardError(f"array {name!r}: {error}") from error
 
     def refuse_rest(self) -> None:
         """CorruptShard if there are files that belong to nothing taken."""
         if self.files:
-            raise CorruptShard(f"{len(self.files)} unexpected members, first {min(self.files)!r}")
+            raise CorruptShardError(f"{len(self.files)} unexpected members, first {min(self.files)!r}")
 
 
 def _zip(files: Mapping[str, bytes]) -> bytes:
@@ -207,9 +207,9 @@ def _unzip(data: bytes) -> dict[str, bytes]:
         members = archive.infolist()
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         if not stored or sum(member.file_size for member in members) > len(data):
-            raise CorruptShard("the archive declares more bytes than it has")
+            raise CorruptShardError("the archive declares more bytes than it has")
         if len({member.filename for member in members}) < len(members):
-            raise CorruptShard("the archive holds a member twice")
+            raise CorruptShardError("the archive holds a member twice")
         return {member.filename: archive.read(member) for member in members}
 
 

@@ -31,7 +31,7 @@ _OBJECT = re.compile(rf"{SHARDS}/(\d{{6,}})-([0-9a-f]{{12}})(\.[a-z]+)+")
 _RECORD = re.compile(r"(\d{6,})\.json")
 
 
-class CorruptRecord(ValueError):  # noqa: N818 - a name says what is the matter
+class CorruptRecordError(ValueError):
     """A commit record that is damaged."""
 
 
@@ -67,26 +67,26 @@ class CommitRecord:
 
     @classmethod
     def from_json(cls, text: str) -> CommitRecord:
-        """The record of ``to_json``; CorruptRecord where a single character differs."""
+        """The record of ``to_json``; CorruptRecordError where a single character differs."""
         try:
             content = json.loads(text)
             if content.pop("record_sha256") != _checksum(content):
-                raise CorruptRecord("its checksum does not match")
+                raise CorruptRecordError("its checksum does not match")
             rejected = tuple(Rejected(**entry) for entry in content.pop("rejected"))
             record = cls(**content, rejected=rejected)
             record._check()
             if record.to_json() != text:
-                raise CorruptRecord("it is not what it was written as")
+                raise CorruptRecordError("it is not what it was written as")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CorruptRecord(f"damaged commit record: {error}") from error
+            raise CorruptRecordError(f"damaged commit record: {error}") from error
         return record
 
     def _check(self) -> None:
         # The checksum tells damage, not malice: a name such as ../../x would have the reader open it.
         if shard_number(self.object) != self.number:
-            raise CorruptRecord(f"shard {self.number} cannot be the object {self.object!r}")
+            raise CorruptRecordError(f"shard {self.number} cannot be the object {self.object!r}")
         if not all(is_key(sample.key) for sample in self.rejected):
-            raise CorruptRecord("a rejected sample has no key")
+            raise CorruptRecordError("a rejected sample has no key")
 
 
 def object_name(number: int, data: bytes, suffix: str) -> str:
@@ -146,12 +146,12 @@ def committed_numbers(storage: Storage) -> list[int]:
 
 
 def read_record(storage: Storage, number: int) -> CommitRecord:
-    """The record of a committed shard; CorruptRecord that says what to do where it is damaged."""
+    """The record of a committed shard; CorruptRecordError that says what to do where it is damaged."""
     return _parse(storage, number, storage.read(record_name(number)))
 
 
 def read_records(storage: Storage, numbers: Sequence[int] | None = None) -> dict[int, CommitRecord]:
-    """Records of all committed shards, by number; CorruptRecord at the first that is damaged."""
+    """Records of all committed shards, by number; CorruptRecordError at the first that is damaged."""
     numbers = committed_numbers(storage) if numbers is None else numbers
     texts = read_all(storage, [record_name(number) for number in numbers])
     return {number: _parse(storage, number, data) for number, data in zip(numbers, texts, strict=True)}
@@ -161,7 +161,7 @@ def stray_names(storage: Storage) -> list[str]:
     """Temporaries, and shard objects that no record names: left over, or about to be committed by another worker.
 
     The only object of a committed shard is the one its record names, so that few records are opened, if any.
-    CorruptRecord where one of these is damaged: what it names would look like a stray.
+    CorruptRecordError where one of these is damaged: what it names would look like a stray.
     """
     numbers = {name: number for name in object_names(storage) if (number := shard_number(name)) is not None}
     objects = Counter(numbers.values())
@@ -219,9 +219,9 @@ def _parse(storage: Storage, number: int, data: bytes) -> CommitRecord:
     try:
         record = CommitRecord.from_json(data.decode())
         if record.number != number:
-            raise CorruptRecord(f"it is the record of shard {record.number}")
-    except (CorruptRecord, UnicodeDecodeError) as error:
-        raise CorruptRecord(
+            raise CorruptRecordError(f"it is the record of shard {record.number}")
+    except (CorruptRecordError, UnicodeDecodeError) as error:
+        raise CorruptRecordError(
             f"{storage.url}/{record_name(number)}: {error}. Run alignkd cache repair, then cache-teacher again."
         ) from error
     return record

@@ -21,8 +21,8 @@ def convert(
     """Copy what is committed at ``source`` to ``target``; running it again goes on where it stopped.
 
     Rows are not decoded: their stored parts go from one format into the other. ``on_shard`` is called after each shard.
-    ValueError where there is no cache at ``source``, or another one at ``target``; CorruptShard for a damaged shard,
-    DamagedTensor for a damaged tensor.
+    ValueError where there is no cache at ``source``, or another one at ``target``; CorruptShardError for a damaged shard,
+    DamagedTensorError for a damaged tensor.
     """
     reader = CacheReader(source, max_shards=2)
     wanted = shard_format or other_format(reader.shard_format)

@@ -19,8 +19,8 @@ from alignkd.cache_store.protocol.commit import CommitRecord, read_records
 from alignkd.cache_store.protocol.manifest import read_manifest
 from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.protocol.tensors import Tensors
-from alignkd.cache_store.rows.row import Rejected, Row, Stored, is_key
-from alignkd.cache_store.rows.shard import CorruptShard, Shard
+from alignkd.cache_store.rows.row import EncodedField, Rejected, Row, is_key
+from alignkd.cache_store.rows.shard import CorruptShardError, Shard
 from alignkd.cache_store.rows.spec import CacheSpec
 from alignkd.cache_store.storage.contract import Storage
 from alignkd.cache_store.storage.open_storage import open_storage
@@ -28,7 +28,7 @@ from alignkd.cache_store.storage.open_storage import open_storage
 _LOADERS = 2
 
 
-class MissingRow(KeyError):  # noqa: N818 - a name says what is the matter
+class MissingRowError(KeyError):
     """A key that has no row; the message says why."""
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class CacheReader:
     all rows, by name. It holds no open file or connection: it may be pickled (without its shards) and forked.
     ``verify=False`` leaves out the checksum of each shard, not the comparison with spec and record.
 
-    ValueError where there is no cache, CorruptRecord where a commit record is damaged.
+    ValueError where there is no cache, CorruptRecordError where a commit record is damaged.
     """
 
     def __init__(self, url: str | Path, *, max_shards: int = 8, verify: bool = True) -> None:
@@ -106,24 +106,24 @@ class CacheReader:
         return np.where((places >= 0) & committed[shards], shards, -1)
 
     def shard_of(self, key: str) -> int:
-        """Number of the shard that holds ``key``; MissingRow where none does."""
+        """Number of the shard that holds ``key``; MissingRowError where none does."""
         number = self._number(key)
         if number is None:
-            raise MissingRow(f"no row {key!r} in the cache at {self.url}: {self._why_missing(key)}")
+            raise MissingRowError(f"no row {key!r} in the cache at {self.url}: {self._why_missing(key)}")
         return number
 
     def row(self, key: str, fields: Container[str] | None = None) -> Row:
         """The targets of one sample, decoded (all fields, or those named).
 
-        MissingRow where it has none, CorruptShard where its shard is damaged.
+        MissingRowError where it has none, CorruptShardError where its shard is damaged.
         """
         return self._row(key, self._shard_of_row(key), fields)
 
-    def stored(self, key: str, fields: Iterable[str]) -> dict[str, Stored]:
+    def encoded_fields(self, key: str, fields: Iterable[str]) -> dict[str, EncodedField]:
         """Fields of one sample as they are stored, not decoded: small integers for a device to decode. Raises as ``row``."""
         number = self._shard_of_row(key)
         shard = self.shard(number)
-        return shard.stored(self._rows[number][key], fields)
+        return shard.encoded_fields(self._rows[number][key], fields)
 
     def rows(self, keys: Iterable[str], fields: Container[str] | None = None) -> Iterator[Row]:
         """Rows in the order of ``keys``; the shards they need are fetched ahead of their use."""
@@ -164,7 +164,7 @@ class CacheReader:
             self._future(number)
 
     def shard(self, number: int) -> Shard:
-        """A committed shard, from memory or from its storage; CorruptShard where it is damaged."""
+        """A committed shard, from memory or from its storage; CorruptShardError where it is damaged."""
         future = self._future(number)
         try:
             shard = future.result()
@@ -217,14 +217,14 @@ class CacheReader:
 
 
 def row_keys(plan: Plan, record: CommitRecord) -> tuple[str, ...]:
-    """Keys of a committed shard's rows, in order: the planned ones but the rejected; CorruptShard where none can be."""
+    """Keys of a committed shard's rows, in order: the planned ones but the rejected; CorruptShardError where none can be."""
     if record.number >= plan.shards:
-        raise CorruptShard(f"shard {record.number} is committed but not in the plan of {plan.shards} shards")
+        raise CorruptShardError(f"shard {record.number} is committed but not in the plan of {plan.shards} shards")
     rejected = {sample.key for sample in record.rejected}
     planned = plan.keys_of(record.number)
     keys = tuple(key for key in planned if key not in rejected)
     if len(keys) != record.rows or len(keys) + len(rejected) != len(planned):
-        raise CorruptShard(f"shard {record.number}: its record does not hold the samples of the plan")
+        raise CorruptShardError(f"shard {record.number}: its record does not hold the samples of the plan")
     return keys
 
 
@@ -237,7 +237,7 @@ def open_shard(
     verify: bool = True,
     audit: bool = False,
 ) -> Shard:
-    """Read a committed shard and compare it with its record; CorruptShard that says what is lost and what to do.
+    """Read a committed shard and compare it with its record; CorruptShardError that says what is lost and what to do.
 
     ``audit`` compares the sha256 as well, and what the shard's format does not need for reading.
     """
@@ -247,12 +247,12 @@ def open_shard(
         shard_format = format_of(record.object)
         shard = shard_format.read_shard(spec, data)
         if shard.keys != keys:
-            raise CorruptShard("its keys are not those of plan and record")
+            raise CorruptShardError("its keys are not those of plan and record")
         if audit:
             shard_format.audit(data, shard)
     except (FileNotFoundError, ValueError) as error:
         some = ", ".join(keys[:3]) + (", ..." if record.rows > 3 else "")
-        raise CorruptShard(
+        raise CorruptShardError(
             f"shard {record.number} of the cache at {storage.url} cannot be used: {record.object}: {error}. "
             f"It holds {record.rows} samples ({some}). Run alignkd cache verify to see all damage, alignkd cache repair"
             " to drop it, and cache-teacher to rebuild it."
@@ -262,8 +262,8 @@ def open_shard(
 
 def _check_bytes(data: bytes, record: CommitRecord, verify: bool, audit: bool) -> None:
     if len(data) != record.bytes:
-        raise CorruptShard(f"found {len(data)} bytes, expected {record.bytes}")
+        raise CorruptShardError(f"found {len(data)} bytes, expected {record.bytes}")
     if verify and (crc32 := zlib.crc32(data)) != record.crc32:
-        raise CorruptShard(f"found crc32 {crc32:08x}, expected {record.crc32:08x}")
+        raise CorruptShardError(f"found crc32 {crc32:08x}, expected {record.crc32:08x}")
     if audit and (sha256 := hashlib.sha256(data).hexdigest()) != record.sha256:
-        raise CorruptShard(f"found sha256 {sha256[:12]}..., expected {record.sha256[:12]}...")
+        raise CorruptShardError(f"found sha256 {sha256[:12]}..., expected {record.sha256[:12]}...")

@@ -133,7 +133,7 @@ class CacheStore:
         function that gives them, called only if there is no cache yet. A cache that is there keeps its own, which are
         not compared with these (two calibrations differ in their last bits): encode rows with ``CacheStore.tensors``.
 
-        FingerprintMismatch where spec, plan or format differ from those at ``url``; ValueError for a folder with
+        FingerprintMismatchError where spec, plan or format differ from those at ``url``; ValueError for a folder with
         commits but without ``cache.json``.
         """
         storage = open_storage(url)
@@ -221,7 +221,7 @@ class CacheStore:
         return swept + sweep_orphans(self.storage, self.manifest.tensors, min_age_s=min_age_s)
 
     def status(self) -> Status:
-        """What all records say; CorruptRecord where one is damaged."""
+        """What all records say; CorruptRecordError where one is damaged."""
         tensor_bytes = sum(entry.bytes for entry in self.manifest.tensors.values())
         return Status(self.plan.shards, self.plan.samples, read_records(self.storage), tensor_bytes)
 

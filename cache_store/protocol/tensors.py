@@ -35,11 +35,11 @@ _ALIGNED = 64
 _MAX_DIMS = 8
 
 
-class DamagedTensor(ValueError):  # noqa: N818 - a name says what is the matter
+class DamagedTensorError(ValueError):
     """A tensor whose object is missing, or not what the manifest says."""
 
 
-class MissingTensor(KeyError, ValueError):  # noqa: N818 - a name says what is the matter
+class MissingTensorError(KeyError, ValueError):
     """A name that no tensor of the cache has; the message says which there are."""
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class Tensors(Mapping[str, Array]):
     """The tensors of a cache by name, read-only arrays.
 
     Each is read, and compared with its sha256, whenever it is asked for: they may be large, so that whoever needs one
-    twice holds on to it. MissingTensor (a ValueError) for other names, DamagedTensor where the object is not what the
+    twice holds on to it. MissingTensorError (a ValueError) for other names, DamagedTensorError where the object is not what the
     manifest says.
     """
 
@@ -92,7 +92,7 @@ class Tensors(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         if name not in self.entries:
             there = ", ".join(self.entries) or "none"
-            raise MissingTensor(f"the cache at {self.storage.url} keeps no tensor {name!r}, it keeps: {there}")
+            raise MissingTensorError(f"the cache at {self.storage.url} keeps no tensor {name!r}, it keeps: {there}")
         return read_tensor(self.storage, self.entries[name])
 
     def __contains__(self, name: object) -> bool:
@@ -111,7 +111,7 @@ def write_tensors(storage: Storage, tensors: Mapping[str, Array]) -> dict[str, T
 
 
 def read_tensor(storage: Storage, entry: TensorEntry) -> Array:
-    """A read-only array over the bytes of its object; DamagedTensor, before it is read where its size tells already."""
+    """A read-only array over the bytes of its object; DamagedTensorError, before it is read where its size tells already."""
     check_size(storage, entry)
     data, header = storage.read(entry.object), _header(entry.dtype, entry.shape)
     if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -186,8 +186,8 @@ def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return _MAGIC + len(text).to_bytes(2, "little") + text
 
 
-def _damaged(storage: Storage, entry: TensorEntry, why: str) -> DamagedTensor:
-    return DamagedTensor(
+def _damaged(storage: Storage, entry: TensorEntry, why: str) -> DamagedTensorError:
+    return DamagedTensorError(
         f"tensor {entry.name!r} of the cache at {storage.url} cannot be used: {entry.object}: {why}. It cannot be rebuilt from"
         " the rest: restore it from a copy, or write a new cache"
     )

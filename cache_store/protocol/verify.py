@@ -10,7 +10,7 @@ from pathlib import Path
 
 from alignkd.cache_store.protocol.commit import (
     CommitRecord,
-    CorruptRecord,
+    CorruptRecordError,
     committed_numbers,
     foreign_names,
     name_hash,
@@ -24,8 +24,8 @@ from alignkd.cache_store.protocol.plan import FOLDER as PLAN
 from alignkd.cache_store.protocol.plan import plan_objects
 from alignkd.cache_store.protocol.reader import open_shard, row_keys
 from alignkd.cache_store.protocol.store import RUNS, CacheStore, open_store
-from alignkd.cache_store.protocol.tensors import DamagedTensor, check_size, is_orphan, read_tensor, unlisted
-from alignkd.cache_store.rows.shard import CorruptShard, Shard
+from alignkd.cache_store.protocol.tensors import DamagedTensorError, check_size, is_orphan, read_tensor, unlisted
+from alignkd.cache_store.rows.shard import CorruptShardError, Shard
 from alignkd.cache_store.storage.contract import TEMPORARY
 
 _SHOWN = 3
@@ -94,7 +94,7 @@ def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None]
             recorded[number] = record.object
             digests.extend(_audit(store, record, quick))
             sound.append(record)
-        except (CorruptRecord, CorruptShard, FileNotFoundError) as error:
+        except (CorruptRecordError, CorruptShardError, FileNotFoundError) as error:
             # Which object a damaged record names nobody knows.
             known = [recorded[number]] if number in recorded else [n for n in objects if shard_number(n) == number]
             problems.append(_damaged(store, number, known, str(error)))
@@ -133,25 +133,25 @@ def _tensor_digests(store: CacheStore) -> Iterator[bytes]:
 
 
 def _audit(store: CacheStore, record: CommitRecord, quick: bool) -> list[bytes]:
-    """Digests of a shard's rows, none after a quick look; CorruptShard where anything is not as record and plan say."""
+    """Digests of a shard's rows, none after a quick look; CorruptShardError where anything is not as record and plan say."""
     keys = row_keys(store.plan, record)
     if quick:
         found = store.storage.size(record.object)
         if found != record.bytes:
             has = "nothing" if found is None else f"{found} bytes"
-            raise CorruptShard(f"shard {record.number}: {record.object}: found {has}, expected {record.bytes} bytes")
+            raise CorruptShardError(f"shard {record.number}: {record.object}: found {has}, expected {record.bytes} bytes")
         return []
     return list(_audit_rows(open_shard(store.storage, store.spec, record, keys, audit=True)))
 
 
 def _audit_rows(shard: Shard) -> Iterator[bytes]:
-    """Digests of all rows; CorruptShard where one does not decode to what the spec says."""
+    """Digests of all rows; CorruptShardError where one does not decode to what the spec says."""
     for i in range(len(shard)):
         row = shard.row(i)
         for field in shard.spec.fields:
             value = row.values[field.name]
             if value.shape != shard.shape(field.name, i) or value.dtype != field.numpy_dtype:
-                raise CorruptShard(f"row {row.key}, field {field.name!r}: decodes to {value.dtype} {value.shape}")
+                raise CorruptShardError(f"row {row.key}, field {field.name!r}: decodes to {value.dtype} {value.shape}")
         yield row_digest(shard, i)
 
 
@@ -201,7 +201,7 @@ def _damaged_tensors(store: CacheStore, quick: bool) -> Iterator[Problem]:
     for entry in store.manifest.tensors.values():
         try:
             (check_size if quick else read_tensor)(store.storage, entry)
-        except DamagedTensor as error:
+        except DamagedTensorError as error:
             yield Problem(str(error), (entry.object,), beyond_repair=True)
 
 

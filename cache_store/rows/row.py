@@ -27,7 +27,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Stored:
+class EncodedField:
     """One field of one row, not decoded: the ``parts`` of the field's codec, in shape; ``shape`` is the decoded one.
 
     The parts may be views into a shard: they are not to be written into.

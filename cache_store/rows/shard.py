@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignkd.cache_store.codecs import Array, Layout, Shape, get_codec
-from alignkd.cache_store.rows.row import Row, Stored, is_key
+from alignkd.cache_store.rows.row import EncodedField, Row, is_key
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 
 # What the arrays of one shard may claim to hold before anything is decompressed.
 MAX_SHARD_BYTES = 8 << 30
 
 
-class CorruptShard(ValueError):  # noqa: N818 - a name says what is the matter
+class CorruptShardError(ValueError):
     """A shard that is damaged, or that is not what its record and spec say."""
 
 
@@ -64,7 +64,7 @@ class Shard(ABC):
 
     @abstractmethod
     def part(self, field: str, part: str, i: int) -> Array:
-        """One stored part of a field in row ``i``, flat; CorruptShard where it is not what the shapes say."""
+        """One stored part of a field in row ``i``, flat; CorruptShardError where it is not what the shapes say."""
 
     def shape(self, field: str, i: int) -> tuple[int, ...]:
         """Decoded shape of ``field`` in row ``i``."""
@@ -91,15 +91,15 @@ class Shard(ABC):
         }
         return Row(*self.ids[i], values)
 
-    def stored(self, i: int, fields: Iterable[str]) -> dict[str, Stored]:
+    def encoded_fields(self, i: int, fields: Iterable[str]) -> dict[str, EncodedField]:
         """These fields of row ``i`` as they are stored: for who decodes elsewhere."""
         return {name: self._stored(self._fields[name], i) for name in fields}
 
-    def _stored(self, field: FieldSpec, i: int) -> Stored:
+    def _stored(self, field: FieldSpec, i: int) -> EncodedField:
         shape = self.shape(field.name, i)
         layout = layout_of(field, shape)
         parts = {part: self.part(field.name, part, i).reshape(part_shape) for part, (part_shape, _) in layout.items()}
-        return Stored(field, shape, parts)
+        return EncodedField(field, shape, parts)
 
 
 class ColumnShard(Shard):
@@ -133,7 +133,7 @@ class ShardFormat(Protocol):
         ...
 
     def read_shard(self, spec: CacheSpec, data: bytes) -> Shard:
-        """The shard in ``data``; CorruptShard where it is none, or holds other than ``spec`` says."""
+        """The shard in ``data``; CorruptShardError where it is none, or holds other than ``spec`` says."""
         ...
 
     def audit(self, data: bytes, shard: Shard) -> None:
@@ -245,15 +245,15 @@ def _layout(codec: str, dtype: str, shape: Shape) -> Layout:
 
 
 def check_ids(entries: Any) -> tuple[RowId, ...]:
-    """Row ids out of a shard's own index; CorruptShard where they are something else."""
+    """Row ids out of a shard's own index; CorruptShardError where they are something else."""
     try:
         ids = tuple(RowId(*entry) for entry in entries)
     except TypeError as error:
-        raise CorruptShard(f"the index is no list of rows: {error}") from error
+        raise CorruptShardError(f"the index is no list of rows: {error}") from error
     if not all(is_key(row.key) and isinstance(row.sample_id, str) and isinstance(row.image_sha256, str) for row in ids):
-        raise CorruptShard("the index holds something other than keys, sample ids and image hashes")
+        raise CorruptShardError("the index holds something other than keys, sample ids and image hashes")
     if len({row.key for row in ids}) < len(ids):
-        raise CorruptShard("the index holds a key twice")
+        raise CorruptShardError("the index holds a key twice")
     return ids
 
 

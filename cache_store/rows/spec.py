@@ -19,7 +19,7 @@ _ABSENT = object()
 _Path = tuple[str, ...]
 
 
-class FingerprintMismatch(ValueError):  # noqa: N818 - a name says what is the matter
+class FingerprintMismatchError(ValueError):
     """The cache was written with other settings than the ones asked for."""
 
 
@@ -76,7 +76,7 @@ class CacheSpec:
 
 
 def check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], *, cache: str) -> None:
-    """Raise FingerprintMismatch that names every differing key with both values; ``cache`` is named in the message."""
+    """Raise FingerprintMismatchError that names every differing key with both values; ``cache`` is named in the message."""
     theirs, ours = dict(_leaves(found)), dict(_leaves(wanted))
     pairs = {key: (theirs.get(key, _ABSENT), ours.get(key, _ABSENT)) for key in sorted({**theirs, **ours})}
     lines = [
@@ -86,7 +86,7 @@ def check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], *, ca
     ]
     if not lines:
         return
-    raise FingerprintMismatch(
+    raise FingerprintMismatchError(
         f"the cache at {cache} was written with other settings:\n" + "\n".join(lines) + "\n"
         "Write to another --cache, or use the settings the cache was written with."
     )

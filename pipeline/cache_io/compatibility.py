@@ -6,7 +6,7 @@ from typing import Any
 from alignkd.capture.layer_pairs import compared_layers, needed_layers
 from alignkd.losses.recipes import Recipe
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.cache_io.cross_model import Across
+from alignkd.pipeline.cache_io.cross_model import CrossModelMap
 from alignkd.pipeline.cache_io.teacher_fingerprint import describe_teacher
 from alignkd.pipeline.config.cache_layout import logit_width
 
@@ -14,7 +14,7 @@ VISUAL = frozenset({"attention", "vision"})
 ALL = VISUAL | {"logits"}
 
 
-def check_fit(
+def check_student_matches(
     student: Vlm,
     found: Mapping[str, Any],
     template: str,
@@ -23,7 +23,7 @@ def check_fit(
     *,
     needs: Set[str] = ALL,
     fields: Collection[str] = (),
-) -> Across | None:
+) -> CrossModelMap | None:
     """Refuse a cache that this student, template or maximum length does not fit. ``found``: its fingerprint.
 
     A student of the teacher's make meets its rows as they are: None. One of another make needs rows that say where their vision
@@ -49,7 +49,7 @@ def check_fit(
             )
         return None
     _check_across(student, found, needs, fields, f"the cache {cache} is of another make than the student ({make})")
-    return Across.of(student, found)
+    return CrossModelMap.of(student, found)
 
 
 def _check_across(student: Vlm, found: Mapping[str, Any], needs: Set[str], fields: Collection[str], differs: str) -> None:
@@ -65,7 +65,7 @@ def _check_across(student: Vlm, found: Mapping[str, Any], needs: Set[str], field
             " with alignkd cache-teacher"
         )
     teacher = found["teacher"]
-    if needs & VISUAL and (why := student.no_place or teacher.get("no_place", "")):
+    if needs & VISUAL and (why := student.without_coordinates or teacher.get("no_place", "")):
         tokens = found["vision_tokens_per_image"], student.vision_tokens_per_image
         if None in tokens or tokens[0] != tokens[1]:
             raise ValueError(

@@ -15,7 +15,7 @@ from alignkd.pipeline.config.cache_layout import LOGIT_TENSOR
 from alignkd.targets.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
 
 
-def fitted(settings: LogitSettings, vocabulary: int, width: int) -> LogitSettings:
+def clamped_to_teacher(settings: LogitSettings, vocabulary: int, width: int) -> LogitSettings:
     """No more kept tokens than there are, no more bytes of a sketch than a hidden state has features.
 
     ``vocabulary``: columns of the teacher's output head.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from alignkd.cache_store.codecs import get_codec
-from alignkd.cache_store.rows.row import Stored
+from alignkd.cache_store.rows.row import EncodedField
 from alignkd.cache_store.rows.spec import FieldSpec
 from alignkd.inputs.batch import Batch
 from alignkd.pipeline.cache_io.logits import logit_fields
@@ -39,7 +39,7 @@ def row_fields(settings: TargetSettings, vocabulary: int) -> tuple[FieldSpec, ..
     return tuple(fields)
 
 
-def collate_targets(stored: Sequence[Mapping[str, Stored]], batch: Batch) -> Targets:
+def collate_targets(stored: Sequence[Mapping[str, EncodedField]], batch: Batch) -> Targets:
     """Pad what the batch's samples have in the cache, in its order, to the batch's shapes; all of it stays as it is stored.
 
     Fields that the samples lack are absent.
@@ -59,13 +59,13 @@ def collate_targets(stored: Sequence[Mapping[str, Stored]], batch: Batch) -> Tar
     return Targets(quantised=quantised, quantised_answers=answers, quantised_layers=layers)
 
 
-def _concatenate(stored: Sequence[Stored]) -> Quantised:
+def _concatenate(stored: Sequence[EncodedField]) -> Quantised:
     """Answer after answer."""
     parts = {part: torch.from_numpy(np.concatenate([row.parts[part] for row in stored])) for part in stored[0].parts}
     return Quantised(stored[0].field.codec, (sum(row.shape[0] for row in stored), *stored[0].shape[1:]), parts)
 
 
-def _padded_shape(name: str, stored: Sequence[Mapping[str, Stored]], batch: Batch) -> tuple[int, ...]:
+def _padded_shape(name: str, stored: Sequence[Mapping[str, EncodedField]], batch: Batch) -> tuple[int, ...]:
     """``[H, T, V]`` or ``[V, D]`` of the batch."""
     text, vision = batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
     if attention_layer(name) is not None:
@@ -73,7 +73,7 @@ def _padded_shape(name: str, stored: Sequence[Mapping[str, Stored]], batch: Batc
     return vision, max(row[name].shape[1] for row in stored)
 
 
-def _pad(stored: Sequence[Stored], shape: tuple[int, ...]) -> Quantised:
+def _pad(stored: Sequence[EncodedField], shape: tuple[int, ...]) -> Quantised:
     """The parts of each sample in a corner of zeros: a codec decodes those to zeros."""
     field, parts = stored[0].field, {}
     for part, (part_shape, dtype) in get_codec(field.codec).layout(shape, field.numpy_dtype).items():

@@ -16,7 +16,7 @@ def describe_teacher(teacher: Vlm, template: str) -> dict[str, Any]:
             "width": teacher.hidden_size,
             "image_token_id": teacher.image_token_id,
             "tokens_per_placeholder": teacher.tokens_per_placeholder,
-            **({"no_place": teacher.no_place} if teacher.no_place else {}),
+            **({"no_place": teacher.without_coordinates} if teacher.without_coordinates else {}),
         },
         "tokenizer": teacher.tokenizer_fingerprint(),
         "template": template,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.capture.teacher_slice import GROUPS, TOWER, TeacherSlice, describe_slice, same_features, slice_tensors
+from alignkd.capture.teacher_slice import GROUPS, TOWER, TeacherSlice, same_features, slice_config, slice_tensors
 from alignkd.models.vlm import Vlm, module_fingerprint
 from alignkd.pipeline.cache_io.tensor_arrays import to_array, to_tensor
 from alignkd.pipeline.config.cache_layout import ALIGNMENTS, SLICED, is_slice
@@ -41,7 +41,7 @@ def check_alignment(alignment: str, targets: Set[str], *, without_tower: bool) -
 
 def slice_fingerprint(teacher: Vlm, *, tower: bool) -> dict[str, Any]:
     """The slice's shape, its tower's digest, and whether the cache holds that tower."""
-    return {**describe_slice(teacher.model), "tower": {"sha256": module_fingerprint(teacher.tower), "in_cache": tower}}
+    return {**slice_config(teacher.model), "tower": {"sha256": module_fingerprint(teacher.tower), "in_cache": tower}}
 
 
 def slice_arrays(teacher: Vlm, *, tower: bool) -> dict[str, np.ndarray]:
@@ -100,7 +100,7 @@ def _check_consistent(about: dict[str, Any], found: dict[str, Any]) -> None:
 
 def _same_tower(student: Vlm, about: dict[str, Any], teacher_dtype: torch.dtype) -> bool:
     # Both towers are compared in the teacher's dtype: a student is trained in float32 whatever its checkpoint holds.
-    if not same_features(about, describe_slice(student.model)):
+    if not same_features(about, slice_config(student.model)):
         return False
     return module_fingerprint(student.tower, teacher_dtype) == str(about["tower"]["sha256"])
 

@@ -26,10 +26,10 @@ def _supported(family: type[Vlm]) -> dict[str, str]:
     # Attention and logits are what the contract cannot do without: a model lacking them is refused when it is loaded.
     reasons = {
         "attention": "",
-        "slice": family.not_sliced,
+        "slice": family.without_slice,
         "logits": "",
         "several images": family.one_image,
-        "other students": family.no_place,
+        "other students": family.without_coordinates,
     }
     return {name: "yes" if not why else f"no: {why}" for name, why in reasons.items()}
 

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 
 
-class TooManyRejected(ValueError):  # noqa: N818 - the name says what is the matter
+class TooManyRejectedError(ValueError):
     """More samples were rejected than ``--max-rejected`` allows."""
 
 
 @dataclass
-class Rejects:
+class RejectedSamples:
     """The rejected samples of a job, by id."""
 
     limit: int
@@ -20,7 +20,7 @@ class Rejects:
         """Note one; a sample of a ``key`` that was noted before (in an earlier epoch) is not counted again.
 
         Raises:
-            TooManyRejected: the limit is passed; names the first few.
+            TooManyRejectedError: the limit is passed; names the first few.
         """
         if key is not None:
             if key in self._seen:
@@ -30,7 +30,7 @@ class Rejects:
         self.reasons.setdefault(sample_id, reason)
         if self.count > self.limit:
             first = "; ".join(f"{name}: {why}" for name, why in list(self.reasons.items())[:3])
-            raise TooManyRejected(
+            raise TooManyRejectedError(
                 f"{self.count} samples cannot be used, more than --max-rejected {self.limit} allows. First: {first}."
                 " Check --images and the data, or raise --max-rejected"
             )

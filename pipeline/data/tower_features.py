@@ -29,7 +29,7 @@ def tower_features(vlm: Vlm, preparer: Preparer, references: Sequence[str]) -> d
                 loaded[reference] = preparer.load_images((reference,))
         if loaded:
             pixels = torch.stack([images[0].values for images, _ in loaded.values()]).to(vlm.device)
-            encoded = vlm.model.model.encode_images(pixels).cpu()
+            encoded = vlm.model.model.run_tower(pixels).cpu()
             for (reference, (images, digest)), values in zip(loaded.items(), encoded, strict=True):
                 features[reference] = (digest, Picture(values.clone(), images[0].size))
     return features

@@ -15,7 +15,7 @@ from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.defaults import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.config.evaluate import EvaluateConfig
 from alignkd.pipeline.data.preparer import Preparer, SampleError
-from alignkd.pipeline.data.rejected_samples import Rejects
+from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.data.samples import Sample, SampleFile
 from alignkd.pipeline.data.tower_features import tower_features
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
@@ -63,7 +63,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
     template = config.template or vlm.default_template
     preparer = Preparer.of(vlm, template=template, max_length=DEFAULT_MAX_LENGTH, image_root=config.images)
-    rejects = Rejects(config.max_rejected)
+    rejects = RejectedSamples(config.max_rejected)
     lines: list[dict[str, Any]] = []
     with bar("evaluate", len(samples), "samples") as progress:
         for start in range(0, len(samples), config.batch_size):
@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects: Rejects) -> list[_Question]:
+def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects: RejectedSamples) -> list[_Question]:
     preparer.features = {}
     if vlm.caches_tower:  # benchmarks ask many questions about one image: the tower sees it once a batch
         preparer.features = tower_features(vlm, preparer, list(dict.fromkeys(ref for s in samples for ref in s.images)))

@@ -9,37 +9,37 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from alignkd.cache_store.protocol.reader import CacheReader, MissingRow
-from alignkd.cache_store.rows.row import Stored
-from alignkd.cache_store.rows.shard import CorruptShard
+from alignkd.cache_store.protocol.reader import CacheReader, MissingRowError
+from alignkd.cache_store.rows.row import EncodedField
+from alignkd.cache_store.rows.shard import CorruptShardError
 from alignkd.inputs.batch import ModelInput, collate
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.cache_io.cross_model import LAYOUT, Across, Compared, with_masks
+from alignkd.pipeline.cache_io.cross_model import LAYOUT, CrossModelMap, TargetMask, with_masks
 from alignkd.pipeline.cache_io.logits import logit_fields, settings_of
 from alignkd.pipeline.cache_io.targets import collate_targets
 from alignkd.pipeline.config.cache_layout import attention_field, attention_layer
 from alignkd.pipeline.data.preparer import Prepared, Preparer, SampleError
-from alignkd.pipeline.data.rejected_samples import Rejects
+from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.data.samples import Sample, SampleFile
 from alignkd.pipeline.feeding.order import SHARDS_OPEN
-from alignkd.pipeline.feeding.row_checks import MisalignedRow, check_images, check_row
-from alignkd.pipeline.feeding.shared_memory import Parcel
+from alignkd.pipeline.feeding.row_checks import MisalignedRowError, check_images, check_row
+from alignkd.pipeline.feeding.shared_memory import SharedMemoryBatch
 from alignkd.targets.batch_targets import Targets
-from alignkd.targets.cross_model import AlignmentError
+from alignkd.targets.cross_model import CrossModelError
 
 
 @dataclass(frozen=True)
-class Item:
-    """A prepared sample with what it needs of the cache, as it is stored; ``compared``: what has a target, if not all."""
+class TrainingExample:
+    """A prepared sample with what it needs of the cache, as it is stored; ``target_mask``: what has a target, if not all."""
 
     sample_id: str
     input: ModelInput
-    stored: dict[str, Stored]
-    compared: Compared | None = None
+    stored: dict[str, EncodedField]
+    target_mask: TargetMask | None = None
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedSample:
     """A sample that gave no item. Passed on as a value, so that it crosses worker processes with its plain message.
 
     ``fatal``: a misaligned row, which must end the run; otherwise the sample is left out and counted.
@@ -62,7 +62,7 @@ class Positions(list[int]):
         return Positions, (list(self), self.coming)
 
 
-class TrainingSet(Dataset["Item | Failure"]):
+class TrainingSet(Dataset["TrainingExample | FailedSample"]):
     """The usable samples of a data file, each with its row; ``across``: of a teacher of another make."""
 
     def __init__(
@@ -75,7 +75,7 @@ class TrainingSet(Dataset["Item | Failure"]):
         needs: frozenset[str],
         max_rejected: int,
         attention_layers: Sequence[int] = (0,),
-        across: Across | None = None,
+        across: CrossModelMap | None = None,
     ) -> None:
         self.samples, self.preparer, self.reader, self.across = samples, preparer, reader, across
         self.tokens_per_placeholder = student.tokens_per_placeholder
@@ -86,7 +86,7 @@ class TrainingSet(Dataset["Item | Failure"]):
             assert reader is not None
             settings = settings_of(reader.fingerprint)
             self.fields += [field.name for field in logit_fields(settings, student.vocabulary)]
-        self.rejects = Rejects(max_rejected)
+        self.rejects = RejectedSamples(max_rejected)
         self.indices = self._usable()
         if not len(self.indices):
             raise ValueError(f"no sample of {samples.path} can be trained on; first reasons: {self._first_reasons()}")
@@ -119,7 +119,7 @@ class TrainingSet(Dataset["Item | Failure"]):
         assert self.reader is not None
         try:
             self.reader.shard_of(self.samples.key(index))
-        except MissingRow as error:
+        except MissingRowError as error:
             return str(error)
         raise AssertionError("a row that is there was reported missing")
 
@@ -140,7 +140,7 @@ class TrainingSet(Dataset["Item | Failure"]):
         """The sample at a position of this set."""
         return self.samples[int(self.indices[position])]
 
-    def __getitems__(self, positions: list[int]) -> list[Item | Failure]:
+    def __getitems__(self, positions: list[int]) -> list[TrainingExample | FailedSample]:
         """A batch, which may be empty; the shards it needs are fetched side by side, and those of :class:`Positions` begun."""
         if self.reader is not None and self.fields:
             self.reader.prefetch(self.shard_of_sample[positions].tolist())
@@ -148,49 +148,49 @@ class TrainingSet(Dataset["Item | Failure"]):
                 self.reader.prefetch(positions.coming)
         return [self[position] for position in positions]
 
-    def __getitem__(self, position: int) -> Item | Failure:
+    def __getitem__(self, position: int) -> TrainingExample | FailedSample:
         sample = self.sample(position)
         try:
             prepared = self.preparer(sample)
             if self.reader is None or not self.fields:
-                return Item(sample.id or sample.key, prepared.input, {})
+                return TrainingExample(sample.id or sample.key, prepared.input, {})
             if self.across is not None:
                 return self._across(sample, prepared, self.across)
             row = self.reader.row(sample.key, {"input_ids", "labels"})
-            stored = self.reader.stored(sample.key, self.fields)
+            stored = self.reader.encoded_fields(sample.key, self.fields)
             check_row(sample, prepared, row, stored, self.tokens_per_placeholder, self.image_token_id)
         except SampleError as error:
-            return Failure(sample.key, sample.id or sample.key, str(error), fatal=False)
-        except (MisalignedRow, CorruptShard) as error:
-            return Failure(sample.key, sample.id or sample.key, str(error), fatal=True)
-        return Item(sample.id or sample.key, prepared.input, dict(stored))
+            return FailedSample(sample.key, sample.id or sample.key, str(error), fatal=False)
+        except (MisalignedRowError, CorruptShardError) as error:
+            return FailedSample(sample.key, sample.id or sample.key, str(error), fatal=True)
+        return TrainingExample(sample.id or sample.key, prepared.input, dict(stored))
 
-    def _across(self, sample: Sample, prepared: Prepared, across: Across) -> Item:
+    def _across(self, sample: Sample, prepared: Prepared, across: CrossModelMap) -> TrainingExample:
         """A sample with the row that a teacher of another make left.
 
         Raises:
-            MisalignedRow: the two cannot be aligned; names the sample and the cause.
+            MisalignedRowError: the two cannot be aligned; names the sample and the cause.
         """
         assert self.reader is not None
         visual = {name for name in self.fields if attention_layer(name) is not None or name == "vision_tokens"}
         row = self.reader.row(sample.key, visual | LAYOUT if visual else LAYOUT - {"regions"})
         check_images(sample, prepared, row)
-        stored = self.reader.stored(sample.key, [name for name in self.fields if name not in visual])
+        stored = self.reader.encoded_fields(sample.key, [name for name in self.fields if name not in visual])
         try:
             found, compared = across(row, prepared.input, stored)
-        except AlignmentError as error:
-            raise MisalignedRow(f"sample {sample.id!r} cannot be aligned with its row in the cache: {error}") from error
-        return Item(sample.id or sample.key, prepared.input, found, compared)
+        except CrossModelError as error:
+            raise MisalignedRowError(f"sample {sample.id!r} cannot be aligned with its row in the cache: {error}") from error
+        return TrainingExample(sample.id or sample.key, prepared.input, found, compared)
 
-    def collate(self, items: Sequence[Item | Failure]) -> dict[str, Any]:
+    def collate(self, items: Sequence[TrainingExample | FailedSample]) -> dict[str, Any]:
         """Items to ``{"batch", "targets", "failures", "ids"}``; ``batch`` is None when every sample failed, or there is none.
 
         ``ids`` of the samples in the batch, in its order.
         """
-        good = [item for item in items if isinstance(item, Item)]
-        failures = [item for item in items if isinstance(item, Failure)]
+        good = [item for item in items if isinstance(item, TrainingExample)]
+        failures = [item for item in items if isinstance(item, FailedSample)]
         if not good:
-            return Parcel(batch=None, targets=None, failures=failures, ids=[])
+            return SharedMemoryBatch(batch=None, targets=None, failures=failures, ids=[])
         batch = collate(
             [item.input for item in good],
             tokens_per_placeholder=self.tokens_per_placeholder,
@@ -200,5 +200,5 @@ class TrainingSet(Dataset["Item | Failure"]):
         targets = Targets()
         if self.fields:
             targets = collate_targets([item.stored for item in good], batch)
-            targets = with_masks(targets, [item.compared for item in good if item.compared is not None], batch)
-        return Parcel(batch=batch, targets=targets, failures=failures, ids=[item.sample_id for item in good])
+            targets = with_masks(targets, [item.target_mask for item in good if item.target_mask is not None], batch)
+        return SharedMemoryBatch(batch=batch, targets=targets, failures=failures, ids=[item.sample_id for item in good])

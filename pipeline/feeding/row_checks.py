@@ -4,14 +4,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from alignkd.cache_store.rows.row import Row, Stored
+from alignkd.cache_store.rows.row import EncodedField, Row
 from alignkd.inputs.prompts import IMAGE_TOKEN_ID
 from alignkd.pipeline.config.cache_layout import attention_layer
 from alignkd.pipeline.data.preparer import Prepared
 from alignkd.pipeline.data.samples import Sample
 
 
-class MisalignedRow(ValueError):  # noqa: N818 - the name says what is the matter
+class MisalignedRowError(ValueError):
     """A cached row is not about the sample it is used for."""
 
 
@@ -19,14 +19,14 @@ def check_row(
     sample: Sample,
     prepared: Prepared,
     row: Row,
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, EncodedField],
     tokens_per_placeholder: int,
     image_token_id: int = IMAGE_TOKEN_ID,
 ) -> None:
     """Compare a row, and what of it is ``stored`` undecoded, with the sample as this run prepared it.
 
     Raises:
-        MisalignedRow: token ids, labels, images, or the number of vision tokens or text rows differ; names the sample and
+        MisalignedRowError: token ids, labels, images, or the number of vision tokens or text rows differ; names the sample and
             the cause.
     """
     found: str | None = None
@@ -38,24 +38,24 @@ def check_row(
         check_images(sample, prepared, row)
         found = _misshapen(prepared.input.input_ids, stored, tokens_per_placeholder, image_token_id)
     if found is not None:
-        raise MisalignedRow(f"sample {sample.id!r} does not match its row in the cache: {found}")
+        raise MisalignedRowError(f"sample {sample.id!r} does not match its row in the cache: {found}")
 
 
 def check_images(sample: Sample, prepared: Prepared, row: Row) -> None:
     """Compare the image files of a row with those that this run read.
 
     Raises:
-        MisalignedRow: they differ; names the sample and the cause.
+        MisalignedRowError: they differ; names the sample and the cause.
     """
     if row.image_sha256 != prepared.image_sha256:
-        raise MisalignedRow(
+        raise MisalignedRowError(
             f"sample {sample.id!r} does not match its row in the cache: its image file differs from the one the teacher saw:"
             " --images points elsewhere, or the file has changed"
         )
 
 
 def _misshapen(
-    input_ids: np.ndarray, stored: Mapping[str, Stored], tokens_per_placeholder: int, image_token_id: int
+    input_ids: np.ndarray, stored: Mapping[str, EncodedField], tokens_per_placeholder: int, image_token_id: int
 ) -> str | None:
     """What is wrong with the number of vision tokens or text rows."""
     images = np.flatnonzero(input_ids == image_token_id)

@@ -16,7 +16,7 @@ _ALIGN = 64
 _Place = tuple[int, torch.dtype, tuple[int, ...]]
 
 
-class Parcel(dict[str, Any]):
+class SharedMemoryBatch(dict[str, Any]):
     """A dict of anything. Pickled, it arrives as a plain dict whose tensors, however deep, are views of one buffer."""
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -15,11 +15,11 @@ from alignkd.cache_store.formats.registry import get_format
 from alignkd.cache_store.rows.row import Rejected, Row
 from alignkd.cache_store.rows.shard import encode_row, pack
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
-from alignkd.capture.teacher_slice import check_sliceable, describe_slice, slice_sizes
+from alignkd.capture.teacher_slice import check_sliceable, slice_config, slice_sizes
 from alignkd.pipeline.cache_admin.status import dense_bytes
 from alignkd.pipeline.config.cache_layout import logit_width
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
-from alignkd.pipeline.stage_one.halve_on_oom import FittingRunner
+from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
 from alignkd.pipeline.stage_one.shard_work import rows
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
 
@@ -81,7 +81,7 @@ def _try(stage: StageOne, chosen: Sequence[int]) -> tuple[list[Row], list[Reject
     work = stage.lay_out_samples(0, chosen)
     ready = [stage.load(batch) for batch in work.batches]
     rejected = [*work.rejected, *(sample for batch in ready for sample in batch.rejected)]
-    runner, made = FittingRunner(stage), []
+    runner, made = HalvingRunner(stage), []
     started = time.perf_counter()
     for batch in ready:
         outputs, unfit = runner.run(batch)
@@ -125,7 +125,7 @@ def _options(stage: StageOne, made: Sequence[Row], stored: Mapping[str, float]) 
         yield "--vision-codec int4-blocks", change("vision_tokens", smaller, tokens)
     gone = sum(stored[name] for name in ("attention", "vision_tokens", "spans", "regions") if name in fields) * total
     if gone and stage.config.settings.attention_layers == (0,) and _sliceable(stage):
-        parameters = sum(slice_sizes(describe_slice(stage.teacher.model)).values())
+        parameters = sum(slice_sizes(slice_config(stage.teacher.model)).values())
         yield "--alignment slice", parameters * next(stage.teacher.model.parameters()).element_size() - gone
     if "sketch" in fields and (size := stage.row_settings.logits.sketch_bytes) > 32:
         answers = sum(len(row.values["sketch"]) for row in made) / len(made)

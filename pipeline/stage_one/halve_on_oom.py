@@ -12,7 +12,7 @@ from alignkd.pipeline.stage_one.teacher_stage import StageOne
 
 
 @dataclass
-class FittingRunner:
+class HalvingRunner:
     """Runs batches of a stage; ``limit`` is the most positions that are known to fit once something did not."""
 
     stage: StageOne

@@ -13,7 +13,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class HostWork:
+class HostThreads:
     """A few threads that read ahead, and one that writes behind.
 
     Decoding images, packing, compressing and hashing release the interpreter's lock, so threads are enough and nothing
@@ -25,7 +25,7 @@ class HostWork:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._writing: deque[Future[Any]] = deque()
 
-    def ahead(self, items: Iterable[_Item], prepare: Callable[[_Item], _Result], count: int) -> Iterator[_Result]:
+    def prefetch(self, items: Iterable[_Item], prepare: Callable[[_Item], _Result], count: int) -> Iterator[_Result]:
         """``prepare`` of each item, in order, up to ``count`` of them begun before they are asked for."""
         waiting: deque[Future[_Result]] = deque()
         for item in items:
@@ -35,7 +35,7 @@ class HostWork:
         while waiting:
             yield waiting.popleft().result()
 
-    def behind(self, write: Callable[[], Any]) -> None:
+    def write_behind(self, write: Callable[[], Any]) -> None:
         """Do ``write`` in the background, in the order of the calls; waits where too much is waiting.
 
         The error of an earlier one is raised here.
@@ -49,7 +49,7 @@ class HostWork:
         while self._writing:
             self._writing.popleft().result()
 
-    def __enter__(self) -> "HostWork":
+    def __enter__(self) -> "HostThreads":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -12,7 +12,7 @@ from alignkd.pipeline.stage_one.run_teacher import TeacherOutput
 
 
 @dataclass(frozen=True)
-class Item:
+class PlannedSample:
     """A sample whose text is prepared."""
 
     sample: Sample
@@ -29,7 +29,7 @@ class ShardWork:
     """A shard laid out: batches of items under the token budget, and samples whose text cannot be used."""
 
     number: int
-    batches: list[list[Item]]
+    batches: list[list[PlannedSample]]
     rejected: list[Rejected]
 
 
@@ -37,7 +37,7 @@ class ShardWork:
 class ReadyBatch:
     """A batch with its images, and the samples whose images cannot be used. ``batch`` is None when none is left."""
 
-    items: list[tuple[Item, Prepared]]
+    items: list[tuple[PlannedSample, Prepared]]
     batch: Batch | None
     rejected: list[Rejected]
 
@@ -60,9 +60,9 @@ def rows(ready: ReadyBatch, output: TeacherOutput) -> list[Row]:
     ]
 
 
-def batches(items: Sequence[Item], batch_tokens: int) -> Iterator[list[Item]]:
+def batches(items: Sequence[PlannedSample], batch_tokens: int) -> Iterator[list[PlannedSample]]:
     """Group by length under a budget of padded positions, longest first; a pure function of the items."""
-    current: list[Item] = []
+    current: list[PlannedSample] = []
     for item in sorted(items, key=lambda item: (-item.length, item.sample.key)):
         if current and (len(current) + 1) * current[0].length > batch_tokens:
             yield current

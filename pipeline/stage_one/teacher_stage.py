@@ -23,7 +23,7 @@ from alignkd.inputs.prompts import check_template
 from alignkd.losses.layers import find_teacher_layers
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.cache_io.logits import fitted, logit_arrays, open_codec
+from alignkd.pipeline.cache_io.logits import clamped_to_teacher, logit_arrays, open_codec
 from alignkd.pipeline.cache_io.targets import row_fields
 from alignkd.pipeline.cache_io.teacher_fingerprint import describe_teacher
 from alignkd.pipeline.cache_io.teacher_slice import check_alignment, slice_arrays, slice_fingerprint
@@ -38,7 +38,7 @@ from alignkd.pipeline.runtime.signals import StopFlag
 from alignkd.pipeline.stage_one.calibrate import CALIBRATION_POSITIONS, CALIBRATION_SAMPLES, calibrate
 from alignkd.pipeline.stage_one.planned_samples import find_samples
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput, run_teacher
-from alignkd.pipeline.stage_one.shard_work import Item, ReadyBatch, ShardWork, batches
+from alignkd.pipeline.stage_one.shard_work import PlannedSample, ReadyBatch, ShardWork, batches
 from alignkd.targets.logits import LogitCodec
 
 
@@ -74,7 +74,7 @@ class StageOne:
             raise ValueError(f"--logit-vocabulary {config.settings.logits.vocabulary} needs logits among --targets")
         template = config.template or teacher.default_template
         check_template(template, teacher.templates)
-        logits = fitted(config.settings.logits, teacher.vocabulary, teacher.hidden_size)
+        logits = clamped_to_teacher(config.settings.logits, teacher.vocabulary, teacher.hidden_size)
         layers = _attention_layers(config, teacher.layers)
         settings = replace(config.settings, logits=logits, attention_layers=layers, layers=teacher.layers)
         config = replace(config, settings=settings)
@@ -188,10 +188,10 @@ class StageOne:
             except SampleError as error:
                 rejected.append(Rejected(sample.key, sample.id, str(error)))
                 continue
-            items.append(Item(sample, text))
+            items.append(PlannedSample(sample, text))
         return ShardWork(number, list(batches(items, self.config.batch_tokens)), rejected)
 
-    def load(self, items: Sequence[Item]) -> ReadyBatch:
+    def load(self, items: Sequence[PlannedSample]) -> ReadyBatch:
         """Read the images of a batch and collate it, page-locked where a GPU will fetch it."""
         ready, rejected = [], []
         for item in items:
@@ -217,7 +217,7 @@ class StageOne:
                 f"its answer holds {token!r}, id {beyond[0]}: --logit-vocabulary {limit} keeps the ids below alone"
             )
 
-    def collate(self, ready: Sequence[tuple[Item, Prepared]]) -> Batch:
+    def collate(self, ready: Sequence[tuple[PlannedSample, Prepared]]) -> Batch:
         """Pad inputs into one batch on the host."""
         batch = collate(
             [prepared.input for _, prepared in ready],

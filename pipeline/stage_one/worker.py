@@ -19,14 +19,14 @@ from alignkd.cache_store.rows.row import Rejected
 from alignkd.cache_store.rows.shard import EncodedRow, encode_row
 from alignkd.pipeline.cache_admin.status import status_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
-from alignkd.pipeline.data.rejected_samples import Rejects
+from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.runtime.devices import peak_memory_bytes
 from alignkd.pipeline.runtime.progress import Bar, bar
 from alignkd.pipeline.runtime.ranks import Worker, find_worker
 from alignkd.pipeline.runtime.run_record import run_record
 from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
-from alignkd.pipeline.stage_one.halve_on_oom import FittingRunner
-from alignkd.pipeline.stage_one.prefetch import HostWork
+from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
+from alignkd.pipeline.stage_one.prefetch import HostThreads
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput
 from alignkd.pipeline.stage_one.shard_work import ReadyBatch, ShardWork, rows
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
@@ -74,14 +74,14 @@ class WorkerJob:
     samples: int = 0
     tokens: int = 0
     bytes: int = 0
-    rejects: Rejects = field(init=False)
-    runner: FittingRunner = field(init=False)
+    rejects: RejectedSamples = field(init=False)
+    runner: HalvingRunner = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rejects = Rejects(self.stage.config.max_rejected)
+        self.rejects = RejectedSamples(self.stage.config.max_rejected)
         for sample in self.store.status().rejected:
             self.rejects.add(sample.sample_id or sample.key, sample.reason)
-        self.runner = FittingRunner(self.stage)
+        self.runner = HalvingRunner(self.stage)
 
     def run(self, shards: Sequence[int], *, show: bool = True) -> None:
         """Do these shards, but those that others commit meanwhile.
@@ -93,33 +93,33 @@ class WorkerJob:
         total = sum(len(self.store.plan.positions_of(shard)) for shard in shards)
         title = "cache-teacher" if self.worker.world_size == 1 else f"cache-teacher {self.worker}"
         self.stop.check()
-        with HostWork(self.stage.config.host_threads) as host, bar(title, total, "samples", show=show) as progress:
-            for work in host.ahead(shards, self.stage.lay_out, 1):
+        with HostThreads(self.stage.config.host_threads) as host, bar(title, total, "samples", show=show) as progress:
+            for work in host.prefetch(shards, self.stage.lay_out, 1):
                 if self.store.committed(work.number):
                     progress.advance(len(self.store.plan.positions_of(work.number)))
                     continue
                 self._run_shard(work, host, progress)
             host.flush()
 
-    def _run_shard(self, work: ShardWork, host: HostWork, progress: Bar) -> None:
+    def _run_shard(self, work: ShardWork, host: HostThreads, progress: Bar) -> None:
         started = time.perf_counter()
         encoded: list[EncodedRow] = []
         rejected = list(work.rejected)
         self._reject(work.rejected, progress)
         tokens = 0
-        for ready in host.ahead(work.batches, self.stage.load, _BATCHES_AHEAD):
+        for ready in host.prefetch(work.batches, self.stage.load, _BATCHES_AHEAD):
             self.stop.check()
             outputs, unfit = self.runner.run(ready)
             self._reject([*ready.rejected, *unfit], progress)
             rejected += [*ready.rejected, *unfit]
-            host.behind(lambda outputs=outputs: encoded.extend(self._encode(outputs)))  # type: ignore[misc]
+            host.write_behind(lambda outputs=outputs: encoded.extend(self._encode(outputs)))  # type: ignore[misc]
             positions, done = sum(item.length for item, _ in ready.items), len(ready.items) - len(unfit)
             tokens += positions
             self.tokens += positions
             self.samples += done
             progress.advance(done)
             progress.note(self._words(progress))
-        host.behind(lambda: self._commit(work.number, encoded, rejected, time.perf_counter() - started, tokens))
+        host.write_behind(lambda: self._commit(work.number, encoded, rejected, time.perf_counter() - started, tokens))
 
     def _encode(self, outputs: Sequence[tuple[ReadyBatch, TeacherOutput]]) -> list[EncodedRow]:
         return [encode_row(self.store.spec, row) for ready, output in outputs for row in rows(ready, output)]

@@ -79,7 +79,7 @@ class Watch:
         return self._lasting[key] == self.lines
 
 
-class NotFinite(ValueError):  # noqa: N818 - the name says what is the matter
+class NotFiniteError(ValueError):
     """A loss term of some samples is not a finite number."""
 
     def __init__(self, step: int, bad: Sequence[str], samples: int) -> None:
@@ -107,7 +107,7 @@ class _Flags:
     step: int
 
 
-class FiniteWatch:
+class FiniteCheck:
     """Finds the samples whose loss is not finite, without making the device wait.
 
     Loss terms, not gradients: with float16 an overflowing gradient is the scaler's business.
@@ -129,7 +129,7 @@ class FiniteWatch:
         """Look at the flags that have arrived; with ``wait`` (before a checkpoint is saved), at all.
 
         Raises:
-            NotFinite: names the samples.
+            NotFiniteError: names the samples.
         """
         while self._flags and (wait or _has_arrived(self._flags[0])):
             flags = self._flags.popleft()
@@ -137,7 +137,7 @@ class FiniteWatch:
                 flags.arrived.synchronize()
             if bool(flags.bad_B.any()):
                 bad = [name for name, is_bad in zip(flags.sample_ids, flags.bad_B.tolist(), strict=True) if is_bad]
-                raise NotFinite(flags.step, bad, len(flags.sample_ids))
+                raise NotFiniteError(flags.step, bad, len(flags.sample_ids))
 
 
 def _has_arrived(flags: _Flags) -> bool:

@@ -42,10 +42,10 @@ def make_optimizer(
     )
     if not matrices:
         return adamw
-    return Together(torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay), adamw)
+    return ChainedOptimizer(torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay), adamw)
 
 
-class Together(torch.optim.Optimizer):
+class ChainedOptimizer(torch.optim.Optimizer):
     """Several optimizers as one: schedulers see all groups, a checkpoint holds all states."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:

@@ -26,8 +26,8 @@ from alignkd.models.families.mobilevlm import MobileVlmFamily
 from alignkd.models.loading import load_vlm, save_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective, TargetSource, TeacherShape
-from alignkd.pipeline.cache_io.compatibility import check_attention_layers, check_fit, check_targets, check_teacher
-from alignkd.pipeline.cache_io.cross_model import Across
+from alignkd.pipeline.cache_io.compatibility import check_attention_layers, check_student_matches, check_targets, check_teacher
+from alignkd.pipeline.cache_io.cross_model import CrossModelMap
 from alignkd.pipeline.cache_io.logits import open_codec, settings_of
 from alignkd.pipeline.cache_io.teacher_slice import open_slice
 from alignkd.pipeline.config.cache_layout import SLICED, is_slice
@@ -151,12 +151,12 @@ class _Run:
         return self.config.max_length or (int(self.reader.fingerprint["max_length"]) if self.reader else DEFAULT_MAX_LENGTH)
 
     @cached_property
-    def across(self) -> Across | None:
+    def across(self) -> CrossModelMap | None:
         """How the cache's rows become targets of a student of another make."""
         if self.reader is None:
             return None
         needs = self.config.recipe.needs if self.config.online_teacher is None else frozenset[str]()
-        return check_fit(
+        return check_student_matches(
             self.student,
             self.reader.fingerprint,
             self.template,
@@ -205,7 +205,9 @@ class _Run:
     def _objective(self) -> Objective:
         config = self.config
         source, codec, shape = self._teacher_in_loop() if config.online_teacher is not None else self._teacher_in_cache()
-        objective = Objective(self.student, config.recipe, shape, source, codec, touches_all=self.process.world_size > 1)
+        objective = Objective(
+            self.student, config.recipe, shape, source, codec, keep_all_parameters_in_graph=self.process.world_size > 1
+        )
         if config.gradient_checkpointing:
             objective.recompute_activations()
         if config.lora:

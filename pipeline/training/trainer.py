@@ -18,14 +18,14 @@ from alignkd.losses.uniformity import attention_contrast
 from alignkd.objective import Objective, Outcome
 from alignkd.pipeline.config.distill import OptimizerName
 from alignkd.pipeline.feeding.batch_loader import TrainingLoader
-from alignkd.pipeline.feeding.dataset import Item, TrainingSet
+from alignkd.pipeline.feeding.dataset import TrainingExample, TrainingSet
 from alignkd.pipeline.feeding.order import BatchOrder, StepSampler
-from alignkd.pipeline.feeding.row_checks import MisalignedRow
+from alignkd.pipeline.feeding.row_checks import MisalignedRowError
 from alignkd.pipeline.runtime.processes import Processes
 from alignkd.pipeline.runtime.progress import Bar, console
 from alignkd.pipeline.runtime.signals import StopFlag
 from alignkd.pipeline.training.checkpoints import seal
-from alignkd.pipeline.training.health_checks import FiniteWatch, Watch
+from alignkd.pipeline.training.health_checks import FiniteCheck, Watch
 from alignkd.pipeline.training.metrics import PRECISION, Metrics
 from alignkd.pipeline.training.optimizers import make_optimizer
 
@@ -80,7 +80,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         self.objective, self.data, self.processes = objective, data, processes
         self.schedule, self.done = schedule, done
         self.optimizer_settings = optimizer
-        self.metrics, self.watch, self.finite = metrics, Watch(objective.recipe), FiniteWatch()
+        self.metrics, self.watch, self.finite = metrics, Watch(objective.recipe), FiniteCheck()
         self.stop, self.stop_agreed = stop, False
         self.term_recipes = one_term_recipes(objective.recipe) if term_gradients else {}
         self._gradient_norms: dict[str, torch.Tensor] = {}
@@ -119,14 +119,16 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         for inputs in batches:
             for failure in inputs["failures"]:
                 if failure.fatal:
-                    raise MisalignedRow(failure.reason)
+                    raise MisalignedRowError(failure.reason)
                 self.data.rejects.add(failure.sample_id, failure.reason, key=failure.key)
-        mine = [inputs["targets"].compared(inputs["batch"]).counts() for inputs in batches if inputs["batch"] is not None]
+        mine = [
+            inputs["targets"].mask_to_targets(inputs["batch"]).counts() for inputs in batches if inputs["batch"] is not None
+        ]
         sums = self.processes.sum(
             [
                 sum(counts.answers for counts in mine),
-                sum(counts.attended for counts in mine),
-                sum(counts.seen for counts in mine),
+                sum(counts.with_text_after_image for counts in mine),
+                sum(counts.with_image for counts in mine),
                 float(bool(self.stop)),
             ]
         )
@@ -164,7 +166,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         outputs = {"loss": found["loss"].detach() / counts.processes, **found["terms"]}
         outputs |= {PRECISION.format(name): precision for name, precision in found["precisions"].items()}
         if found["attention_BHTV"] is not None:
-            compared = inputs["targets"].compared(batch)
+            compared = inputs["targets"].mask_to_targets(batch)
             masks = compared.text_mask_BT, compared.vision_mask_BV
             outputs["attention_contrast"] = attention_contrast(found["attention_BHTV"], *masks)
         tokens, answers = batch.input_ids_BS.numel(), batch.answer_ids_A.numel()
@@ -185,7 +187,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
     def _stand_in(self) -> dict[str, Any]:
         for position in range(len(self.data)):
             item = self.data[position]
-            if isinstance(item, Item):
+            if isinstance(item, TrainingExample):
                 return self.data.collate([item])
         raise ValueError(f"no sample of {self.data.samples.path} can be used; see the reasons above")
 

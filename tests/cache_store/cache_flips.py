@@ -10,9 +10,9 @@ from cache_samples import TENSORS, all_names, fill, key_of, make_store
 
 from alignkd.cache_store.protocol.commit import shard_number
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.protocol.tensors import DamagedTensor
+from alignkd.cache_store.protocol.tensors import DamagedTensorError
 from alignkd.cache_store.protocol.verify import verify
-from alignkd.cache_store.rows.shard import CorruptShard
+from alignkd.cache_store.rows.shard import CorruptShardError
 from alignkd.cache_store.storage.open_storage import open_storage
 
 
@@ -86,7 +86,7 @@ def _tensor_refused(cache: Path, name: str) -> bool:
     (named,) = (entry.name for entry in tensors.entries.values() if entry.object == name)
     try:
         tensors[named]
-    except DamagedTensor:
+    except DamagedTensorError:
         return True
     return False
 
@@ -94,6 +94,6 @@ def _tensor_refused(cache: Path, name: str) -> bool:
 def _refused(reader: CacheReader, key: str) -> bool:
     try:
         reader.row(key)
-    except CorruptShard:
+    except CorruptShardError:
         return True
     return False

@@ -19,7 +19,7 @@ from alignkd.cache_store.codecs import get_codec
 from alignkd.cache_store.formats import encoding
 from alignkd.cache_store.formats.registry import get_format
 from alignkd.cache_store.rows.row import Row
-from alignkd.cache_store.rows.shard import ColumnShard, CorruptShard, RowId, Shard, ShardFormat, encode_row, pack
+from alignkd.cache_store.rows.shard import ColumnShard, CorruptShardError, RowId, Shard, ShardFormat, encode_row, pack
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 
 
@@ -237,7 +237,7 @@ class ShardConformance:
     def test_every_truncation_is_refused(self):
         data = self.write(make_rows(2))
         for length in [*range(0, len(data), max(1, len(data) // 40)), len(data) - 1]:
-            with pytest.raises(CorruptShard):
+            with pytest.raises(CorruptShardError):
                 self.format.read_shard(SPEC, data[:length])
 
     def test_a_flipped_bit_gives_a_corrupt_shard_or_a_shard_and_no_other_error(self):
@@ -245,26 +245,26 @@ class ShardConformance:
         for at in range(0, len(data), max(1, len(data) // 200)):
             changed = bytearray(data)
             changed[at] ^= 0x10
-            with contextlib.suppress(CorruptShard):
+            with contextlib.suppress(CorruptShardError):
                 self.read_all(bytes(changed))
 
     @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
     @given(data=st.binary(max_size=200))
     def test_any_other_bytes_are_refused(self, data):
-        with pytest.raises(CorruptShard):
+        with pytest.raises(CorruptShardError):
             self.format.read_shard(SPEC, data)
 
     def test_more_than_a_shard_may_hold_is_refused(self, monkeypatch):
         data = self.write(make_rows(5))
         monkeypatch.setattr(encoding, "MAX_SHARD_BYTES", 100)
-        with pytest.raises(CorruptShard, match="at most 100"):
+        with pytest.raises(CorruptShardError, match="at most 100"):
             self.format.read_shard(SPEC, data)
 
     def test_shapes_that_numpy_cannot_have_are_refused(self):
         spec = CacheSpec((FieldSpec("x", ("A", "B", "C"), "float32", "float16"),), {})
         huge, nothing = np.array([[0, (1 << 31) - 1, (1 << 31) - 1]], np.int32), np.empty(0, "<f2")
         shard = ColumnShard(spec, [RowId(key_of(0), "", "")], {"x": huge}, {"x": {"values": nothing}})
-        with pytest.raises(CorruptShard, match="field 'x' has a shape"):
+        with pytest.raises(CorruptShardError, match="field 'x' has a shape"):
             self.format.read_shard(spec, self.format.write_shard(shard))
 
     @pytest.mark.parametrize(
@@ -280,5 +280,5 @@ class ShardConformance:
         ids=["fewer", "more", "dtype", "dims", "codec", "per image"],
     )
     def test_a_shard_of_other_fields_is_refused(self, fields):
-        with pytest.raises(CorruptShard):
+        with pytest.raises(CorruptShardError):
             self.format.read_shard(CacheSpec(fields, {}), self.write(make_rows(3)))

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from cache_samples import in_process
 
-from alignkd.cache_store.storage import open_storage as storage_module
+from alignkd.cache_store.storage import remote as storage_module
 from alignkd.cache_store.storage.contract import Storage
 from alignkd.cache_store.storage.open_storage import open_storage, read_all
 

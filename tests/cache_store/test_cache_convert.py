@@ -11,8 +11,8 @@ from alignkd.cache_store.protocol.convert import convert, other_format
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import open_store
 from alignkd.cache_store.protocol.verify import verify
-from alignkd.cache_store.rows.shard import CorruptShard
-from alignkd.cache_store.rows.spec import FingerprintMismatch
+from alignkd.cache_store.rows.shard import CorruptShardError
+from alignkd.cache_store.rows.spec import FingerprintMismatchError
 
 
 def data_of(storage) -> dict[str, bytes]:
@@ -105,21 +105,21 @@ def test_another_cache_at_the_target_is_refused_and_left_alone(tmp_path, change)
     target = make_store(tmp_path / "b", shard_format="zarr", **change)
     commit(target, 0)
     before = contents(target.storage)
-    with pytest.raises(FingerprintMismatch, match="Write to another --cache"):
+    with pytest.raises(FingerprintMismatchError, match="Write to another --cache"):
         convert(source.url, target.url)
     assert contents(target.storage) == before
 
 
 def test_a_cache_is_not_converted_into_its_own_place(tmp_path):
     source = full_cache(tmp_path / "a")
-    with pytest.raises(FingerprintMismatch, match='format: cache has "webdataset", wanted "zarr"'):
+    with pytest.raises(FingerprintMismatchError, match='format: cache has "webdataset", wanted "zarr"'):
         convert(source.url, source.url)
 
 
 def test_a_damaged_shard_is_refused_and_nothing_after_it_is_half_done(tmp_path):
     source = full_cache(tmp_path / "a")
     flip(source, object_names(source)[1])
-    with pytest.raises(CorruptShard, match="shard 1 "):
+    with pytest.raises(CorruptShardError, match="shard 1 "):
         convert(source.url, tmp_path / "b")
     assert (verify(tmp_path / "b").problems, open_store(tmp_path / "b").pending()) == ([], [1, 2])
 

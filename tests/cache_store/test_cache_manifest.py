@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from alignkd.cache_store.protocol.manifest import FORMAT_VERSION, Manifest
 from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.protocol.store import CacheStore, open_store
-from alignkd.cache_store.rows.spec import FingerprintMismatch
+from alignkd.cache_store.rows.spec import FingerprintMismatchError
 
 MANIFEST = Manifest(SPEC, "zarr", plan_of().summary())
 
@@ -153,7 +153,7 @@ def test_a_damaged_plan_is_refused_by_name_with_the_way_out(tmp_path, array, dam
 )
 def test_another_plan_or_format_is_refused_with_both_values(tmp_path, plan, shard_format, named):
     before = make_store(tmp_path)
-    with pytest.raises(FingerprintMismatch, match=named):
+    with pytest.raises(FingerprintMismatchError, match=named):
         CacheStore.create_or_open(tmp_path, SPEC, plan, shard_format=shard_format)
     assert open_store(tmp_path).manifest == before.manifest
 

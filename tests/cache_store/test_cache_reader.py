@@ -27,9 +27,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignkd.cache_store.protocol import reader as reader_module
-from alignkd.cache_store.protocol.commit import CorruptRecord, object_names, record_name
-from alignkd.cache_store.protocol.reader import CacheReader, MissingRow
-from alignkd.cache_store.rows.shard import CorruptShard
+from alignkd.cache_store.protocol.commit import CorruptRecordError, object_names, record_name
+from alignkd.cache_store.protocol.reader import CacheReader, MissingRowError
+from alignkd.cache_store.rows.shard import CorruptShardError
 from alignkd.cache_store.storage.open_storage import open_storage
 
 SAMPLES = [i for i in range(10) if i != 4]
@@ -85,7 +85,7 @@ def test_opening_a_reader_opens_no_shard(cache):
         (cache / name).unlink()
     reader = CacheReader(cache)
     assert key_of(0) in reader
-    with pytest.raises(CorruptShard, match="not there"):
+    with pytest.raises(CorruptShardError, match="not there"):
         reader.row(key_of(0))
 
 
@@ -179,19 +179,19 @@ def test_the_next_shard_is_fetched_while_this_one_is(long_cache, monkeypatch):
 def test_a_missing_row_says_why(cache):
     store = make_store(cache.parent / "partial", samples=10, shard_samples=3)
     commit(store, 0)
-    with pytest.raises(MissingRow, match=r"'sample-4/é' was rejected .* too long"):
+    with pytest.raises(MissingRowError, match=r"'sample-4/é' was rejected .* too long"):
         CacheReader(cache).row(key_of(4))
-    with pytest.raises(MissingRow, match="planned for shard 2, which was not committed yet; run alignkd cache-teacher"):
+    with pytest.raises(MissingRowError, match="planned for shard 2, which was not committed yet; run alignkd cache-teacher"):
         CacheReader(store.url).row(key_of(7))
     for key in (key_of(99), "nonsense"):
         with pytest.raises(KeyError, match=rf"{key}.*never planned"):
             CacheReader(cache).shard_of(key)
-    assert str(MissingRow("no row\nhere")) == "no row\nhere"
+    assert str(MissingRowError("no row\nhere")) == "no row\nhere"
 
 
 @pytest.mark.parametrize("key", [key_of(4), key_of(99), "nonsense"])
 def test_rows_names_the_one_that_is_missing_before_it_reads_any(cache, counted, key):
-    with pytest.raises(MissingRow, match=key):
+    with pytest.raises(MissingRowError, match=key):
         next(CacheReader(cache).rows([key_of(0), key]))
     assert counted.opened == []
 
@@ -210,7 +210,7 @@ def test_a_flipped_bit_is_refused_and_shard_samples_and_way_out_are_named(tmp_pa
     flip(storage, name, where)
     reader = CacheReader(tmp_path)
     for _ in range(2):
-        with pytest.raises(CorruptShard, match=rf"shard 0 .*{name}.*crc32.*3 samples \({key_of(0)}.*alignkd cache repair"):
+        with pytest.raises(CorruptShardError, match=rf"shard 0 .*{name}.*crc32.*3 samples \({key_of(0)}.*alignkd cache repair"):
             reader.row(key_of(1))
     assert token_ids(reader, 3) == make_row(3).values["token_ids"].tolist()
 
@@ -219,14 +219,14 @@ def test_a_damaged_shard_that_was_fetched_ahead_harms_no_other(cache):
     flip(open_storage(cache), shards(cache)[1])
     rows = CacheReader(cache).rows(map(key_of, SAMPLES))
     assert [next(rows).key for _ in range(3)] == [key_of(i) for i in range(3)]
-    with pytest.raises(CorruptShard, match="shard 1 "):
+    with pytest.raises(CorruptShardError, match="shard 1 "):
         next(rows)
 
 
 def test_a_shard_that_could_not_be_read_is_tried_again_when_it_is_asked_for_again(cache):
     reader, name = CacheReader(cache), shards(cache)[0]
     (cache / name).rename(cache / "away")
-    with pytest.raises(CorruptShard):
+    with pytest.raises(CorruptShardError):
         reader.row(key_of(0))
     (cache / "away").rename(cache / name)
     assert reader.row(key_of(0)).key == key_of(0)
@@ -236,7 +236,7 @@ def test_a_truncated_shard_is_refused_even_without_checksums(cache):
     file = cache / shards(cache)[0]
     file.write_bytes(file.read_bytes()[:-1])
     for verify in (True, False):
-        with pytest.raises(CorruptShard, match="bytes, expected"):
+        with pytest.raises(CorruptShardError, match="bytes, expected"):
             CacheReader(cache, verify=verify).row(key_of(0))
 
 
@@ -246,19 +246,19 @@ def test_a_shard_in_the_place_of_another_is_refused_even_where_its_record_fits(t
     overwrite(store.storage, first.object, store.storage.read(second.object))
     forged = replace(second, number=0, object=first.object)
     overwrite(store.storage, record_name(0), forged.to_json().encode())
-    with pytest.raises(CorruptShard, match="its keys are not those of plan and record"):
+    with pytest.raises(CorruptShardError, match="its keys are not those of plan and record"):
         CacheReader(tmp_path).row(key_of(0))
 
 
 def test_a_damaged_record_is_refused_with_what_to_do(cache):
     flip(open_storage(cache), record_name(1))
-    with pytest.raises(CorruptRecord, match=r"000001.json.*Run alignkd cache repair, then cache-teacher again"):
+    with pytest.raises(CorruptRecordError, match=r"000001.json.*Run alignkd cache repair, then cache-teacher again"):
         CacheReader(cache)
 
 
 def test_a_record_in_the_place_of_another_is_refused(cache):
     (cache / record_name(1)).write_bytes((cache / record_name(0)).read_bytes())
-    with pytest.raises(CorruptRecord, match="record of shard 0"):
+    with pytest.raises(CorruptRecordError, match="record of shard 0"):
         CacheReader(cache)
 
 

@@ -10,7 +10,7 @@ from cache_samples import SPEC
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec, FingerprintMismatch, check_fingerprint, check_spec
+from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec, FingerprintMismatchError, check_fingerprint, check_spec
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
 NAMES = st.text("abc", max_size=2)
@@ -38,14 +38,14 @@ def test_a_fingerprint_matches_itself(tree):
 @given(changed())
 def test_any_leaf_that_differs_is_refused(trees):
     found, wanted = trees
-    with pytest.raises(FingerprintMismatch, match="cache has"):
+    with pytest.raises(FingerprintMismatchError, match="cache has"):
         check_spec(CacheSpec(SPEC.fields, found), CacheSpec(SPEC.fields, wanted), cache="here")
 
 
 def test_every_differing_key_is_named_with_both_values_and_the_way_out():
     found = {"teacher": {"weights": "a" * 200, "template": "v1"}, "top_k": 8, "same": [1, 2]}
     wanted = {"teacher": {"weights": "a" * 199 + "b", "template": "v2"}, "seed": 3, "same": (1, 2)}
-    with pytest.raises(FingerprintMismatch) as caught:
+    with pytest.raises(FingerprintMismatchError) as caught:
         check_fingerprint(found, CacheSpec((), wanted).fingerprint, cache="/data/cache")
     message = str(caught.value)
     assert 'teacher.template: cache has "v1", wanted "v2"' in message
@@ -71,14 +71,14 @@ def test_every_differing_key_is_named_with_both_values_and_the_way_out():
     ],
 )
 def test_settings_that_only_look_alike_differ(found, wanted):
-    with pytest.raises(FingerprintMismatch):
+    with pytest.raises(FingerprintMismatchError):
         check_fingerprint(found, wanted, cache="here")
 
 
 def test_other_fields_are_refused_and_their_order_does_not_matter():
     check_spec(SPEC, replace(SPEC, fields=SPEC.fields[::-1]), cache="here")
     other = FieldSpec("vision", ("V", "D"), "float32", "int8-rows")
-    with pytest.raises(FingerprintMismatch, match=r'field.vision.codec: cache has "float16", wanted "int8-rows"'):
+    with pytest.raises(FingerprintMismatchError, match=r'field.vision.codec: cache has "float16", wanted "int8-rows"'):
         check_spec(SPEC, replace(SPEC, fields=(SPEC.fields[0], other, *SPEC.fields[2:])), cache="here")
 
 

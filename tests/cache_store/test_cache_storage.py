@@ -130,7 +130,8 @@ def test_a_file_that_may_not_grow_so_large_leaves_nothing(tmp_path):
 
 FULL_DISK = """
 import sys
-from alignkd.cache_store.storage.open_storage import LocalStorage, StorageError
+from alignkd.cache_store.storage.contract import StorageError
+from alignkd.cache_store.storage.local import LocalStorage
 storage = LocalStorage(sys.argv[1])
 assert storage.write("first", bytes(40_000))
 try:

@@ -24,12 +24,12 @@ from cache_samples import (
     make_store,
 )
 
-from alignkd.cache_store.protocol.commit import CommitRecord, CorruptRecord, object_names, read_records, record_name
+from alignkd.cache_store.protocol.commit import CommitRecord, CorruptRecordError, object_names, read_records, record_name
 from alignkd.cache_store.protocol.store import CacheStore, open_store
 from alignkd.cache_store.protocol.verify import verify
 from alignkd.cache_store.rows.row import Rejected
 from alignkd.cache_store.rows.shard import encode_row
-from alignkd.cache_store.rows.spec import CacheSpec, FingerprintMismatch
+from alignkd.cache_store.rows.spec import CacheSpec, FingerprintMismatchError
 from alignkd.cache_store.storage.local import LocalStorage
 
 
@@ -96,7 +96,7 @@ def test_what_a_damaged_record_may_name_is_not_swept(tmp_path):
     flip(store.storage, record_name(1))
     assert store.sweep(min_age_s=0) == []
     store.storage.write("shards/000001-0123456789ab.tar", b"which of the two was recorded?")
-    with pytest.raises(CorruptRecord):
+    with pytest.raises(CorruptRecordError):
         store.sweep(min_age_s=0)
     assert len(object_names(store.storage)) == 4
 
@@ -227,7 +227,7 @@ def test_a_run_is_kept_once_under_a_name_that_proves_its_content(tmp_path):
 def test_another_fingerprint_is_refused(tmp_path):
     make_store(tmp_path)
     other = CacheSpec(SPEC.fields, {**SPEC.fingerprint, "top_k": 9})
-    with pytest.raises(FingerprintMismatch, match="top_k: cache has 8, wanted 9"):
+    with pytest.raises(FingerprintMismatchError, match="top_k: cache has 8, wanted 9"):
         make_store(tmp_path, spec=other)
 
 
@@ -245,7 +245,7 @@ def _work(barrier, results, url, top_k, worker) -> None:
         store = make_store(url, samples=24, spec=CacheSpec(SPEC.fields, {"top_k": top_k}))
         fill(store)
         results.put((top_k, hashlib.sha256(store.storage.read("cache.json")).hexdigest()))
-    except FingerprintMismatch as error:
+    except FingerprintMismatchError as error:
         results.put((top_k, str(error)))
 
 
@@ -286,12 +286,12 @@ def test_a_record_comes_back_and_every_damaged_character_is_found(tmp_path):
     (record,) = read_records(fill(make_store(tmp_path, samples=2), reject=(1,)).storage).values()
     text = record.to_json()
     assert CommitRecord.from_json(text) == record
-    with pytest.raises(CorruptRecord, match="its checksum does not match"):
+    with pytest.raises(CorruptRecordError, match="its checksum does not match"):
         CommitRecord.from_json(text.replace('"rows":1', '"rows":2'))
     for at in range(len(text) - 1):
-        with pytest.raises(CorruptRecord):
+        with pytest.raises(CorruptRecordError):
             CommitRecord.from_json(text[:at] + chr(ord(text[at]) ^ 1) + text[at + 1 :])
-        with pytest.raises(CorruptRecord):
+        with pytest.raises(CorruptRecordError):
             CommitRecord.from_json(text[:at])
 
 
@@ -299,5 +299,5 @@ def test_a_record_comes_back_and_every_damaged_character_is_found(tmp_path):
 def test_a_record_cannot_name_a_file_outside_the_cache(tmp_path, name):
     store = make_store(tmp_path)
     text = replace(commit(store, 0), object=name).to_json()
-    with pytest.raises(CorruptRecord):
+    with pytest.raises(CorruptRecordError):
         CommitRecord.from_json(text)

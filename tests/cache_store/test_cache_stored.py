@@ -7,7 +7,7 @@ import pytest
 from cache_samples import SPEC, fill, key_of, make_store
 
 from alignkd.cache_store.codecs import get_codec
-from alignkd.cache_store.protocol.reader import CacheReader, MissingRow
+from alignkd.cache_store.protocol.reader import CacheReader, MissingRowError
 
 
 @pytest.fixture(params=["zarr", "webdataset"])
@@ -20,7 +20,7 @@ def reader(request, tmp_path):
 def test_stored_parts_are_in_shape_and_decode_to_what_the_row_holds(reader):
     fields = [field.name for field in SPEC.fields]
     for key in reader:
-        row, stored = reader.row(key), reader.stored(key, fields)
+        row, stored = reader.row(key), reader.encoded_fields(key, fields)
         assert list(stored) == fields
         for name, value in stored.items():
             layout = get_codec(value.field.codec).layout(value.shape, value.field.numpy_dtype)
@@ -31,11 +31,11 @@ def test_stored_parts_are_in_shape_and_decode_to_what_the_row_holds(reader):
 
 
 def test_only_the_fields_asked_for_are_given(reader):
-    stored = reader.stored(key_of(1), ["attention"])
+    stored = reader.encoded_fields(key_of(1), ["attention"])
     assert list(stored) == ["attention"]
     assert stored["attention"].field == next(field for field in SPEC.fields if field.name == "attention")
 
 
 def test_a_rejected_sample_has_nothing_stored(reader):
-    with pytest.raises(MissingRow, match="was rejected"):
-        reader.stored(key_of(4), ["attention"])
+    with pytest.raises(MissingRowError, match="was rejected"):
+        reader.encoded_fields(key_of(4), ["attention"])

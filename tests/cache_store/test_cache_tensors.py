@@ -39,15 +39,15 @@ from alignkd.cache_store.protocol.repair import repair
 from alignkd.cache_store.protocol.store import CacheStore, open_store
 from alignkd.cache_store.protocol.tensors import (
     DTYPES,
-    DamagedTensor,
-    MissingTensor,
+    DamagedTensorError,
+    MissingTensorError,
     TensorEntry,
     Tensors,
     read_tensor,
     write_tensors,
 )
 from alignkd.cache_store.protocol.verify import verify
-from alignkd.cache_store.rows.spec import CacheSpec, FingerprintMismatch
+from alignkd.cache_store.rows.spec import CacheSpec, FingerprintMismatchError
 from alignkd.cache_store.storage.contract import Storage
 from alignkd.cache_store.storage.local import LocalStorage
 from alignkd.cache_store.storage.open_storage import open_storage
@@ -143,7 +143,7 @@ def test_a_name_that_is_not_kept_is_told_with_those_that_are(tmp_path):
     tensors = make_store(tmp_path, tensors=TENSORS).tensors
     with pytest.raises(ValueError, match=r"keeps no tensor 'tail', it keeps: head, slice\.weight") as caught:
         tensors["tail"]
-    assert isinstance(caught.value, MissingTensor)
+    assert isinstance(caught.value, MissingTensorError)
     assert str(caught.value).startswith("the cache at")
     assert (tensors.get("tail"), "tail" in tensors, "head" in tensors, len(tensors)) == (None, False, True, 2)
     with pytest.raises(ValueError, match="it keeps: none"):
@@ -204,7 +204,7 @@ def test_the_tensors_that_are_there_are_adopted_not_compared(tmp_path, tensors):
 def test_another_fingerprint_is_refused_before_anything_is_made(tmp_path):
     make_store(tmp_path, tensors=TENSORS)
     source = CountedSource()
-    with pytest.raises(FingerprintMismatch):
+    with pytest.raises(FingerprintMismatchError):
         make_store(tmp_path, spec=CacheSpec(SPEC.fields, {}), tensors=source)
     assert source.calls == 0
 
@@ -291,7 +291,7 @@ def test_damage_is_named_refused_by_readers_and_beyond_repair(url, kind):
     quick = [problem.objects for problem in verify(url, quick=True).problems]
     assert quick == ([] if kind.startswith("a bit") else [(name,)])
     way_out = rf"tensor 'head' of the cache at .*{name}: .*cannot be rebuilt.*restore it from a copy, or write a new cache"
-    with pytest.raises(DamagedTensor, match=way_out):
+    with pytest.raises(DamagedTensorError, match=way_out):
         CacheReader(url).tensors["head"]
     assert_same(
         Tensors(storage, {"slice.weight": open_store(url).manifest.tensors["slice.weight"]}),
@@ -331,15 +331,15 @@ def npy(array: np.ndarray, pickled: bool = False) -> bytes:
 )
 def test_a_header_that_says_other_than_the_manifest_is_refused(tmp_path, array):
     content = npy(array)
-    with pytest.raises(DamagedTensor, match=r"its header is not that of <f4 \[2, 3\]"):
+    with pytest.raises(DamagedTensorError, match=r"its header is not that of <f4 \[2, 3\]"):
         forged(tmp_path, content)["x"]
 
 
 def test_a_pickled_array_is_refused_unopened(tmp_path):
     content = npy(np.array([print], dtype=object), pickled=True)
-    with pytest.raises(DamagedTensor, match="expected 152 bytes"):
+    with pytest.raises(DamagedTensorError, match="expected 152 bytes"):
         forged(tmp_path, content)["x"]
-    with pytest.raises(DamagedTensor, match="its header is not that"):
+    with pytest.raises(DamagedTensorError, match="its header is not that"):
         forged(tmp_path, content.ljust(152, b"\0")[:152])["x"]
 
 
@@ -347,7 +347,7 @@ def test_an_object_of_another_size_is_refused_before_it_is_read(tmp_path, monkey
     tensors = make_store(tmp_path, tensors=TENSORS).tensors
     monkeypatch.setattr(LocalStorage, "size", lambda self, name: 1 << 50)
     monkeypatch.setattr(LocalStorage, "read", lambda self, name: pytest.fail("read"))
-    with pytest.raises(DamagedTensor, match=f"found {1 << 50} bytes"):
+    with pytest.raises(DamagedTensorError, match=f"found {1 << 50} bytes"):
         tensors["head"]
 
 
@@ -431,7 +431,7 @@ def test_rows_are_not_converted_into_a_cache_of_other_tensors(tmp_path):
 def test_a_damaged_tensor_stops_a_conversion_before_there_is_a_cache(tmp_path):
     source = full_cache(tmp_path / "a")
     flip(source, named(source.url, "head"))
-    with pytest.raises(DamagedTensor):
+    with pytest.raises(DamagedTensorError):
         convert(source.url, tmp_path / "b")
     assert not (tmp_path / "b" / "cache.json").exists()
 

@@ -26,7 +26,7 @@ from alignkd.cache_store.protocol.commit import object_name, object_names, recor
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.cache_store.protocol.verify import Problem, verify
-from alignkd.cache_store.rows.shard import CorruptShard
+from alignkd.cache_store.rows.shard import CorruptShardError
 from alignkd.cache_store.storage.local import LocalStorage
 from alignkd.cache_store.storage.open_storage import open_storage
 
@@ -73,7 +73,7 @@ def test_a_bit_in_a_value_that_samples_share_touches_them_all(tmp_path):
     (problem,) = verify(tmp_path).problems
     assert {key_of(1), key_of(2)} <= set(problem.keys)
     for i in (1, 2):
-        with pytest.raises(CorruptShard):
+        with pytest.raises(CorruptShardError):
             CacheReader(tmp_path).row(key_of(i))
 
 

@@ -15,7 +15,7 @@ from shard_conformance import ShardConformance, packed
 
 from alignkd.cache_store.formats import webdataset_shard
 from alignkd.cache_store.rows.row import Row
-from alignkd.cache_store.rows.shard import CorruptShard
+from alignkd.cache_store.rows.shard import CorruptShardError
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 
 Index = dict[str, Any]
@@ -110,25 +110,25 @@ def test_a_shard_rewritten_unchanged_is_read():
     ],
 )
 def test_an_index_that_lies_is_refused(change):
-    with pytest.raises(CorruptShard):
+    with pytest.raises(CorruptShardError):
         webdataset_shard.read_shard(SPEC, with_index(change))
 
 
 @pytest.mark.parametrize("text", [b"", b"[" * 100_000, b"1" * 5000, b"{}", b"[]", b"\xff"])
 def test_an_index_that_is_none_is_refused(text):
-    with pytest.raises(CorruptShard):
+    with pytest.raises(CorruptShardError):
         webdataset_shard.read_shard(SPEC, with_index_text(text))
 
 
 def test_an_index_that_says_something_twice_is_refused():
     text = members_of(written())[0][1]
-    with pytest.raises(CorruptShard, match="twice"):
+    with pytest.raises(CorruptShardError, match="twice"):
         webdataset_shard.read_shard(SPEC, with_index_text(text.replace(b'"size":', b'"size":1,"size":')))
 
 
 @pytest.mark.parametrize("header", [{"name": "index"}, {"type": tarfile.SYMTYPE}, {"size": -512}, {"size": 1 << 40}])
 def test_an_archive_that_does_not_begin_with_an_index_is_refused(header):
-    with pytest.raises(CorruptShard, match="expected '__index__'"):
+    with pytest.raises(CorruptShardError, match="expected '__index__'"):
         webdataset_shard.read_shard(SPEC, member("__index__", b"{}", **header) + bytes(1024))
 
 
@@ -144,7 +144,7 @@ def test_an_archive_that_does_not_begin_with_an_index_is_refused(header):
 )
 def test_a_row_that_is_not_where_the_index_says_is_refused_when_it_is_read(change):
     shard = webdataset_shard.read_shard(SPEC, with_index(change))
-    with pytest.raises(CorruptShard, match=f"row {key_of(1)}, field '(mass|attention)'"):
+    with pytest.raises(CorruptShardError, match=f"row {key_of(1)}, field '(mass|attention)'"):
         shard.row(1)
 
 
@@ -153,7 +153,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decompressed():
     shard = webdataset_shard.read_shard(SPEC, bytes(data))
     at = shard.frames["attention", "codes"].starts[1]
     data[at + 4 : at + 8] = (1 << 31).to_bytes(4, "little")
-    with pytest.raises(CorruptShard, match="a Blosc frame declares"):
+    with pytest.raises(CorruptShardError, match="a Blosc frame declares"):
         webdataset_shard.read_shard(SPEC, bytes(data)).row(1)
 
 
@@ -185,13 +185,13 @@ def test_an_audit_of_the_archive_as_written_finds_nothing():
     ],
 )
 def test_an_audit_finds_members_that_are_not_what_the_index_says(change):
-    with pytest.raises(CorruptShard, match=r"from byte [1-9][0-9]* on the archive is not what"):
+    with pytest.raises(CorruptShardError, match=r"from byte [1-9][0-9]* on the archive is not what"):
         audited(change)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE])
 def test_an_audit_finds_members_that_are_no_plain_files(kind):
-    with pytest.raises(CorruptShard):
+    with pytest.raises(CorruptShardError):
         audited(list, type=kind)
 
 
@@ -205,13 +205,13 @@ def test_an_audit_finds_every_flipped_bit_but_those_within_a_frame():
     for at in set(after_index) - inside:
         changed = bytearray(data)
         changed[at] ^= 1
-        with pytest.raises(CorruptShard, match=f"from byte {at} on"):
+        with pytest.raises(CorruptShardError, match=f"from byte {at} on"):
             webdataset_shard.audit(bytes(changed), webdataset_shard.read_shard(SPEC, bytes(changed)))
 
 
 def test_an_audit_finds_rows_that_share_a_value_without_an_image():
     data = with_index(lambda index: index["ids"][2].__setitem__(2, "f" * 64))
-    with pytest.raises(CorruptShard, match="is not what follows from its index"):
+    with pytest.raises(CorruptShardError, match="is not what follows from its index"):
         webdataset_shard.audit(data, webdataset_shard.read_shard(SPEC, data))
 
 
@@ -220,7 +220,7 @@ def test_frames_that_take_more_room_than_the_archive_has_are_refused():
         for row in range(4):
             set_part("mass", "values", row, offset=0, size=index["size"] // 3)(index)
 
-    with pytest.raises(CorruptShard, match="names frames of"):
+    with pytest.raises(CorruptShardError, match="names frames of"):
         webdataset_shard.read_shard(SPEC, with_index(overlap))
 
 

@@ -16,7 +16,7 @@ from shard_conformance import ShardConformance, packed
 
 from alignkd.cache_store.formats import webdataset_shard, zarr_array, zarr_shard
 from alignkd.cache_store.rows.row import Row
-from alignkd.cache_store.rows.shard import CorruptShard
+from alignkd.cache_store.rows.shard import CorruptShardError
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 
 pytest.importorskip("zarr", minversion="3")
@@ -120,18 +120,18 @@ def test_a_shard_rewritten_unchanged_is_read():
     ],
 )
 def test_a_shard_that_lies_about_itself_is_refused(change):
-    with pytest.raises(CorruptShard):
+    with pytest.raises(CorruptShardError):
         zarr_shard.read_shard(SPEC, rewritten(change))
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decompressed():
     data = rewritten(poke("attention/codes/c/0", 4, (1 << 31).to_bytes(4, "little")))
-    with pytest.raises(CorruptShard, match="array 'attention/codes': a Blosc frame declares"):
+    with pytest.raises(CorruptShardError, match="array 'attention/codes': a Blosc frame declares"):
         zarr_shard.read_shard(SPEC, data)
 
 
 def test_a_compressed_archive_is_refused():
-    with pytest.raises(CorruptShard, match="more bytes than it has"):
+    with pytest.raises(CorruptShardError, match="more bytes than it has"):
         zarr_shard.read_shard(SPEC, rewritten(lambda files: files.update(big=bytes(1 << 20)), zipfile.ZIP_DEFLATED))
 
 
@@ -166,4 +166,4 @@ def test_without_zarr_3_the_way_out_is_named(monkeypatch):
         zarr_shard.write_shard(rows)
     with pytest.raises(ValueError, match=r"needs Python 3\.11 or newer") as caught:
         zarr_shard.read_shard(SPEC, data)
-    assert not isinstance(caught.value, CorruptShard)
+    assert not isinstance(caught.value, CorruptShardError)

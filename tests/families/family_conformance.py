@@ -235,7 +235,7 @@ class FamilyConformance:
         for _ in range(2):
             made, _ = encoder.finish(turns, encoder.plan(turns, 1, [size]), [encoder.load(Image.fromarray(pixels))])
             with torch.no_grad():
-                vision = vlm.see(batch_of(vlm, [made]))
+                vision = vlm.encode_images(batch_of(vlm, [made]))
             assert vision is not None
             seen.append(vision.tokens_MD)
             pixels[spot[1] : spot[1] + SPOT, spot[0] : spot[0] + SPOT] = [255, 0, 255]
@@ -326,7 +326,7 @@ class FamilyConformance:
     def test_nothing_seen_is_zero_and_reaches_the_projector(self, folder):
         vlm = load_vlm(folder)
         vlm.freeze_tower()
-        nothing = vlm.nothing_seen()
+        nothing = vlm.zero_projector_loss()
         assert nothing == 0
         nothing.backward()
         trained = [p for p in vlm.projector.parameters() if p.requires_grad]

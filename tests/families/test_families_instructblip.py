@@ -42,7 +42,7 @@ def batch_of(vlm, inputs):
 
 def seen(vlm, inputs):
     with torch.no_grad():
-        return vlm.see(batch_of(vlm, inputs)).tokens_MD
+        return vlm.encode_images(batch_of(vlm, inputs)).tokens_MD
 
 
 def test_the_q_former_reads_the_first_question_and_nothing_after_it(vlm):
@@ -85,7 +85,7 @@ def test_the_q_former_and_its_queries_are_trained_and_the_vision_model_is_not(fo
     vlm = load_vlm(folder)
     objective = Objective(vlm, get_recipe("sft"), None).train()
     batch = batch_of(vlm, [made(vlm, [("human", "<image>\nwhat is it?"), ("gpt", "a dog")])])
-    hidden = vlm.decode(batch, vlm.see(batch))
+    hidden = vlm.decode(batch, vlm.encode_images(batch))
     hidden.square().sum().backward()
     assert vlm.model.query_tokens.grad.abs().sum() > 0
     assert all(p.grad is not None for p in vlm.model.qformer.encoder.parameters())

@@ -83,7 +83,7 @@ def test_vision_tokens_are_those_of_the_restatement_on_the_released_names(releas
     vlm = load_vlm(folder)
     pixels = make_minigpt4.pixels(PICTURE)
     with torch.no_grad():
-        found = vlm.model.see(pixels[None])[0]
+        found = vlm.model.encode_images(pixels[None])[0]
     torch.testing.assert_close(found, restated(files, pixels), rtol=1e-4, atol=1e-4)
 
 
@@ -131,7 +131,7 @@ def test_all_of_it_loads_in_the_dtype_asked_for(released, dtype):
     vlm = load_vlm(released[0], dtype=dtype)
     assert {p.dtype for p in vlm.model.parameters()} == {dtype}
     with torch.no_grad():
-        assert vlm.model.see(make_minigpt4.pixels(PICTURE)[None]).isfinite().all()
+        assert vlm.model.encode_images(make_minigpt4.pixels(PICTURE)[None]).isfinite().all()
 
 
 def test_the_published_sizes_are_those_where_the_configuration_names_none(changed):

@@ -14,7 +14,7 @@ from test_families_end_to_end import write_data
 from torch.nn import functional
 
 from alignkd.capture.attention import capture
-from alignkd.capture.teacher_slice import TeacherSlice, describe_slice, slice_tensors
+from alignkd.capture.teacher_slice import TeacherSlice, slice_config, slice_tensors
 from alignkd.inputs.batch import collate
 from alignkd.losses.recipes import get_recipe
 from alignkd.models.loading import load_vlm, save_vlm
@@ -72,7 +72,7 @@ def test_the_projector_gives_the_values_of_the_restatement(official):
     folder, state = official
     vlm = load_vlm(folder)
     with torch.no_grad():
-        features = vlm.model.model.encode_images(torch.randn(2, 3, 64, 64))
+        features = vlm.model.model.run_tower(torch.randn(2, 3, 64, 64))
         found = vlm.model.model.project(features)
         assert found.shape == (2, 16, 32)
         for one, expected in zip(found, features, strict=True):
@@ -122,7 +122,7 @@ def test_its_slice_gives_the_targets_of_the_whole_teacher(official):
     encoder = vlm.encoder("v1", 512)
     made, _ = encoder.finish(TURNS, encoder.plan(TURNS, 1), [encoder.load(_picture())])
     batch = collate([made], tokens_per_placeholder=16, pad_token_id=0)
-    whole = TeacherSlice(describe_slice(vlm.model), slice_tensors(vlm, tower=True))
+    whole = TeacherSlice(slice_config(vlm.model), slice_tensors(vlm, tower=True))
     with torch.no_grad():
         expected = capture(vlm, batch)
     attention, vision = whole.targets(batch)
@@ -133,7 +133,7 @@ def test_its_slice_gives_the_targets_of_the_whole_teacher(official):
 @pytest.mark.parametrize(("name", "value"), [("projector_type", "ldpnet3"), ("projector_type", 1), ("projector_grid", 5)])
 def test_the_description_of_a_slice_with_another_projector_is_refused(official, name, value):
     vlm = load_vlm(official[0])
-    description = describe_slice(vlm.model)
+    description = slice_config(vlm.model)
     description["features"][name] = value
     with pytest.raises(ValueError, match=f"not the description of a teacher's slice.*{name} is"):
         TeacherSlice(description, slice_tensors(vlm, tower=True))

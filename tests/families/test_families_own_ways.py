@@ -57,7 +57,7 @@ def test_paligemma_sees_its_question_both_ways_and_its_answer_one_way(written):
     embed = vlm.model.get_input_embeddings()
     for place in (None, int((types_S == 0).nonzero()[-1]), len(types_S) - 1):
         hook = embed.register_forward_hook(lambda _m, _i, out, place=place: _disturbed(out, place))
-        states.append(vlm.decode(batch, vlm.see(batch))[0])
+        states.append(vlm.decode(batch, vlm.encode_images(batch))[0])
         hook.remove()
     differ = [(state - states[0]).abs().amax(dim=1) > 1e-6 for state in states[1:]]
     assert differ[0].all(), "the last token of the question is seen by all"

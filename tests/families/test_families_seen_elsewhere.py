@@ -135,7 +135,7 @@ def test_settings_of_another_checkpoint_are_told_by_their_places_of_vision_token
     path.write_text(json.dumps({**json.loads(path.read_text()), "patch_size": 16}))
     vlm = load_vlm(copied)
     with pytest.raises(ValueError, match=r"model gives 16 vision tokens where 4 places are in the prompt.*patch_size"):
-        vlm.see(batch_of(vlm, [prepared(vlm, ONE)]))
+        vlm.encode_images(batch_of(vlm, [prepared(vlm, ONE)]))
 
 
 def test_a_processor_that_does_not_tell_where_it_writes_images_is_refused(written, monkeypatch):

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from alignkd.inputs.prompts import IGNORE
-from alignkd.inputs.regions import no_place, region, square_box, stack, tokens_of
-from alignkd.targets.cross_model import AlignmentError, Text, map_rows, map_vision, pair_answers
+from alignkd.inputs.regions import region, region_without_coordinates, square_box, stack, tokens_of
+from alignkd.targets.cross_model import CrossModelError, Text, map_rows, map_vision, pair_answers
 
 IMAGE = -200
 
@@ -36,7 +36,7 @@ def layouts(draw, images):
             grid = draw(st.tuples(sides, sides))
             found.append(region(image, grid, (top, left, bottom, right), row_ends=draw(st.integers(0, 1))))
         if draw(st.booleans()):
-            found.append(no_place(image, draw(sides)))
+            found.append(region_without_coordinates(image, draw(sides)))
     return stack(found)
 
 
@@ -134,15 +134,15 @@ def test_a_tile_and_a_thumbnail_over_the_same_place_share_its_attention_by_area(
 
 
 def test_tokens_without_a_place_are_matched_one_by_one_or_not_at_all():
-    queries, grid = stack([no_place(0, 4)]), stack([region(0, (2, 2))])
-    for teacher, student in ((queries, grid), (grid, queries), (queries, stack([no_place(0, 4)]))):
+    queries, grid = stack([region_without_coordinates(0, 4)]), stack([region(0, (2, 2))])
+    for teacher, student in ((queries, grid), (grid, queries), (queries, stack([region_without_coordinates(0, 4)]))):
         np.testing.assert_array_equal(map_vision(teacher, student).share, np.eye(4))
-    with pytest.raises(AlignmentError, match=r"image 0 is 4 vision tokens of the teacher and 9 of the student.*no place"):
+    with pytest.raises(CrossModelError, match=r"image 0 is 4 vision tokens of the teacher and 9 of the student.*no place"):
         map_vision(queries, stack([region(0, (3, 3))]))
 
 
 def test_other_images_are_refused():
-    with pytest.raises(AlignmentError, match="the teacher saw 2 images, the student 1"):
+    with pytest.raises(CrossModelError, match="the teacher saw 2 images, the student 1"):
         map_vision(stack([region(0, (1, 1)), region(1, (1, 1))]), stack([region(0, (1, 1))]))
 
 
@@ -250,5 +250,5 @@ def test_what_the_teachers_length_or_labels_left_out_has_no_target():
 
 
 def test_an_answer_split_otherwise_is_refused():
-    with pytest.raises(AlignmentError, match="splits the answer's characters 2 to 5 otherwise than into id 7"):
+    with pytest.raises(CrossModelError, match="splits the answer's characters 2 to 5 otherwise than into id 7"):
         pair_answers(answered((5, 2, 4), (6, 4, 5)), answered((7, 2, 5)))

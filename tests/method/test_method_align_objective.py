@@ -85,8 +85,11 @@ def test_terms_are_averaged_over_the_samples_that_have_a_target(tiny, teacher, o
     targets = targets_of(teacher, batch)
     rows, columns = torch.ones_like(batch.text_mask_BT), torch.ones_like(batch.vision_mask_BV)
     rows[1], columns[3] = False, False  # the second sample without a row, the fourth without a vision token
-    counts = replace(targets, row_mask_BT=rows, column_mask_BV=columns).compared(batch).counts()
-    assert (counts.attended, counts.seen) == (batch.counts().attended - 2, batch.counts().seen - 1)
+    counts = replace(targets, row_mask_BT=rows, column_mask_BV=columns).mask_to_targets(batch).counts()
+    assert (counts.with_text_after_image, counts.with_image) == (
+        batch.counts().with_text_after_image - 2,
+        batch.counts().with_image - 1,
+    )
     found = flat(objective(batch, replace(targets, row_mask_BT=rows, column_mask_BV=columns)))
     alone = [flat(objective(one, targets_of(teacher, one))) for one in (batch_of(tiny, [x]) for x in mixture(tiny))]
     expected = sum(alone[i]["attention"] for i in (0, 4, 5)) / 3

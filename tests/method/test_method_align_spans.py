@@ -29,14 +29,14 @@ from PIL import Image
 from tiny_tokenizers import sentencepiece
 
 
-class Fit:
+class SquareMode:
     """What the encoder asks of image preprocessing here."""
 
     fit = "pad"
 
 
 def placeholder(tokenizer, template="v1"):
-    return PlaceholderEncoder(tokenizer, Fit(), template, 2**20, 4)
+    return PlaceholderEncoder(tokenizer, SquareMode(), template, 2**20, 4)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_a_first_turn_that_the_template_leaves_out_is_counted(encoders):
 def test_cut_ids_have_cut_spans(encoders):
     turns = [("human", "<image>\nWhat is it?"), ("gpt", "A cat. " * 20)]
     whole = encode(encoders["v1"], turns)
-    short = PlaceholderEncoder(encoders["v1"].tokenizer, Fit(), "v1", len(whole.input_ids) - 30, 4)
+    short = PlaceholderEncoder(encoders["v1"].tokenizer, SquareMode(), "v1", len(whole.input_ids) - 30, 4)
     found = encode(short, turns)
     assert len(found.input_ids) == len(whole.input_ids) - 30
     np.testing.assert_array_equal(found.spans, whole.spans[:-30])

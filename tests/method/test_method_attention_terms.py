@@ -18,7 +18,7 @@ from alignkd.capture.online_teacher import OnlineTeacher
 from alignkd.inputs.batch import Counts
 from alignkd.inputs.prompts import IGNORE
 from alignkd.losses.attention_distance import attention_distance, chosen_rows
-from alignkd.losses.layers import check_layers, find_layers, find_teacher_layers, meeting
+from alignkd.losses.layers import check_layers, find_layers, find_teacher_layers, matching_teacher_layer
 from alignkd.losses.learned_weights import LearnedWeights, learned_part
 from alignkd.losses.recipes import RECIPES, Recipe, one_term_recipes, term_weights
 from alignkd.models.loading import load_vlm
@@ -216,21 +216,21 @@ def test_a_layer_that_is_not_there_is_refused_with_those_that_are():
 
 @given(st.integers(2, 60), st.integers(1, 60))
 def test_layers_meet_in_order_the_first_the_first_and_the_last_the_last(depth, teacher_depth):
-    met = [meeting(layer, depth, teacher_depth) for layer in range(depth)]
+    met = [matching_teacher_layer(layer, depth, teacher_depth) for layer in range(depth)]
     assert (met[0], met[-1]) == (0, teacher_depth - 1)
     assert met == sorted(met)
     assert all(abs(t - layer * (teacher_depth - 1) / (depth - 1)) <= 0.5 for layer, t in enumerate(met))
-    assert meeting(0, 1, teacher_depth) == 0
+    assert matching_teacher_layer(0, 1, teacher_depth) == 0
 
 
 def test_models_of_one_depth_meet_layer_by_layer():
-    assert [meeting(layer, 24, 24) for layer in range(24)] == list(range(24))
+    assert [matching_teacher_layer(layer, 24, 24) for layer in range(24)] == list(range(24))
 
 
 @given(st.sampled_from(["first", "last", "middle", "all"]), st.integers(1, 40), st.integers(1, 60))
 def test_a_cache_for_a_student_holds_every_layer_that_it_meets_and_no_other(text, depth, teacher_depth):
     held = find_teacher_layers(f"{text}@{depth}", teacher_depth)
-    assert set(held) == {meeting(layer, depth, teacher_depth) for layer in find_layers(text, depth)}
+    assert set(held) == {matching_teacher_layer(layer, depth, teacher_depth) for layer in find_layers(text, depth)}
 
 
 @pytest.fixture(scope="module")
@@ -477,7 +477,9 @@ def test_of_a_step_in_parts_the_penalty_is_counted_once(tiny, deep):
     parts = [batch_of(tiny, samples[:2]), batch_of(tiny, samples[2:])]
     together = batch_of(tiny, samples)
     counts = [part.counts() for part in parts]
-    step = Counts(sum(c.answers for c in counts), sum(c.attended for c in counts), sum(c.seen for c in counts))
+    step = Counts(
+        sum(c.answers for c in counts), sum(c.with_text_after_image for c in counts), sum(c.with_image for c in counts)
+    )
     objective = learned(tiny, deep, raw=[0.4, -0.7, 1.1, -0.2])
     whole_loss = objective(together, targets_of(deep, together))["loss"]
     in_parts = [objective(part, targets_of(deep, part), step)["loss"] for part in parts]

@@ -155,7 +155,7 @@ def test_tower_features_serve_as_well_as_pixels(vlm):
     with torch.no_grad():
         _, by_pixels, _ = run(vlm, mixture(vlm))
         featured = [
-            type(s)(s.input_ids, s.labels, vlm.model.model.encode_images(s.images) if len(s.images) else s.images)
+            type(s)(s.input_ids, s.labels, vlm.model.model.run_tower(s.images) if len(s.images) else s.images)
             for s in mixture(vlm)
         ]
         _, by_features, _ = run(vlm, featured)

@@ -206,7 +206,9 @@ def test_batches_of_a_step_add_up_to_one_large_batch(tiny, teacher):
 
 def test_an_objective_that_touches_all_gives_every_trained_parameter_a_gradient(tiny, teacher):
     samples = [sample(tiny, [1, 5, 6, 7, 8])]
-    objective = Objective(tiny, RECIPES["align-kd"], shape_of(teacher), logit_codec=ExactTopK(), touches_all=True).train()
+    objective = Objective(
+        tiny, RECIPES["align-kd"], shape_of(teacher), logit_codec=ExactTopK(), keep_all_parameters_in_graph=True
+    ).train()
     batch = batch_of(tiny, samples)
     objective(batch, targets_of(teacher, batch))["loss"].backward()
     assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)

@@ -12,7 +12,7 @@ from tiny_models import IMAGE, batch_of, flat, mixture, sample, write_checkpoint
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from alignkd.capture.attention import capture
-from alignkd.capture.teacher_slice import GROUPS, TeacherSlice, check_sliceable, describe_slice, slice_tensors
+from alignkd.capture.teacher_slice import GROUPS, TeacherSlice, check_sliceable, slice_config, slice_tensors
 from alignkd.losses.recipes import get_recipe
 from alignkd.models.loading import load_vlm
 from alignkd.objective import Objective, TeacherShape
@@ -20,7 +20,7 @@ from alignkd.targets.batch_targets import Targets
 
 
 def slice_of(vlm, *, tower=True, **options):
-    return TeacherSlice(describe_slice(vlm.model), slice_tensors(vlm, tower=tower), **options)
+    return TeacherSlice(slice_config(vlm.model), slice_tensors(vlm, tower=tower), **options)
 
 
 def captured_targets(vlm, batch):
@@ -51,7 +51,7 @@ def test_a_slice_gives_what_the_whole_golden_teacher_captures(golden_models, tow
     assert part.shares_tower == (not tower)
     if not tower:
         with torch.no_grad():
-            batch = replace(batch, images=vlm.model.model.encode_images(batch.images))
+            batch = replace(batch, images=vlm.model.model.run_tower(batch.images))
     assert_same(part.targets(batch), expected)
 
 
@@ -149,7 +149,7 @@ def test_a_slice_computes_in_the_dtype_of_its_teacher_whatever_the_student_compu
     vlm = load_vlm(tiny_folder, dtype=dtype)
     tensors = slice_tensors(vlm, tower=True)
     assert {flat.dtype for flat in tensors.values()} == {dtype}
-    part = TeacherSlice(describe_slice(vlm.model), tensors)
+    part = TeacherSlice(slice_config(vlm.model), tensors)
     batch = batch_of(vlm, mixture(vlm))
     plain = part.targets(batch)
     assert_same(plain, captured_targets(vlm, batch), attention=5e-3, vision=5e-2)
@@ -161,14 +161,14 @@ def test_a_slice_computes_in_the_dtype_of_its_teacher_whatever_the_student_compu
 
 def test_stored_tensors_are_used_in_place(tiny):
     tensors = slice_tensors(tiny, tower=True)
-    part = TeacherSlice(describe_slice(tiny.model), tensors)
+    part = TeacherSlice(slice_config(tiny.model), tensors)
     held = {parameter.untyped_storage().data_ptr() for parameter in part.model.parameters()}
     assert held == {flat.untyped_storage().data_ptr() for flat in tensors.values()}
     assert sum(p.numel() for p in part.model.parameters()) == sum(flat.numel() for flat in tensors.values())
 
 
 def test_making_a_slice_draws_no_random_numbers_of_the_run(tiny):
-    description, tensors = describe_slice(tiny.model), slice_tensors(tiny, tower=True)
+    description, tensors = slice_config(tiny.model), slice_tensors(tiny, tower=True)
     before = torch.get_rng_state()
     TeacherSlice(description, tensors)
     assert torch.equal(torch.get_rng_state(), before)
@@ -318,7 +318,7 @@ def test_tensors_that_are_not_those_of_the_description_are_refused(tiny, group):
     tensors = slice_tensors(tiny, tower=True)
     for wrong in (tensors[group][:-1], tensors[group].view(1, -1), tensors[group].int()):
         with pytest.raises(ValueError, match=f"the slice's {group} holds"):
-            TeacherSlice(describe_slice(tiny.model), tensors | {group: wrong})
+            TeacherSlice(slice_config(tiny.model), tensors | {group: wrong})
 
 
 HOSTILE = [
@@ -337,14 +337,14 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("part", "name", "value"), HOSTILE, ids=[f"{part} {name} {value}" for part, name, value in HOSTILE])
 def test_a_hostile_description_is_refused_before_anything_is_allocated(tiny, part, name, value):
-    tensors, description = slice_tensors(tiny, tower=True), describe_slice(tiny.model)
+    tensors, description = slice_tensors(tiny, tower=True), slice_config(tiny.model)
     description[part] = {**description[part], name: value}
     with pytest.raises(ValueError, match="slice"):
         TeacherSlice(description, tensors)
 
 
 def test_a_description_that_lacks_something_or_names_something_else(tiny):
-    tensors, description = slice_tensors(tiny, tower=True), describe_slice(tiny.model)
+    tensors, description = slice_tensors(tiny, tower=True), slice_config(tiny.model)
     with pytest.raises(ValueError, match=r"not the description of a teacher's slice \(KeyError: 'vision'"):
         TeacherSlice({k: v for k, v in description.items() if k != "vision"}, tensors)
     # What is not of the description is not heard: such names load code in transformers' configurations.

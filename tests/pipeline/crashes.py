@@ -13,11 +13,11 @@ from pathlib import Path
 from tiny_runs import IMAGES, TEACHER
 from warm_door import Running, WarmDoor
 
-from alignkd.cache_store.protocol.commit import CorruptRecord
+from alignkd.cache_store.protocol.commit import CorruptRecordError
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import open_store
 from alignkd.cache_store.protocol.verify import verify
-from alignkd.cache_store.rows.shard import CorruptShard
+from alignkd.cache_store.rows.shard import CorruptShardError
 
 _START = 0.5
 """Share of an undisturbed run's time before the first shard."""
@@ -107,11 +107,11 @@ def look_at(cache: str, failures: list[str], at_kills: list[int], seconds: float
     report = verify(cache)
     plan = open_store(cache).plan
     found: Counter[str] = Counter()
-    with suppress(CorruptRecord):
+    with suppress(CorruptRecordError):
         reader = CacheReader(cache)
         found.update(reader.rejected)
         for number in reader.records:
-            with suppress(CorruptShard):
+            with suppress(CorruptShardError):
                 found.update(reader.shard(number).keys)
     return Outcome(
         content_sha256=report.content_sha256,

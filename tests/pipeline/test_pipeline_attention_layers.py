@@ -24,7 +24,7 @@ from tiny_runs import (
 
 from alignkd.cache_store.protocol.convert import convert
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.rows.spec import FingerprintMismatch
+from alignkd.cache_store.rows.spec import FingerprintMismatchError
 from alignkd.capture.attention import capture
 from alignkd.cli import main
 from alignkd.inputs.batch import collate
@@ -91,7 +91,7 @@ def test_the_first_layer_by_any_name_is_the_cache_as_ever(data, tmp_path, layers
 
 
 def test_a_cache_of_other_layers_is_refused_with_both(data, layered):
-    with pytest.raises(FingerprintMismatch, match=r"attention_layers.*cache has.*wanted"):
+    with pytest.raises(FingerprintMismatchError, match=r"attention_layers.*cache has.*wanted"):
         write_cache(data, layered, settings=EXACT, attention_layers="all")
 
 

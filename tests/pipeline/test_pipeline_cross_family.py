@@ -17,14 +17,14 @@ from tiny_runs import STUDENT, TEACHER, copy_checkpoint, metrics, record, train,
 
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.models.loading import load_vlm
-from alignkd.pipeline.cache_io.compatibility import check_fit
-from alignkd.pipeline.cache_io.cross_model import Across
+from alignkd.pipeline.cache_io.compatibility import check_student_matches
+from alignkd.pipeline.cache_io.cross_model import CrossModelMap
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.evaluate.show_sample import captured_arrays
 from alignkd.pipeline.feeding.dataset import TrainingSet
-from alignkd.pipeline.feeding.row_checks import MisalignedRow
+from alignkd.pipeline.feeding.row_checks import MisalignedRowError
 from alignkd.targets.logits import LogitSettings
 
 sys.path.append(str(Path(__file__).parents[1] / "families"))  # the builders of other families' checkpoints
@@ -107,7 +107,7 @@ def training_set(vlm, place, cache, needs=ALL, template=None):
     template = template or vlm.default_template
     reader = CacheReader(cache)
     fields = [field.name for field in reader.spec.fields]
-    across = check_fit(vlm, reader.fingerprint, template, 2048, "cache", needs=needs, fields=fields)
+    across = check_student_matches(vlm, reader.fingerprint, template, 2048, "cache", needs=needs, fields=fields)
     assert across is not None
     preparer = Preparer.of(vlm, template=template, max_length=2048, image_root=place)
     samples = SampleFile(place / "data.json")
@@ -227,7 +227,7 @@ def test_another_width_of_the_output_head_is_refused_with_logits(place, llava_ca
     student, found = load_vlm(place / "student"), CacheReader(llava_cache).fingerprint
     found["teacher"] = {**found["teacher"], "vocabulary": 64}
     with pytest.raises(ValueError, match=r"one width of the output head: vocabulary: 64 in the cache, \d+ here"):
-        check_fit(student, found, "v1", 2048, "cache", needs=ALL, fields=["spans", "regions"])
+        check_student_matches(student, found, "v1", 2048, "cache", needs=ALL, fields=["spans", "regions"])
 
 
 def test_other_vision_tokens_alone_keep_rows_and_answers_as_they_are(data, cache, tmp_path):
@@ -236,16 +236,16 @@ def test_other_vision_tokens_alone_keep_rows_and_answers_as_they_are(data, cache
     vlm = load_vlm(student)
     reader, samples = CacheReader(cache), SampleFile(data)
     fields = [field.name for field in reader.spec.fields]
-    across = check_fit(vlm, reader.fingerprint, "v1", 2048, "cache", fields=fields)
+    across = check_student_matches(vlm, reader.fingerprint, "v1", 2048, "cache", fields=fields)
     preparer = Preparer.of(vlm, template="v1", max_length=2048, image_root=Path(STUDENT).parent / "images")
     whole = TrainingSet(samples, preparer, student=vlm, reader=reader, needs=ALL, max_rejected=0, across=across)
     item = whole[0]
     held = reader.row(samples[0].key).values["attention"]
     expected = held.reshape(8, -1, 6, 2, 6, 2).sum(axis=(3, 5)).reshape(8, -1, 36)
     np.testing.assert_allclose(item.stored["attention"].parts["values"], expected, atol=1e-6)
-    assert item.compared.rows.all()
-    assert item.compared.columns.all()
-    assert item.compared.answers.all()
+    assert item.target_mask.rows.all()
+    assert item.target_mask.columns.all()
+    assert item.target_mask.answers.all()
     train(data, cache, tmp_path / "out", student=str(student), max_steps=2)
     assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "out"))
 
@@ -255,7 +255,7 @@ def test_a_row_of_the_same_make_is_the_same_through_the_maps_to_the_bit(student_
     preparer = Preparer.of(student_vlm, template="v1", max_length=2048, image_root=Path(STUDENT).parent / "images")
     settings = {"student": student_vlm, "reader": reader, "needs": ALL, "max_rejected": 0}
     plain = TrainingSet(samples, preparer, **settings)
-    mapped = TrainingSet(samples, preparer, **settings, across=Across.of(student_vlm, reader.fingerprint))
+    mapped = TrainingSet(samples, preparer, **settings, across=CrossModelMap.of(student_vlm, reader.fingerprint))
     for i in range(len(samples)):
         one, other = (x.collate([x[i]]) for x in (plain, mapped))
         expected, found = one["targets"].dequantise(), other["targets"].dequantise()
@@ -270,7 +270,7 @@ def test_a_row_of_the_same_make_is_the_same_through_the_maps_to_the_bit(student_
 
 def test_a_cache_of_the_same_make_is_read_as_it_is(student_vlm, cache):
     found = CacheReader(cache).fingerprint
-    assert check_fit(student_vlm, found, "v1", 2048, "cache") is None
+    assert check_student_matches(student_vlm, found, "v1", 2048, "cache") is None
 
 
 def test_a_changed_image_and_an_answer_split_otherwise_are_refused_by_name(place, llava_cache, monkeypatch):
@@ -295,7 +295,7 @@ def test_a_changed_image_and_an_answer_split_otherwise_are_refused_by_name(place
 def test_a_misaligned_sample_ends_the_run(place, llava_cache, tmp_path, monkeypatch):
     real = CacheReader.row
     monkeypatch.setattr(CacheReader, "row", lambda *given: replace(real(*given), image_sha256="0" * 64))
-    with pytest.raises(MisalignedRow, match="its image file differs"):
+    with pytest.raises(MisalignedRowError, match="its image file differs"):
         cross_train(place, llava_cache, tmp_path / "out")
 
 
@@ -329,8 +329,8 @@ def test_what_a_family_without_places_gives_is_refused_before_the_data_is_read(p
     student, found = load_vlm(place / "student"), CacheReader(llava_cache).fingerprint
     found["teacher"] = {**found["teacher"], "no_place": "queries look everywhere"}
     with pytest.raises(ValueError, match=r"cannot be matched: queries look everywhere.*without attention and vision"):
-        check_fit(student, found, "v1", 2048, "cache", needs=ALL, fields=["spans", "regions"])
-    only_logits = check_fit(student, found, "v1", 2048, "cache", needs=frozenset({"logits"}), fields=["spans"])
+        check_student_matches(student, found, "v1", 2048, "cache", needs=ALL, fields=["spans", "regions"])
+    only_logits = check_student_matches(student, found, "v1", 2048, "cache", needs=frozenset({"logits"}), fields=["spans"])
     assert pickle.loads(pickle.dumps(only_logits)) == only_logits
 
 

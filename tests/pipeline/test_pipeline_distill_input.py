@@ -21,10 +21,10 @@ from tiny_runs import (
 )
 
 from alignkd.pipeline.config.targets import TargetSettings
-from alignkd.pipeline.data.rejected_samples import TooManyRejected
+from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.order import epoch_order
-from alignkd.pipeline.feeding.row_checks import MisalignedRow
+from alignkd.pipeline.feeding.row_checks import MisalignedRowError
 from alignkd.pipeline.training.run import distill
 
 
@@ -62,7 +62,7 @@ def test_what_stage_one_rejected_is_left_out_named_and_capped(tmp_path):
     result = train(data, tmp_path / "cache", tmp_path / "out", epochs=1.0)
     assert (result["samples"], result["rejected"]) == (3, 3)
     assert set(result["rejected_samples"]) == {"bad0", "bad1", "bad2"}
-    with pytest.raises(TooManyRejected, match="more than --max-rejected 2"):
+    with pytest.raises(TooManyRejectedError, match="more than --max-rejected 2"):
         train(data, tmp_path / "cache", tmp_path / "other", epochs=1.0, max_rejected=2)
 
 
@@ -73,7 +73,7 @@ def test_an_image_that_vanished_since_stage_one_is_left_out_and_one_that_changed
     result = train(data, cache, tmp_path / "out", images=str(images), epochs=1.0)
     assert (result["samples"], set(result["rejected_samples"])) == (5, {"vqa1"})
     shutil.copyfile(images / "0.png", images / "1.png")
-    with pytest.raises(MisalignedRow, match="'vqa1' does not match its row in the cache: its image file differs"):
+    with pytest.raises(MisalignedRowError, match="'vqa1' does not match its row in the cache: its image file differs"):
         train(data, cache, tmp_path / "other", images=str(images), epochs=1.0)
 
 

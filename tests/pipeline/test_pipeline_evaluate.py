@@ -8,7 +8,7 @@ import pytest
 from tiny_runs import IMAGES, SAMPLES, STUDENT, record, write_data
 
 from alignkd.pipeline.config.evaluate import EvaluateConfig
-from alignkd.pipeline.data.rejected_samples import TooManyRejected
+from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
 from alignkd.pipeline.evaluate.runner import contains, evaluate, exact, wilson_interval
 
 
@@ -41,8 +41,8 @@ def encoded(monkeypatch):
     """Number of images of each call of the tower."""
     from alignkd.models.modules.mobilevlm import MobileVlmModel
 
-    calls, real = [], MobileVlmModel.encode_images
-    monkeypatch.setattr(MobileVlmModel, "encode_images", lambda self, pixels: calls.append(len(pixels)) or real(self, pixels))
+    calls, real = [], MobileVlmModel.run_tower
+    monkeypatch.setattr(MobileVlmModel, "run_tower", lambda self, pixels: calls.append(len(pixels)) or real(self, pixels))
     return calls
 
 
@@ -83,7 +83,7 @@ def test_a_batch_of_which_nothing_can_be_read_is_passed_over(tmp_path):
 
 
 def test_more_unreadable_questions_than_allowed_end_the_evaluation(tmp_path):
-    with pytest.raises(TooManyRejected, match=r"2 samples cannot be used, more than --max-rejected 1.*gone0.*none.png"):
+    with pytest.raises(TooManyRejectedError, match=r"2 samples cannot be used, more than --max-rejected 1.*gone0.*none.png"):
         run(tmp_path, [question(f"gone{i}", "none.png") for i in range(2)], max_rejected=1)
 
 

@@ -6,7 +6,7 @@ import pytest
 from tiny_runs import SAMPLES, TEACHER, copy_checkpoint, record, with_file, with_other_weights, write_cache, write_data
 
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.rows.spec import FingerprintMismatch
+from alignkd.cache_store.rows.spec import FingerprintMismatchError
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.targets.logits import LogitSettings
 
@@ -92,7 +92,7 @@ def test_a_cache_of_another_setting_is_refused_with_both_values_and_the_way_out(
     change, parts = CHANGES[name]
     before = sorted((path, path.stat().st_mtime_ns) for path in cache.rglob("*"))
     changes = change(tmp_path)
-    with pytest.raises(FingerprintMismatch) as error:
+    with pytest.raises(FingerprintMismatchError) as error:
         write_cache(changes.pop("data", data), cache, **changes)
     for part in [*parts, str(cache), "cache has", "wanted", "Write to another --cache, or use the settings"]:
         assert part in str(error.value)

@@ -10,11 +10,11 @@ import torch
 from tiny_runs import SAMPLES, content, record, stage_one_config, write_cache, write_data
 
 from alignkd.inputs.encoder import Planned
-from alignkd.pipeline.cache_io import logits as logits_io
 from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.stage_one import calibrate as calibrate_module
 from alignkd.pipeline.stage_one.dry_run import dry_run
-from alignkd.pipeline.stage_one.halve_on_oom import FittingRunner
-from alignkd.pipeline.stage_one.shard_work import Item, ReadyBatch
+from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
+from alignkd.pipeline.stage_one.shard_work import PlannedSample, ReadyBatch
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
 
 OUT_OF_MEMORY = [
@@ -42,14 +42,16 @@ class SmallMemory:
 
 
 def batch_of(stage, *lengths):
-    items = [(Item(SimpleNamespace(id=f"s{i}", key=f"{i:032x}"), Planned(length)), None) for i, length in enumerate(lengths)]
+    items = [
+        (PlannedSample(SimpleNamespace(id=f"s{i}", key=f"{i:032x}"), Planned(length)), None) for i, length in enumerate(lengths)
+    ]
     return ReadyBatch(items, stage.collate(items), [])
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(error):
     stage = SmallMemory(25, error)
-    done, rejected = FittingRunner(stage).run(batch_of(stage, 10, 10, 10, 10, 10))
+    done, rejected = HalvingRunner(stage).run(batch_of(stage, 10, 10, 10, 10, 10))
     assert [output for _, output in done] == [["s0", "s1"], ["s2"], ["s3", "s4"]]
     assert [part.batch for part, _ in done] == [output for _, output in done]
     assert rejected == []
@@ -57,7 +59,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(error):
 
 def test_the_size_that_fits_is_remembered():
     stage = SmallMemory(25)
-    runner = FittingRunner(stage)
+    runner = HalvingRunner(stage)
     runner.run(batch_of(stage, 10, 10, 10, 10))
     stage.tried.clear()
     done, _ = runner.run(batch_of(stage, 10, 10, 10, 10))
@@ -67,13 +69,13 @@ def test_the_size_that_fits_is_remembered():
 
 def test_what_fits_is_run_as_it_is():
     stage = SmallMemory(100)
-    done, rejected = FittingRunner(stage).run(batch_of(stage, 30, 20, 10))
+    done, rejected = HalvingRunner(stage).run(batch_of(stage, 30, 20, 10))
     assert (stage.tried, [output for _, output in done], rejected) == ([90], [["s0", "s1", "s2"]], [])
 
 
 def test_a_sample_that_does_not_fit_alone_is_rejected_by_name_and_the_others_are_done():
     stage = SmallMemory(25)
-    done, rejected = FittingRunner(stage).run(batch_of(stage, 40, 10, 10))
+    done, rejected = HalvingRunner(stage).run(batch_of(stage, 40, 10, 10))
     assert [output for _, output in done] == [["s1", "s2"]]
     assert [(sample.sample_id, sample.key) for sample in rejected] == [("s0", f"{0:032x}")]
     assert rejected[0].reason == "its 40 positions do not fit into memory, even alone"
@@ -81,7 +83,7 @@ def test_a_sample_that_does_not_fit_alone_is_rejected_by_name_and_the_others_are
 
 def test_a_large_sample_does_not_make_small_batches_of_all_that_follow():
     stage = SmallMemory(25)
-    runner = FittingRunner(stage)
+    runner = HalvingRunner(stage)
     runner.run(batch_of(stage, 100))
     stage.tried.clear()
     runner.run(batch_of(stage, 10, 10))
@@ -92,12 +94,12 @@ def test_a_large_sample_does_not_make_small_batches_of_all_that_follow():
 def test_any_other_error_is_raised(error):
     stage = SmallMemory(0, error)
     with pytest.raises(type(error)):
-        FittingRunner(stage).run(batch_of(stage, 10, 10))
+        HalvingRunner(stage).run(batch_of(stage, 10, 10))
     assert len(stage.tried) == 1
 
 
 def test_a_batch_of_which_nothing_is_left_is_not_run():
-    assert FittingRunner(SmallMemory(100)).run(ReadyBatch([], None, [])) == ([], [])
+    assert HalvingRunner(SmallMemory(100)).run(ReadyBatch([], None, [])) == ([], [])
 
 
 LONG = record("long", None, "What " + "is it " * 150 + "?", "This.")
@@ -143,14 +145,14 @@ def test_a_dry_run_with_little_memory_estimates_as_well(tmp_path, little_memory)
 
 
 def test_a_calibration_leaves_out_what_memory_has_no_room_for(tmp_path, monkeypatch):
-    real = logits_io.capture
+    real = calibrate_module.capture
 
     def capture(model, batch, **options):
         if batch.input_ids_BS.numel() > 400:
             raise OUT_OF_MEMORY[0]
         return real(model, batch, **options)
 
-    monkeypatch.setattr(logits_io, "capture", capture)
+    monkeypatch.setattr(calibrate_module, "capture", capture)
     small = write_data(tmp_path / "small.json", [SAMPLES[0], SAMPLES[4]])
     large = write_data(tmp_path / "large.json", [SAMPLES[0], SAMPLES[4], LONG])
     tensors = [StageOne.open(stage_one_config(data, tmp_path / "cache")).tensors() for data in (small, large)]

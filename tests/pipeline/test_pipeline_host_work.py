@@ -8,7 +8,7 @@ import pytest
 
 from alignkd.pipeline.runtime.signals import Interrupted
 from alignkd.pipeline.stage_one import prefetch as host_work
-from alignkd.pipeline.stage_one.prefetch import HostWork
+from alignkd.pipeline.stage_one.prefetch import HostThreads
 
 
 def test_what_is_prepared_ahead_comes_in_the_order_of_the_items():
@@ -21,22 +21,22 @@ def test_what_is_prepared_ahead_comes_in_the_order_of_the_items():
             second_is_done.set()
         return item * 10
 
-    with HostWork(readers=2) as host:
-        assert list(host.ahead(range(7), prepare, 3)) == [0, 10, 20, 30, 40, 50, 60]
+    with HostThreads(readers=2) as host:
+        assert list(host.prefetch(range(7), prepare, 3)) == [0, 10, 20, 30, 40, 50, 60]
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_no_more_is_prepared_ahead_than_asked_for(count):
     begun = []
-    with HostWork(readers=8) as host:
-        for used, _ in enumerate(host.ahead(range(20), begun.append, count)):
+    with HostThreads(readers=8) as host:
+        for used, _ in enumerate(host.prefetch(range(20), begun.append, count)):
             assert len(begun) <= used + 1 + count
     assert sorted(begun) == list(range(20))
 
 
 def test_no_items_are_no_work():
-    with HostWork(readers=1) as host:
-        assert list(host.ahead([], pytest.fail, 3)) == []
+    with HostThreads(readers=1) as host:
+        assert list(host.prefetch([], pytest.fail, 3)) == []
 
 
 def test_an_error_while_preparing_comes_at_the_item_it_belongs_to():
@@ -45,8 +45,8 @@ def test_an_error_while_preparing_comes_at_the_item_it_belongs_to():
             raise ValueError("item 2 cannot be read")
         return item
 
-    with HostWork(readers=2) as host:
-        coming = host.ahead(range(5), prepare, 3)
+    with HostThreads(readers=2) as host:
+        coming = host.prefetch(range(5), prepare, 3)
         assert [next(coming), next(coming)] == [0, 1]
         with pytest.raises(ValueError, match="item 2 cannot be read"):
             next(coming)
@@ -61,9 +61,9 @@ def test_writes_behind_happen_one_at_a_time_in_order_and_all_before_the_end():
         written.append(number)
         at_once.remove(number)
 
-    with HostWork(readers=1) as host:
+    with HostThreads(readers=1) as host:
         for number in range(20):
-            host.behind(lambda number=number: write(number))
+            host.write_behind(lambda number=number: write(number))
     assert written == list(range(20))
 
 
@@ -74,10 +74,10 @@ def test_who_writes_faster_than_the_storage_waits(monkeypatch):
 
     def caller(host):
         for number in range(5):
-            host.behind(lambda: first.set() or go_on.wait(10))
+            host.write_behind(lambda: first.set() or go_on.wait(10))
             accepted.append(number)
 
-    with HostWork(readers=1) as host:
+    with HostThreads(readers=1) as host:
         thread = threading.Thread(target=caller, args=(host,))
         thread.start()
         assert first.wait(10)
@@ -96,13 +96,13 @@ def test_the_error_of_a_write_is_raised_at_a_later_call_and_ends_the_job():
         raise OSError("disk full")
 
     def job(host):
-        host.behind(fail)
+        host.write_behind(fail)
         assert failed.wait(10)
         for _ in range(50):
-            host.behind(lambda: None)
+            host.write_behind(lambda: None)
         pytest.fail("fifty writes after an error")
 
-    with pytest.raises(OSError, match="disk full"), HostWork(readers=1) as host:
+    with pytest.raises(OSError, match="disk full"), HostThreads(readers=1) as host:
         job(host)
 
 
@@ -115,12 +115,12 @@ def test_the_error_of_the_last_write_is_raised_at_the_end(flush):
         raise OSError("disk full")
 
     def job(host):
-        host.behind(fail)
+        host.write_behind(fail)
         go_on.set()
         if flush:
             host.flush()
 
-    with pytest.raises(OSError, match="disk full"), HostWork(readers=1) as host:
+    with pytest.raises(OSError, match="disk full"), HostThreads(readers=1) as host:
         job(host)
 
 
@@ -128,12 +128,12 @@ def test_what_was_begun_is_finished_when_the_job_is_interrupted():
     written, go_on = [], threading.Event()
 
     def interrupted(host):
-        host.behind(lambda: written.append(go_on.wait(10)))
-        host.behind(lambda: written.append(2))
+        host.write_behind(lambda: written.append(go_on.wait(10)))
+        host.write_behind(lambda: written.append(2))
         go_on.set()
         raise Interrupted("stopped")
 
-    with pytest.raises(Interrupted), HostWork(readers=1) as host:
+    with pytest.raises(Interrupted), HostThreads(readers=1) as host:
         interrupted(host)
     assert written == [True, 2]
 
@@ -146,9 +146,9 @@ def test_the_error_that_ended_the_job_is_not_hidden_by_one_of_a_write():
         raise OSError("disk full")
 
     def job(host):
-        host.behind(fail)
+        host.write_behind(fail)
         go_on.set()
         raise ValueError("the reason")
 
-    with pytest.raises(ValueError, match="the reason"), HostWork(readers=1) as host:
+    with pytest.raises(ValueError, match="the reason"), HostThreads(readers=1) as host:
         job(host)

@@ -13,7 +13,7 @@ from alignkd.models.loading import load_vlm
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding import lengths as lengths_module
-from alignkd.pipeline.feeding.dataset import Item, TrainingSet
+from alignkd.pipeline.feeding.dataset import TrainingExample, TrainingSet
 from alignkd.pipeline.feeding.lengths import check_budget, sample_lengths
 
 UNUSABLE = record("mute", None, "Say nothing.", "")
@@ -38,7 +38,7 @@ def test_lengths_are_those_of_the_batches(student_vlm, tmp_path):
     assert lengths.dtype == np.int32
     for position, length in enumerate(lengths.tolist()):
         item = whole[position]
-        if isinstance(item, Item):
+        if isinstance(item, TrainingExample):
             assert whole.collate([item])["batch"].input_ids_BS.shape == (1, length)
         else:
             assert (whole.sample(position).id, length) == ("mute", 0)

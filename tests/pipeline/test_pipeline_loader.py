@@ -20,7 +20,7 @@ from alignkd.pipeline.feeding.batch_loader import TrainingLoader
 from alignkd.pipeline.feeding.dataset import Positions, TrainingSet
 from alignkd.pipeline.feeding.feature_cache import SharedFeatures, cache_tower_features
 from alignkd.pipeline.feeding.order import SHARDS_OPEN, BatchOrder, StepSampler
-from alignkd.pipeline.feeding.shared_memory import Parcel
+from alignkd.pipeline.feeding.shared_memory import SharedMemoryBatch
 
 ALL = frozenset({"attention", "vision", "logits"})
 
@@ -140,7 +140,9 @@ def test_all_tensors_of_a_parcel_cross_as_one(student_vlm, data, cache):
     ids=["empty", "empty with a shape", "scalar", "not contiguous", "bool", "bfloat16"],
 )
 def test_any_tensor_survives_a_parcel(tensor):
-    arrived = pickle.loads(pickle.dumps(Parcel(first=torch.ones(3, dtype=torch.uint8), deep=[{"it": tensor}])))["deep"][0]["it"]
+    arrived = pickle.loads(pickle.dumps(SharedMemoryBatch(first=torch.ones(3, dtype=torch.uint8), deep=[{"it": tensor}])))[
+        "deep"
+    ][0]["it"]
     assert (arrived.dtype, arrived.shape) == (tensor.dtype, tensor.shape)
     assert torch.equal(arrived.view(torch.uint8) if tensor.dtype == torch.bfloat16 else arrived, _bits(tensor))
 

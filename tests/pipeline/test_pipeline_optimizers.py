@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignkd.pipeline.training.optimizers import Together, make_optimizer
+from alignkd.pipeline.training.optimizers import ChainedOptimizer, make_optimizer
 
 
 class Small(nn.Module):
@@ -93,5 +93,5 @@ def test_going_on_from_a_saved_state_equals_an_uninterrupted_run(model):
     train(again, resumed, later, 3)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert isinstance(resumed, Together)
+    assert isinstance(resumed, ChainedOptimizer)
     assert [group["lr"] for group in resumed.param_groups] == [group["lr"] for group in optimizer.param_groups]

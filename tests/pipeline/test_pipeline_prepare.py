@@ -12,8 +12,8 @@ from tiny_runs import GOLDEN_SAMPLES, IMAGES, SAMPLES, record, write_data
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.pipeline.data.preparer import Prepared, Preparer, SampleError
 from alignkd.pipeline.data.samples import SampleFile, parse_sample
-from alignkd.pipeline.feeding.dataset import Failure, Item, TrainingSet
-from alignkd.pipeline.feeding.row_checks import MisalignedRow, check_row
+from alignkd.pipeline.feeding.dataset import FailedSample, TrainingExample, TrainingSet
+from alignkd.pipeline.feeding.row_checks import MisalignedRowError, check_row
 from alignkd.targets.batch_targets import Targets
 
 ALL = frozenset({"attention", "vision", "logits"})
@@ -97,7 +97,7 @@ def test_an_items_targets_are_those_of_its_own_sample_in_any_order_and_with_any_
     assert [part.sample(i).id for i in range(len(part))] == ["two5", "vqa3", "cap0", "text4"]
     for i in range(len(part)):
         item, same = part[i], by_id[part.sample(i).id]
-        assert isinstance(item, Item)
+        assert isinstance(item, TrainingExample)
         np.testing.assert_array_equal(item.input.input_ids, same.input.input_ids)
         assert set(item.stored) == set(same.stored) == {"attention", "vision_tokens", *ANSWERS}
         for name, value in item.stored.items():
@@ -150,7 +150,7 @@ def test_a_changed_image_is_a_misaligned_row_that_names_sample_and_cause(student
     shutil.copytree(IMAGES, images)
     shutil.copyfile(images / "1.png", images / "0.png")
     whole = training_set(student_vlm, data, cache, root=images)
-    found = {item.sample_id: item for item in map(whole.__getitem__, range(6)) if isinstance(item, Failure)}
+    found = {item.sample_id: item for item in map(whole.__getitem__, range(6)) if isinstance(item, FailedSample)}
     assert set(found) == {"cap0", "two5"}
     for name, failure in found.items():
         assert failure.fatal
@@ -161,7 +161,7 @@ def test_a_changed_image_is_a_misaligned_row_that_names_sample_and_cause(student
 def test_another_template_is_a_misaligned_row_that_names_sample_and_cause(student_vlm, tmp_path, cache):
     data = write_data(tmp_path / "d.json", GOLDEN_SAMPLES[:1])
     failure = training_set(student_vlm, data, cache, template="plain")[0]
-    assert isinstance(failure, Failure)
+    assert isinstance(failure, FailedSample)
     assert failure.fatal
     assert "'cap0'" in failure.reason
     assert "token ids differ: the tokenizer, template or maximum length" in failure.reason
@@ -169,7 +169,10 @@ def test_another_template_is_a_misaligned_row_that_names_sample_and_cause(studen
 
 def test_other_token_ids_labels_or_vision_tokens_are_misaligned(student_vlm, cache):
     sample = parse_sample(GOLDEN_SAMPLES[0], "")
-    row, stored = CacheReader(cache).row(sample.key), CacheReader(cache).stored(sample.key, ["attention", "vision_tokens"])
+    row, stored = (
+        CacheReader(cache).row(sample.key),
+        CacheReader(cache).encoded_fields(sample.key, ["attention", "vision_tokens"]),
+    )
     prepared = preparer(student_vlm)(sample)
     check_row(sample, prepared, row, stored, 144)
 
@@ -178,15 +181,15 @@ def test_other_token_ids_labels_or_vision_tokens_are_misaligned(student_vlm, cac
         values[field][-1] += 1
         return Prepared(type(prepared.input)(**values, images=prepared.input.images), prepared.image_sha256, truncated=False)
 
-    with pytest.raises(MisalignedRow, match=r"'cap0'.*token ids differ: the tokenizer"):
+    with pytest.raises(MisalignedRowError, match=r"'cap0'.*token ids differ: the tokenizer"):
         check_row(sample, changed("input_ids"), row, stored, 144)
-    with pytest.raises(MisalignedRow, match=r"'cap0'.*labels differ: the template"):
+    with pytest.raises(MisalignedRowError, match=r"'cap0'.*labels differ: the template"):
         check_row(sample, changed("labels"), row, stored, 144)
-    with pytest.raises(MisalignedRow, match=r"'cap0'.*144 vision tokens where the student has 36"):
+    with pytest.raises(MisalignedRowError, match=r"'cap0'.*144 vision tokens where the student has 36"):
         check_row(sample, prepared, row, stored, 36)
     heads, rows, columns = stored["attention"].shape
     fewer = {"attention": replace(stored["attention"], shape=(heads, rows - 1, columns))}
-    with pytest.raises(MisalignedRow, match=f"attention of {rows - 1} text rows to 144 .* student has {rows} and 144"):
+    with pytest.raises(MisalignedRowError, match=f"attention of {rows - 1} text rows to 144 .* student has {rows} and 144"):
         check_row(sample, prepared, row, fewer, 144)
 
 
@@ -218,7 +221,7 @@ def test_a_damaged_shard_ends_the_run(student_vlm, tmp_path, data, cache):
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
     failure = training_set(student_vlm, data, tmp_path / "cache")[0]
-    assert isinstance(failure, Failure)
+    assert isinstance(failure, FailedSample)
     assert failure.fatal
     assert "found crc32" in failure.reason
 

@@ -24,11 +24,11 @@ from tiny_runs import (
 )
 
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.rows.spec import FingerprintMismatch
+from alignkd.cache_store.rows.spec import FingerprintMismatchError
 from alignkd.cli import main
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.cache_io.compatibility import check_fit, check_teacher
+from alignkd.pipeline.cache_io.compatibility import check_student_matches, check_teacher
 from alignkd.pipeline.cache_io.logits import open_codec, settings_of
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.preparer import Preparer
@@ -109,7 +109,7 @@ def whole(place):
 def fit(student, cache, **changes):
     reader = CacheReader(cache)
     fields = [field.name for field in reader.spec.fields]
-    return check_fit(student, {**reader.fingerprint, **changes}, "v1", 2048, "cache", needs=ALL, fields=fields)
+    return check_student_matches(student, {**reader.fingerprint, **changes}, "v1", 2048, "cache", needs=ALL, fields=fields)
 
 
 def test_a_cache_made_by_the_option_serves_three_steps_of_align_kd(place, tmp_path):
@@ -190,7 +190,7 @@ def test_a_cut_cache_is_refused_where_width_or_first_ids_differ(place, student_v
 
 
 def test_another_number_of_ids_is_another_cache(place, cut):
-    with pytest.raises(FingerprintMismatch, match=r"targets.logits.vocabulary: cache has 512, wanted 500"):
+    with pytest.raises(FingerprintMismatchError, match=r"targets.logits.vocabulary: cache has 512, wanted 500"):
         write(place, "cut", vocabulary=500)
     assert CacheReader(cut).fingerprint["targets"]["logits"]["vocabulary"] == SHARED
 

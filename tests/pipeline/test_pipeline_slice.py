@@ -28,12 +28,12 @@ from tiny_runs import (
 from alignkd.cache_store.protocol.convert import convert
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import open_store
-from alignkd.cache_store.rows.spec import FingerprintMismatch
+from alignkd.cache_store.rows.spec import FingerprintMismatchError
 from alignkd.capture.attention import capture
-from alignkd.pipeline.cache_io import targets as targets_io
 from alignkd.pipeline.cache_io import teacher_slice as slice_io
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.runtime.signals import Interrupted
+from alignkd.pipeline.stage_one import run_teacher as run_teacher_module
 from alignkd.pipeline.stage_one.dry_run import dry_run
 
 EXACT = TargetSettings(attention_codec="exact", vision_codec="exact")
@@ -192,7 +192,7 @@ def test_a_head_mean_is_honoured(data, tmp_path):
 
 def test_stage_one_captures_no_attention_and_runs_no_teacher_where_no_logits_are_wanted(data, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(targets_io, "capture", lambda *a, **k: asked.append(k["attention"]) or capture(*a, **k))
+    monkeypatch.setattr(run_teacher_module, "capture", lambda *a, **k: asked.append(k["attention"]) or capture(*a, **k))
     write_cache(data, tmp_path / "logits", alignment="slice")
     assert asked
     assert not any(asked)
@@ -228,11 +228,11 @@ def test_stage_one_goes_on_with_the_slice_that_is_there(data, sliced, tmp_path, 
 
 
 def test_a_cache_of_targets_and_one_with_a_slice_do_not_go_on_as_each_other(data, sliced, exact, towerless):
-    with pytest.raises(FingerprintMismatch, match=r'fingerprint\.alignment: cache has "slice", wanted "targets"'):
+    with pytest.raises(FingerprintMismatchError, match=r'fingerprint\.alignment: cache has "slice", wanted "targets"'):
         write_cache(data, sliced, settings=EXACT)
-    with pytest.raises(FingerprintMismatch, match=r'fingerprint\.alignment: cache has "targets", wanted "slice"'):
+    with pytest.raises(FingerprintMismatchError, match=r'fingerprint\.alignment: cache has "targets", wanted "slice"'):
         write_cache(data, exact, settings=EXACT, alignment="slice")
-    with pytest.raises(FingerprintMismatch, match=r"fingerprint\.slice\.tower\.in_cache: cache has false, wanted true"):
+    with pytest.raises(FingerprintMismatchError, match=r"fingerprint\.slice\.tower\.in_cache: cache has false, wanted true"):
         write_cache(data, towerless, settings=EXACT, alignment="slice")
 
 

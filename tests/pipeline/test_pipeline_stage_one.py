@@ -13,11 +13,11 @@ from alignkd.cache_store.protocol.store import open_store
 from alignkd.pipeline.cache_admin.row import row_arrays
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.preparer import Preparer
-from alignkd.pipeline.data.rejected_samples import TooManyRejected
+from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.evaluate.show_sample import captured_arrays
 from alignkd.pipeline.stage_one.dry_run import dry_run, spread
-from alignkd.pipeline.stage_one.shard_work import Item, batches
+from alignkd.pipeline.stage_one.shard_work import PlannedSample, batches
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
 from alignkd.targets.logits import LogitSettings
 from alignkd.targets.logits.kept import logprob_error
@@ -103,7 +103,7 @@ def test_batches_stay_under_the_budget_and_are_a_pure_function_of_the_samples(tm
     samples = [stage.samples[i] for i in range(6)]
     lengths = (10, 40, 30, 30, 5, 100)
     items = [
-        Item(sample, replace(stage.preparer.text(sample), length=length))
+        PlannedSample(sample, replace(stage.preparer.text(sample), length=length))
         for sample, length in zip(samples, lengths, strict=True)
     ]
     first = list(batches(items, 80))
@@ -161,14 +161,16 @@ def test_rejected_samples_are_named_counted_and_left_out(tmp_path):
 
 def test_more_rejected_samples_than_allowed_stop_stage_one(tmp_path):
     data = write_data(tmp_path / "d.json", [SAMPLES[0], *BAD, SAMPLES[1]])
-    with pytest.raises(TooManyRejected, match=r"3 samples cannot be used, more than --max-rejected 2.*missing.*Check --images"):
+    with pytest.raises(
+        TooManyRejectedError, match=r"3 samples cannot be used, more than --max-rejected 2.*missing.*Check --images"
+    ):
         write_cache(data, tmp_path / "cache", max_rejected=2)
 
 
 def test_rejected_samples_of_earlier_runs_count_too(tmp_path):
     data = write_data(tmp_path / "d.json", [*BAD[:2], SAMPLES[0], BAD[2]])
     assert not write_cache(data, tmp_path / "cache", max_rejected=2, rank=0, world_size=2)["complete"]
-    with pytest.raises(TooManyRejected):
+    with pytest.raises(TooManyRejectedError):
         write_cache(data, tmp_path / "cache", max_rejected=2)
     assert write_cache(data, tmp_path / "cache", max_rejected=3)["samples_rejected"] == 3
 

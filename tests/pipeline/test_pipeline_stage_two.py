@@ -20,7 +20,7 @@ from tiny_runs import (
 )
 
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.rows.row import Stored
+from alignkd.cache_store.rows.row import EncodedField
 from alignkd.cache_store.rows.spec import FieldSpec
 from alignkd.capture.attention import capture, enable_capture
 from alignkd.losses.recipes import get_recipe
@@ -54,7 +54,7 @@ def exact_targets(values, batch):
     """The targets of a batch as they are, without a cache between."""
     stored = [
         {
-            name: Stored(FieldSpec(name, ("A",) * value.ndim, str(value.dtype), "exact"), value.shape, {"values": value})
+            name: EncodedField(FieldSpec(name, ("A",) * value.ndim, str(value.dtype), "exact"), value.shape, {"values": value})
             for name, value in row.items()
             if name not in ("input_ids", "labels")
         }

@@ -13,7 +13,7 @@ from tiny_runs import STUDENT, TEACHER, metrics, student_sha256, train, without_
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.runtime.signals import Interrupted
-from alignkd.pipeline.training.health_checks import NotFinite
+from alignkd.pipeline.training.health_checks import NotFiniteError
 from alignkd.targets.logits import LogitSettings
 
 TERMS = ("loss", "supervised", "reverse_kl", "attention", "vision_all", "vision_focus")
@@ -141,7 +141,7 @@ def test_gradient_norms_of_each_term_are_logged_and_change_nothing(run, data, ca
 
 
 def test_a_loss_that_is_no_number_stops_the_run_names_its_samples_and_leaves_no_poisoned_checkpoint(data, cache, tmp_path):
-    with pytest.raises(NotFinite, match=r"step \d+: a loss term is not a finite number for \d of 2 samples: ") as error:
+    with pytest.raises(NotFiniteError, match=r"step \d+: a loss term is not a finite number for \d of 2 samples: ") as error:
         train(data, cache, tmp_path / "out", learning_rate=1e30, save_steps=1, warmup=0.0)
     ids = {sample["id"] for sample in json.loads(data.read_text())}
     assert set(error.value.sample_ids) <= {str(i) for i in ids}

@@ -12,7 +12,7 @@ from tiny_runs import IMAGES, TEACHER, content, numbered, write_cache, write_dat
 
 from alignkd.cache_store.protocol.store import open_store
 from alignkd.cache_store.protocol.verify import verify
-from alignkd.cache_store.storage import open_storage as storage_module
+from alignkd.cache_store.storage import local as storage_module
 from alignkd.cache_store.storage.local import LocalStorage
 from alignkd.cache_store.storage.remote import RemoteStorage
 from alignkd.cli import main

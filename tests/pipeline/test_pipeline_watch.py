@@ -9,7 +9,7 @@ import torch
 
 from alignkd.losses.recipes import RECIPES, Recipe
 from alignkd.pipeline.training import health_checks as watch_module
-from alignkd.pipeline.training.health_checks import FiniteWatch, NotFinite, Watch
+from alignkd.pipeline.training.health_checks import FiniteCheck, NotFiniteError, Watch
 
 BALANCED = {"share/supervised": 0.4, "share/reverse_kl": 0.3, "share/attention": 0.1, "share/vision_all": 0.15}
 BALANCED |= {"share/vision_focus": 0.05}
@@ -106,9 +106,9 @@ def ids(count, first=0):
 
 
 def test_the_samples_whose_loss_is_not_finite_are_named_with_the_step_and_the_way_out():
-    watch = FiniteWatch()
+    watch = FiniteCheck()
     watch.add(torch.tensor([False, True, False, True]), ids(4), step=41)
-    with pytest.raises(NotFinite) as error:
+    with pytest.raises(NotFiniteError) as error:
         watch.check()
     assert isinstance(error.value, ValueError)
     assert (error.value.step, error.value.sample_ids) == (41, ("sample 1", "sample 3"))
@@ -119,16 +119,16 @@ def test_the_samples_whose_loss_is_not_finite_are_named_with_the_step_and_the_wa
 
 
 def test_a_batch_of_nothing_else_points_at_the_weights_and_names_ten():
-    watch = FiniteWatch()
+    watch = FiniteCheck()
     watch.add(torch.ones(30, dtype=torch.bool), ids(30), step=2)
-    with pytest.raises(NotFinite, match=r"sample 9 and 20 more\..*the weights themselves") as error:
+    with pytest.raises(NotFiniteError, match=r"sample 9 and 20 more\..*the weights themselves") as error:
         watch.check()
     assert "sample 10" not in str(error.value)
     assert len(error.value.sample_ids) == 30
 
 
 def test_a_finite_run_is_never_stopped():
-    watch = FiniteWatch()
+    watch = FiniteCheck()
     for step in range(5):
         watch.add(torch.zeros(2, dtype=torch.bool), ids(2), step=step)
         watch.check()
@@ -136,10 +136,10 @@ def test_a_finite_run_is_never_stopped():
 
 
 def test_flags_are_those_of_the_moment_they_were_given():
-    watch, flags = FiniteWatch(), torch.tensor([True])
+    watch, flags = FiniteCheck(), torch.tensor([True])
     watch.add(flags, ids(1), step=1)
     flags.zero_()
-    with pytest.raises(NotFinite):
+    with pytest.raises(NotFiniteError):
         watch.check()
 
 
@@ -170,33 +170,33 @@ def busy(monkeypatch):
 
 
 def test_a_busy_device_is_not_waited_for_until_a_checkpoint_asks(busy):
-    watch = FiniteWatch()
+    watch = FiniteCheck()
     watch.add(torch.tensor([False]), ids(1), step=1)
     watch.add(torch.tensor([True]), ids(1, first=7), step=2)
     watch.check()
     assert [arrival.done for arrival in busy] == [False, False]
-    with pytest.raises(NotFinite, match=r"step 2: .*sample 7"):
+    with pytest.raises(NotFiniteError, match=r"step 2: .*sample 7"):
         watch.check(wait=True)
 
 
 def test_flags_that_have_arrived_are_looked_at_in_order(busy):
-    watch = FiniteWatch()
+    watch = FiniteCheck()
     for step in range(1, 4):
         watch.add(torch.tensor([step == 2]), ids(1, first=step), step=step)
     busy[0].done = True
     watch.check()
     busy[1].done = True
-    with pytest.raises(NotFinite, match=r"step 2: .*sample 2"):
+    with pytest.raises(NotFiniteError, match=r"step 2: .*sample 2"):
         watch.check()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_flags_of_a_gpu_arrive_without_a_synchronisation():
-    watch = FiniteWatch()
+    watch = FiniteCheck()
     torch.cuda.set_sync_debug_mode("error")
     try:
         watch.add(torch.tensor([False, True], device="cuda"), ids(2), step=3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    with pytest.raises(NotFinite, match=r"step 3: .*sample 1"):
+    with pytest.raises(NotFiniteError, match=r"step 3: .*sample 1"):
         watch.check(wait=True)

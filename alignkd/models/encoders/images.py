@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from alignkd.inputs.regions import Fit
+from alignkd.inputs.regions import SquareMode
 
 MAX_IMAGE_PIXELS = 64_000_000
 """An image larger than this (8,000 x 8,000) is refused before it is decoded."""
@@ -79,7 +79,7 @@ class ImagePreprocessor:
         return torch.from_numpy(pixels)
 
     @property
-    def fit(self) -> Fit:
+    def fit(self) -> SquareMode:
         """How an image becomes square."""
         return "pad" if self.aspect_ratio == "pad" else "crop"
 

@@ -20,13 +20,13 @@ from PIL import Image
 from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.encoder import Planned
 from alignkd.inputs.prompts import IGNORE, IMAGE_TAG, Part, PromptError, Turns
-from alignkd.inputs.regions import no_place, stack
+from alignkd.inputs.regions import region_without_coordinates, stack
 from alignkd.inputs.spans import NO_SPANS, places
 from alignkd.models.encoders.text_offsets import text_offsets
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """What is tokenised by itself: ``parts`` of text, or ``ids`` as they are; ``learned``: its ids are supervised."""
 
     parts: tuple[Part, ...] = ()
@@ -50,7 +50,7 @@ class _Ids:
 
 
 @dataclass
-class PiecewiseEncoder(ABC):
+class SegmentEncoder(ABC):
     """An :class:`alignkd.inputs.encoder.Encoder` of pixel values ``[3, h, w]``; ``images`` makes them of a picture.
 
     A family subclasses it and says which pieces a conversation has. ``vision_tokens`` an image; ``max_length`` counts ids of
@@ -70,11 +70,11 @@ class PiecewiseEncoder(ABC):
 
     @property
     @abstractmethod
-    def image(self) -> Piece:
+    def image(self) -> Segment:
         """The ids that stand for an image."""
 
     @abstractmethod
-    def pieces(self, turns: Turns, images: int) -> list[Piece]:
+    def pieces(self, turns: Turns, images: int) -> list[Segment]:
         """A conversation in pieces; without its last answer it ends where that begins."""
 
     def image_inputs(self, turns: Turns, images: int) -> Mapping[str, torch.Tensor]:
@@ -123,7 +123,7 @@ class PiecewiseEncoder(ABC):
         spans = spans[:length] if len(spans) == len(ids) else NO_SPANS
         return _Ids(ids[:length], labels[:length], spans, length < len(ids))
 
-    def _tokenise(self, piece: Piece, spelled: int) -> _Ids:
+    def _tokenise(self, piece: Segment, spelled: int) -> _Ids:
         """``spelled`` characters of the conversation come before the piece."""
         if piece.ids:
             ids, spans = np.asarray(piece.ids, dtype=np.int64), np.full((len(piece.ids), 2), spelled, dtype=np.int32)
@@ -158,7 +158,7 @@ class PiecewiseEncoder(ABC):
             made.labels,
             torch.stack(list(images)) if images else torch.zeros(0),
             image_inputs=self.image_inputs(turns, count) if count else {},
-            regions_R8=stack([no_place(i, self.vision_tokens) for i in range(count)]),
+            regions_R8=stack([region_without_coordinates(i, self.vision_tokens) for i in range(count)]),
             spans=made.spans,
         )
 

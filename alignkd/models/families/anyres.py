@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers.image_processing_utils import select_best_resolution
 
-from alignkd.inputs.regions import no_place, region
+from alignkd.inputs.regions import region, region_without_coordinates
 
 Box = tuple[float, float, float, float]
 
@@ -37,7 +37,7 @@ def anyres_regions(
 
 def single_regions(index: int, side: int, box: Box) -> list[np.ndarray]:
     """Regions of an image without tiles: its tokens, and one line's end."""
-    return [region(index, (side, side), box), no_place(index, 1)]
+    return [region(index, (side, side), box), region_without_coordinates(index, 1)]
 
 
 def _unpadded(size: tuple[int, int], canvas: tuple[int, int], grid: tuple[int, int]) -> tuple[tuple[int, int], Box]:

@@ -17,14 +17,14 @@ from PIL import Image
 
 from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.inputs.prompts import PromptError, Turns, check_template
-from alignkd.models.encoders.segments import Piece, PiecewiseEncoder, own_text
+from alignkd.models.encoders.segments import Segment, SegmentEncoder, own_text
 from alignkd.models.modules.embedding import run_decoder
 from alignkd.models.transformers_vlm import TransformersVlm
 from alignkd.models.vlm import Vision
 
 
 @dataclass
-class InstructBlipEncoder(PiecewiseEncoder):
+class InstructBlipEncoder(SegmentEncoder):
     """The queries of all images, the start token, the question as it is, the answer, the end token.
 
     So it was tuned, on one image, one question and one answer, without any words of a template; further turns follow in the
@@ -36,22 +36,22 @@ class InstructBlipEncoder(PiecewiseEncoder):
     longest_question: int = 512
 
     @property
-    def image(self) -> Piece:
+    def image(self) -> Segment:
         """An id for each query."""
-        return Piece(ids=(self.image_token_id,) * self.vision_tokens)
+        return Segment(ids=(self.image_token_id,) * self.vision_tokens)
 
     def load(self, image: Image.Image) -> torch.Tensor:
         """Its pixel values."""
         return torch.from_numpy(np.asarray(self.image_processor([image])["pixel_values"][0]))
 
-    def pieces(self, turns: Turns, images: int) -> list[Piece]:
-        """See :class:`PiecewiseEncoder`."""
-        made = [self.image] * images + [Piece(ids=self.start)]
+    def pieces(self, turns: Turns, images: int) -> list[Segment]:
+        """See :class:`SegmentEncoder`."""
+        made = [self.image] * images + [Segment(ids=self.start)]
         for speaker, text in turns:
             learned = speaker == "gpt"
-            made.append(Piece(((own_text(text), True),), learned=learned))
+            made.append(Segment(((own_text(text), True),), learned=learned))
             if learned:
-                made.append(Piece(ids=(int(self.tokenizer.eos_token_id),), learned=True))
+                made.append(Segment(ids=(int(self.tokenizer.eos_token_id),), learned=True))
         return made
 
     def image_inputs(self, turns: Turns, images: int) -> Mapping[str, torch.Tensor]:
@@ -74,7 +74,7 @@ class InstructBlip(TransformersVlm):
     family: ClassVar[str] = "instructblip"
     tower_path: ClassVar[str] = "vision_model"
     projector_path: ClassVar[str] = "language_projection"
-    no_place: ClassVar[str] = "each vision token is what a query of its Q-Former read all over the image"
+    without_coordinates: ClassVar[str] = "each vision token is what a query of its Q-Former read all over the image"
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ class InstructBlip(TransformersVlm):
             int(self.model.config.qformer_config.max_position_embeddings),
         )
 
-    def see(self, batch: Batch) -> Vision | None:
+    def encode_images(self, batch: Batch) -> Vision | None:
         """Run tower and Q-Former over each image with its sample's question."""
         if not batch.images.numel():
             return None

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from alignkd.inputs.regions import Fit, no_place, region, square_box
+from alignkd.inputs.regions import SquareMode, region, region_without_coordinates, square_box
 from alignkd.models.transformers_vlm import TransformersVlm
 
 
@@ -29,6 +29,6 @@ class Llava(TransformersVlm):
         side = math.isqrt(tokens)
         others = tokens - side**2
         if others > 1:
-            return [no_place(index, tokens)]
-        fit: Fit = "crop" if getattr(processor.image_processor, "do_center_crop", False) else "stretch"
-        return [*[no_place(index, 1)] * others, region(index, (side, side), square_box(size, fit))]
+            return [region_without_coordinates(index, tokens)]
+        fit: SquareMode = "crop" if getattr(processor.image_processor, "do_center_crop", False) else "stretch"
+        return [*[region_without_coordinates(index, 1)] * others, region(index, (side, side), square_box(size, fit))]

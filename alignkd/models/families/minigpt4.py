@@ -16,7 +16,7 @@ from alignkd.inputs.batch import Batch
 from alignkd.inputs.prompts import IMAGE_TAG, IMAGE_TOKEN_ID, Part, Turns, check_template
 from alignkd.models.checkpoints.mobilevlm_layout import copy_tokenizer
 from alignkd.models.encoders.images import ImagePreprocessor
-from alignkd.models.encoders.segments import Piece, PiecewiseEncoder, own_text
+from alignkd.models.encoders.segments import Segment, SegmentEncoder, own_text
 from alignkd.models.modules.embedding import run_decoder
 from alignkd.models.modules.minigpt4 import FrozenVision, MiniGpt4
 from alignkd.models.vlm import Vision, Vlm
@@ -36,7 +36,7 @@ def image_settings(side: int) -> dict[str, Any]:
     }
 
 
-class MiniGpt4Encoder(PiecewiseEncoder):
+class MiniGpt4Encoder(SegmentEncoder):
     """``###Human: <Img>(image)</Img> question ###Assistant: answer###``, split at the image and where the answer begins.
 
     So it was tuned, on one question and one answer; further turns go on after the answer's ``###``. Images come first in their
@@ -46,22 +46,22 @@ class MiniGpt4Encoder(PiecewiseEncoder):
     marks: ClassVar[tuple[str, ...]] = (_END,)
 
     @property
-    def image(self) -> Piece:
+    def image(self) -> Segment:
         """One placeholder."""
-        return Piece(ids=(IMAGE_TOKEN_ID,))
+        return Segment(ids=(IMAGE_TOKEN_ID,))
 
-    def pieces(self, turns: Turns, images: int) -> list[Piece]:
-        """See :class:`PiecewiseEncoder`."""
-        made = [Piece(ids=(int(self.tokenizer.bos_token_id),))]
+    def pieces(self, turns: Turns, images: int) -> list[Segment]:
+        """See :class:`SegmentEncoder`."""
+        made = [Segment(ids=(int(self.tokenizer.bos_token_id),))]
         for number, (speaker, text) in enumerate(turns):
             if speaker == "gpt":
-                made.append(Piece(((own_text(text), True), (_END, False)), learned=True))
+                made.append(Segment(((own_text(text), True), (_END, False)), learned=True))
                 continue
             before: list[Part] = [(f"{_END if number == 0 else ''}Human: ", False)]
             for _ in range(text.count(IMAGE_TAG)):
-                made += [Piece((*before, ("<Img>", False))), self.image]
+                made += [Segment((*before, ("<Img>", False))), self.image]
                 before = [("</Img> ", False)]
-            made.append(Piece((*before, (own_text(text), True), (f" {_END}Assistant: ", False))))
+            made.append(Segment((*before, (own_text(text), True), (f" {_END}Assistant: ", False))))
         return made
 
 
@@ -70,7 +70,7 @@ class MiniGpt4Family(Vlm):
     """A loaded MiniGPT-4; ``tokenizer_folder`` is where its language model's tokenizer was read."""
 
     family: ClassVar[str] = "minigpt4"
-    no_place: ClassVar[str] = "each vision token is what a query of its Q-Former read all over the image"
+    without_coordinates: ClassVar[str] = "each vision token is what a query of its Q-Former read all over the image"
 
     model: MiniGpt4
     images: ImagePreprocessor
@@ -118,17 +118,17 @@ class MiniGpt4Family(Vlm):
         vision = self.vision_tokens_per_image
         return MiniGpt4Encoder(self.tokenizer, self.images, template, max_length, self.image_token_id, vision)
 
-    def see(self, batch: Batch) -> Vision | None:
+    def encode_images(self, batch: Batch) -> Vision | None:
         """See :class:`alignkd.models.vlm.Vlm`."""
-        return Vision(self.model.see(batch.images).flatten(0, 1)) if batch.images.numel() else None
+        return Vision(self.model.encode_images(batch.images).flatten(0, 1)) if batch.images.numel() else None
 
     def decode(self, batch: Batch, vision: Vision | None, **kwargs: Any) -> torch.Tensor:
         """See :class:`alignkd.models.vlm.Vlm`."""
         return run_decoder(self.model.get_input_embeddings(), self.decoder, batch, vision, **kwargs)
 
-    def nothing_seen(self) -> torch.Tensor:
+    def zero_projector_loss(self) -> torch.Tensor:
         """Of a black image."""
-        return self.model.see(self._black).float().sum() * 0.0
+        return self.model.encode_images(self._black).float().sum() * 0.0
 
     @property
     def _black(self) -> torch.Tensor:

@@ -25,7 +25,7 @@ class MobileVlmFamily(Vlm):
     """A loaded MobileVLM with its image preprocessing."""
 
     family: ClassVar[str] = "mobilevlm"
-    not_sliced: ClassVar[str] = ""
+    without_slice: ClassVar[str] = ""
     caches_tower: ClassVar[bool] = True
 
     model: MobileVlm
@@ -80,9 +80,9 @@ class MobileVlmFamily(Vlm):
         check_template(template, self.templates)
         return PlaceholderEncoder(self.tokenizer, self.images, template, max_length, self.tokens_per_placeholder)
 
-    def see(self, batch: Batch) -> Vision | None:
+    def encode_images(self, batch: Batch) -> Vision | None:
         """``batch.images`` are pixel values ``[N, 3, h, w]`` or, where the frozen tower already ran, features ``[N, P, C]``."""
-        tokens_NVD = self.model.model.see(batch.images)
+        tokens_NVD = self.model.model.encode_images(batch.images)
         return None if tokens_NVD is None else Vision(tokens_NVD.flatten(0, 1))
 
     def decode(self, batch: Batch, vision: Vision | None, **kwargs: Any) -> torch.Tensor:
@@ -90,12 +90,12 @@ class MobileVlmFamily(Vlm):
         tokens_MD = None if vision is None else vision.tokens_MD
         return self.model.model.decode(batch.input_ids_BS, batch.attention_mask_BS, tokens_MD, batch.vision_positions, **kwargs)
 
-    def nothing_seen(self) -> torch.Tensor:
+    def zero_projector_loss(self) -> torch.Tensor:
         """Of a black image."""
         vision, model = self.model.config.vision_config, self.model.model
         shape = (1, vision.num_channels, vision.image_size, vision.image_size)
         with torch.no_grad():
-            features_NPC = model.encode_images(torch.zeros(shape, device=self.device))
+            features_NPC = model.run_tower(torch.zeros(shape, device=self.device))
         nothing: torch.Tensor = model.project(features_NPC.to(self.dtype)).float().sum() * 0.0
         return nothing
 

@@ -24,8 +24,8 @@ class Qwen3Vl(Qwen25Vl):
         visual = self.model.model.visual
         return nn.ModuleList([visual.merger, *visual.deepstack_merger_list])
 
-    def nothing_seen(self) -> torch.Tensor:
+    def zero_projector_loss(self) -> torch.Tensor:
         """Of a grey image, with all of its features."""
-        vision = self._see_grey()
-        features = [feature for layer in vision.passed.deepstack_features for feature in layer]
+        vision = self._encode_grey_image()
+        features = [feature for layer in vision.encoder_outputs.deepstack_features for feature in layer]
         return sum((feature.float().sum() * 0.0 for feature in features), vision.tokens_MD.float().sum() * 0.0)

@@ -50,7 +50,7 @@ class MiniGpt4(Blip2ForConditionalGeneration):  # type: ignore[misc]
         )
         self.post_init()
 
-    def see(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Vision tokens of pixel values: ``[N, 3, h, w] -> [N, Q, D]``."""
         tokens: torch.Tensor = self.get_image_features(pixel_values.to(self.dtype), return_dict=True).pooler_output
         return tokens

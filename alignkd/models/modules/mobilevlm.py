@@ -67,7 +67,7 @@ class MobileVlmModel(LlavaModel):  # type: ignore[misc]
         )
         self.post_init()
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def run_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Tower features of the selected layer, without the class token: ``[N, 3, h, w] -> [N, P, C]``."""
         dtype = self.vision_tower.dtype
         hidden_states = self.vision_tower(pixel_values.to(dtype), output_hidden_states=True).hidden_states
@@ -84,15 +84,15 @@ class MobileVlmModel(LlavaModel):  # type: ignore[misc]
 
         ``pixel_values`` are ``[N, 3, h, w]`` or, where the frozen tower already ran, its features ``[N, P, C]``.
         """
-        features_NPC = pixel_values if pixel_values.dim() == 3 else self.encode_images(pixel_values)
+        features_NPC = pixel_values if pixel_values.dim() == 3 else self.run_tower(pixel_values)
         vision_tokens_NVD = self.project(features_NPC)
         return BaseModelOutputWithPooling(last_hidden_state=None, pooler_output=list(vision_tokens_NVD))
 
-    def see(self, images: torch.Tensor) -> torch.Tensor | None:
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor | None:
         """Vision tokens ``[N, V, D]`` of pixel values or of ready features; None where there are no images."""
         if not images.numel():
             return None
-        features_NPC = images if images.dim() == 3 else self.encode_images(images)
+        features_NPC = images if images.dim() == 3 else self.run_tower(images)
         return self.project(features_NPC.to(self.dtype))
 
     def embed(
