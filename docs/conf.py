@@ -55,7 +55,15 @@ def skip_foreign(app: Sphinx, what: str, name: str, obj: Any, skip: bool, option
     return True if what == "module" and isinstance(module, str) and not module.startswith("alignkd") else None
 
 
+def link_pages(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:  # noqa: ARG001
+    """Where a page includes README.md and others from the top, their links to each other become links to pages."""
+    for name in ("README", "CONTRIBUTING", "CHANGELOG"):
+        content[0] = content[0].replace(f"]({name}.md", f"](docs/{name.lower()}.md")
+    content[0] = content[0].replace("[examples/](examples)", "`examples/`")
+
+
 def setup(app: Sphinx) -> None:
     """Connect the functions above to Sphinx."""
+    app.connect("include-read", link_pages)
     app.connect("autodoc-process-docstring", escape_bars)
     app.connect("autodoc-skip-member", skip_foreign)
