@@ -9,7 +9,7 @@ OUT ?= runs/demo
 SEED ?= 0
 DEMO_OPTIONS ?=
 
-.PHONY: demo test format clean
+.PHONY: demo test format docs clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/alignkd demo --out $(OUT) --seed $(SEED) $(DEMO_OPTIONS)
@@ -24,6 +24,11 @@ test: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs
+	rm -rf docs/api build/docs
+	$(BIN)/python -m sphinx --quiet -b html -d build/doctrees docs build/docs
+	@echo "open build/docs/index.html"
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("alignkd needs python 3.10 or newer; set PYTHON=") if sys.version_info < (3, 10) else None'
