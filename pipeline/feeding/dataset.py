@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from alignkd.cache_store.protocol.reader import CacheReader, MissingRowError
+from alignkd.cache_store.errors import CorruptShardError, MissingRowError
+from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.rows.row import EncodedField
-from alignkd.cache_store.rows.shard import CorruptShardError
 from alignkd.inputs.batch import ModelInput, collate
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.cross_model import LAYOUT, CrossModelMap, TargetMask, with_masks
