@@ -12,8 +12,8 @@ import torch
 from alignkd.inputs.batch import ModelInput, collate
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.config.defaults import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.config.evaluate import EvaluateConfig
+from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.data.preparer import Preparer, SampleError
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.data.samples import Sample, SampleFile

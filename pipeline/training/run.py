@@ -31,8 +31,8 @@ from alignkd.pipeline.cache_io.cross_model import CrossModelMap
 from alignkd.pipeline.cache_io.logits import open_codec, settings_of
 from alignkd.pipeline.cache_io.teacher_slice import open_slice
 from alignkd.pipeline.config.cache_layout import SLICED, is_slice
-from alignkd.pipeline.config.defaults import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.config.distill import DistillConfig
+from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding.dataset import TrainingSet

@@ -153,7 +153,13 @@ def test_each_generation_teaches_the_other(tmp_path, teacher, alignment):
     cache = str(tmp_path / "cache")
     cache_teacher(
         CacheTeacherConfig(
-            str(tmp_path / teacher), data, str(tmp_path), cache, alignment=alignment, device="cpu", max_rejected=0
+            teacher=str(tmp_path / teacher),
+            data=data,
+            images=str(tmp_path),
+            cache=cache,
+            alignment=alignment,
+            device="cpu",
+            max_rejected=0,
         )
     )
     config = DistillConfig(
