@@ -287,6 +287,7 @@ def _send(results, reader: CacheReader, worker: int) -> None:
     results.put((worker, _read(reader, SAMPLES[worker::3])))
 
 
+@pytest.mark.processes
 def test_many_workers_read_object_storage_at_once(s3_url):
     full_cache(s3_url, shard_samples=3)
     reader, context = CacheReader(s3_url), multiprocessing.get_context("fork")

@@ -120,6 +120,7 @@ def test_a_new_checkpoint_loads_again_with_its_tower_and_shape(few, tokenizer_fo
     assert vlm.vocabulary == len(load_tokenizer(tokenizer_folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_format", ["zarr", "webdataset"])
 def test_the_whole_demo_ends_with_one_self_contained_report(shard_format, few, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "load_easy_vqa", lambda: few)
