@@ -109,7 +109,7 @@ def caching_seconds(stage: StageOne, cache: Path) -> float:
 
 def measure(stage: StageOne, cache: Path, repeats: int) -> dict[str, Any]:
     stage.fingerprint()  # hashes the weights once; the store asks for it every time
-    batches = [stage.load(items) for shard in range(stage.plan.shards) for items in stage.lay_out(shard).batches]
+    batches = [stage.load(items) for shard in range(stage.plan.shards) for items in stage.batch_shard(shard).batches]
     bare_seconds(stage, batches[:1])
     pairs = [(bare_seconds(stage, batches), caching_seconds(stage, cache)) for _ in range(repeats)]
     return {

@@ -1,4 +1,4 @@
-"""What of a teacher decides whether a student can be trained from its cache."""
+"""The part of a cache's fingerprint that decides which students can be trained from it."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from alignkd.models.vlm import Vlm
 
 
 def describe_teacher(teacher: Vlm, template: str) -> dict[str, Any]:
-    """What of a teacher decides whether a student fits it, as in a cache's fingerprint."""
+    """A model's architecture, tokenizer, template and preprocessing, under the keys of a cache's fingerprint."""
     digest = teacher.template_fingerprint()
     return {
         "teacher": {

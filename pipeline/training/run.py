@@ -25,7 +25,12 @@ from alignkd.losses.recipes import describe, term_weights
 from alignkd.models.loading import load_vlm, save_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective, TargetSource, TeacherShape
-from alignkd.pipeline.cache_io.compatibility import check_attention_layers, check_student_matches, check_targets, check_teacher
+from alignkd.pipeline.cache_io.compatibility import (
+    check_attention_layers,
+    check_online_teacher,
+    check_recipe_targets,
+    check_student_compatible,
+)
 from alignkd.pipeline.cache_io.cross_model import CrossModelMap
 from alignkd.pipeline.cache_io.logits import open_codec, settings_of
 from alignkd.pipeline.cache_io.teacher_slice import open_slice
@@ -118,7 +123,7 @@ class _Run:
             return None
         reader = CacheReader(config.cache, max_shards=2 * SHARDS_OPEN)  # of this window of samples, and of the next
         if config.online_teacher is None:
-            check_targets(reader.fingerprint, config.recipe)
+            check_recipe_targets(reader.fingerprint, config.recipe)
         return reader
 
     @cached_property
@@ -155,7 +160,7 @@ class _Run:
         if self.reader is None:
             return None
         needs = self.config.recipe.needs if self.config.online_teacher is None else frozenset[str]()
-        return check_student_matches(
+        return check_student_compatible(
             self.student,
             self.reader.fingerprint,
             self.template,
@@ -233,7 +238,7 @@ class _Run:
         dtype = parse_dtype(config.teacher_dtype or config.dtype)
         tower = Path(config.vision_tower) if config.vision_tower else None
         teacher = load_vlm(config.online_teacher, dtype=dtype, device=self.device, vision_tower=tower)
-        check_teacher(self.student, teacher, self.template)
+        check_online_teacher(self.student, teacher, self.template)
         layers = needed_layers(config.recipe, self.student, teacher.layers)
         source = OnlineTeacher(teacher, self.student, features_only=config.cache_tower_features, attention_layers=layers)
         return source, source.logit_codec, TeacherShape(teacher.heads, teacher.hidden_size, teacher.layers)

@@ -100,7 +100,7 @@ def test_a_cache_of_other_layers_is_refused_with_both(data, layered):
     [
         ({"attention_layers": "0,3"}, "--attention-layers: layer 3 is wanted, but there are 3: 0 to 2"),
         ({"attention_layers": "deep"}, "--attention-layers: 'deep' names no layers, expected first"),
-        ({"attention_layers": "last", "alignment": "slice"}, "--alignment slice gives the attention of the first layer alone"),
+        ({"attention_layers": "last", "alignment": "slice"}, "--alignment slice gives the attention of the first layer only"),
         ({"attention_layers": "last", "settings": TargetSettings(targets=("logits",))}, "needs attention among --targets"),
     ],
 )
@@ -130,7 +130,7 @@ REFUSED = {
         "cache",
         "align-kd",
         {"attention_layers": "last"},
-        ["student's layers 1 of 2", "teacher's layers 0 alone", "--attention-layers last@2", "--set attention_layers=first"],
+        ["student's layers 1 of 2", "teacher's layers 0 only", "--attention-layers last@2", "--set attention_layers=first"],
     ),
     "a layer that the cache lacks": (
         "layered",

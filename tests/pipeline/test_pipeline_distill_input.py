@@ -88,7 +88,7 @@ MISFITS = {
     "vocabulary": ["vocabulary: 512 in the cache, 520 here"],
     "template": ["template: v1 in the cache, plain here"],
     "maximum length": ["maximum length: 2048 in the cache, 100 here"],
-    "temperature": ["temperature 1.0, the recipe wants 2.0", "--set temperature=1.0", "--temperature 2.0"],
+    "temperature": ["temperature 1.0, but recipe 'align-kd' has temperature 2.0", "--set temperature=1.0", "--temperature 2.0"],
 }
 
 
@@ -104,7 +104,7 @@ def test_a_cache_that_does_not_fit_is_refused_with_both_values_and_the_way_out(d
     for part in [*MISFITS[name], "the cache"]:
         assert part in str(error.value)
     if name != "temperature":
-        assert f"{cache} does not fit" in str(error.value)
+        assert f"{cache} is incompatible with this run" in str(error.value)
         assert "or write another cache with alignkd cache-teacher" in str(error.value)
     assert not (tmp_path / "out").exists()
 
