@@ -20,14 +20,14 @@ from alignkd.losses.learned_weights import LearnedWeights, learned_part
 from alignkd.losses.recipes import Recipe, term_weights
 from alignkd.losses.terms import focus_mask, vision_loss
 from alignkd.models.vlm import Vlm
-from alignkd.targets.batch_targets import Targets
+from alignkd.targets.batch_targets import DecodedTargets, Targets
 from alignkd.targets.logits import LogitCodec
 
 
 class TargetSource(Protocol):
     """What computes targets for each batch, instead of a cache's rows: a teacher's slice, or the whole teacher."""
 
-    def fill(self, student: Vlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
+    def fill(self, student: Vlm, batch: Batch, targets: DecodedTargets, needs: frozenset[str]) -> tuple[Batch, DecodedTargets]:
         """Add the targets of ``needs`` that it gives; where both share a tower, the batch then carries its features."""
 
 
@@ -125,11 +125,11 @@ class Objective(nn.Module):
         ``counts`` are those of the whole step, where it has other batches; else this batch's, for which a GPU is waited for.
         ``recipe``: another than its own, of terms that its own has, too.
         """
-        recipe, targets = recipe or self.recipe, targets.dequantise()
-        counts = counts or targets.mask_to_targets(batch).counts()
+        recipe, decoded = recipe or self.recipe, targets.dequantise()
+        counts = counts or decoded.mask_to_targets(batch).counts()
         if self.source is not None:
             with torch.no_grad():
-                batch, targets = self.source.fill(self.vlm, batch, targets, recipe.needs)
+                batch, decoded = self.source.fill(self.vlm, batch, decoded, recipe.needs)
         # Where others see an image: parameters that are gathered from all processes are gathered in the same order by all.
         unseen = self.vlm.zero_projector_loss() if self.keep_all_parameters_in_graph and not batch.images.numel() else None
         captured = capture(self.vlm, batch, attention=recipe.attention > 0, layers=[student for student, _ in self.layer_pairs])
@@ -138,11 +138,11 @@ class Objective(nn.Module):
         # As numbers: the gradient of the answers' terms is found with their weights, in the forward pass.
         factors = _as_numbers(precisions)
         in_loss = {name: weight * factors.get(name, 1.0) for name, weight in weights.items()}
-        answers = self._answer_terms(recipe, in_loss, captured, batch, targets, counts)
+        answers = self._answer_terms(recipe, in_loss, captured, batch, decoded, counts)
         sums = {name: total / max(counts.answers, 1) for name, total in answers.sums.items()}
         bad_B = _samples_of(~answers.finite_A, batch)
         loss = answers.loss
-        alignment = self._alignment_terms(recipe, captured, targets.mask_to_targets(batch), targets, counts)
+        alignment = self._alignment_terms(recipe, captured, decoded.mask_to_targets(batch), decoded, counts)
         for name, (value_B, samples) in alignment.items():
             term = value_B.sum() / max(samples, 1)
             # A term of weight 0 stays out: 0 times an overflow would still poison the sum.
@@ -157,7 +157,7 @@ class Objective(nn.Module):
             loss=loss * counts.processes,
             terms=sums,
             bad_B=bad_B,
-            attention_BHTV=targets.layer(self.layer_pairs[0][1]) if recipe.attention > 0 else None,
+            attention_BHTV=decoded.attention[self.layer_pairs[0][1]] if recipe.attention > 0 else None,
             precisions={name: precision.detach() for name, precision in precisions.items()},
         )
 
@@ -175,7 +175,7 @@ class Objective(nn.Module):
         weights: Mapping[str, float],
         captured: Captured,
         batch: Batch,
-        targets: Targets,
+        targets: DecodedTargets,
         counts: Counts,
     ) -> AnswerTerms:
         assert bool(targets.answers) or not recipe.divergences, "a recipe with logit terms needs logit targets"
@@ -195,7 +195,7 @@ class Objective(nn.Module):
         hidden_AD: torch.Tensor,
         answer_ids_A: torch.Tensor,
         weights: Mapping[str, float],
-        targets: Targets,
+        targets: DecodedTargets,
         recipe: Recipe,
         counts: Counts,
     ) -> AnswerTerms:
@@ -212,7 +212,7 @@ class Objective(nn.Module):
         )
 
     def _alignment_terms(
-        self, recipe: Recipe, captured: Captured, batch: Batch, targets: Targets, counts: Counts
+        self, recipe: Recipe, captured: Captured, batch: Batch, targets: DecodedTargets, counts: Counts
     ) -> dict[str, tuple[torch.Tensor, float]]:
         """Each term of each sample ``[B]``, and the number of samples it is averaged over."""
         terms = {}
@@ -223,21 +223,19 @@ class Objective(nn.Module):
             student, teacher = self.width_map(captured.vision_BVD, targets.vision_BVD)
             chosen = {"vision_all": batch.vision_mask_BV}
             if recipe.vision_focus > 0:
-                assert targets.attention_BHTV is not None
-                chosen["vision_focus"] = focus_mask(targets.attention_BHTV, batch.vision_mask_BV, recipe.focus_k)
+                chosen["vision_focus"] = focus_mask(targets.attention[0], batch.vision_mask_BV, recipe.focus_k)
             for name, mask in chosen.items():
                 loss_B = vision_loss(student, teacher, mask, batch.vision_mask_BV, relative_to_variance=recipe.normalise)
                 terms[name] = (loss_B, counts.with_image)
         return terms
 
-    def _attention_term(self, recipe: Recipe, captured: Captured, batch: Batch, targets: Targets) -> torch.Tensor:
+    def _attention_term(self, recipe: Recipe, captured: Captured, batch: Batch, targets: DecodedTargets) -> torch.Tensor:
         """The attention term of each sample ``[B]``: the mean over the layers compared."""
         masks = (chosen_rows(batch, recipe.attention_rows), batch.vision_mask_BV)
         losses = []
         for (layer, teacher_layer), head_map in zip(self.layer_pairs, (self.head_map, *self.other_head_maps), strict=True):
-            student, teacher = captured.layers[layer], targets.layer(teacher_layer)
+            student, teacher = captured.attention[layer], targets.attention[teacher_layer]
             assert head_map is not None
-            assert teacher is not None, f"no attention of the teacher's layer {teacher_layer}"
             if isinstance(head_map, HeadMean):
                 student = head_map(student)
             losses.append(
