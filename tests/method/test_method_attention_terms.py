@@ -210,7 +210,7 @@ def test_what_names_no_layers_is_refused_with_what_was_expected(text):
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are():
     with pytest.raises(ValueError, match="layer 24 is wanted, but there are 24: 0 to 23"):
         find_layers("0,24", 24)
-    with pytest.raises(ValueError, match="layers of the student, such as middle@24"):
+    with pytest.raises(ValueError, match="number of layers after @, such as middle@24"):
         find_teacher_layers("middle@x", 24)
 
 
@@ -474,9 +474,8 @@ def test_of_a_step_in_parts_the_penalty_is_counted_once(tiny, deep):
     parts = [batch_of(tiny, samples[:2]), batch_of(tiny, samples[2:])]
     together = batch_of(tiny, samples)
     counts = [part.counts() for part in parts]
-    step = Counts(
-        sum(c.answers for c in counts), sum(c.with_text_after_image for c in counts), sum(c.with_image for c in counts)
-    )
+    names = ("answers", "with_text_after_image", "with_image", "samples")
+    step = Counts(**{name: sum(getattr(c, name) for c in counts) for name in names})
     objective = learned(tiny, deep, raw=[0.4, -0.7, 1.1, -0.2])
     whole_loss = objective(together, targets_of(deep, together))["loss"]
     in_parts = [objective(part, targets_of(deep, part), step)["loss"] for part in parts]
