@@ -96,7 +96,7 @@ def targets_of(batch: Batch, heads: int, width: int) -> Targets:
     device, answers = batch.input_ids_BS.device, batch.answer_ids_A.shape[0]
     rows, columns = batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
     return Targets(
-        torch.full((batch.samples, heads, rows, columns), 1 / columns, device=device),
+        {0: torch.full((batch.samples, heads, rows, columns), 1 / columns, device=device)},
         torch.randn(batch.samples, columns, width, device=device),
         {
             "topk_rank_steps": torch.ones(answers, KEPT, dtype=torch.int32, device=device),

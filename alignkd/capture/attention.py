@@ -35,16 +35,14 @@ _MAX_SCORES = 2**24
 class Captured:
     """What one forward pass gave.
 
-    ``attention_BHTV``: float32 probabilities of the first layer, zero where padded; None when not asked for.
+    ``attention``: of each layer that was asked for, float32 probabilities ``[B, H, T, V]``, zero where padded.
     ``vision_BVD``: vision tokens, zero where padded.
     ``hidden_AD``: last hidden states (after the final norm) at answer positions.
-    ``layers``: as ``attention_BHTV``, of every layer that was asked for.
     """
 
-    attention_BHTV: torch.Tensor | None
+    attention: Mapping[int, torch.Tensor]
     vision_BVD: torch.Tensor
     hidden_AD: torch.Tensor
-    layers: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -101,7 +99,7 @@ def capture(vlm: Vlm, batch: Batch, *, attention: bool = True, layers: Collectio
         raise ValueError(f"{vlm.folder}: no attention of layer {min(missing)} can be captured: there is none, or no softmax")
     hidden_AD = hidden_BSD.flatten(0, 1).index_select(0, batch.answer_positions_A)
     vision_BVD = by_sample(None if vision is None else vision.tokens_MD, batch, vlm.hidden_size, vlm.dtype)
-    return Captured(found.get(0), vision_BVD, hidden_AD, found)
+    return Captured(found, vision_BVD, hidden_AD)
 
 
 def by_sample(tokens_MD: torch.Tensor | None, batch: Batch, width: int, dtype: torch.dtype) -> torch.Tensor:

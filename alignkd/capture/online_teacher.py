@@ -14,7 +14,7 @@ from alignkd.capture.attention import capture, enable_capture
 from alignkd.capture.teacher_slice import same_features, slice_config
 from alignkd.inputs.batch import Batch
 from alignkd.models.vlm import Vlm, module_fingerprint
-from alignkd.targets.batch_targets import Targets
+from alignkd.targets.batch_targets import DecodedTargets
 from alignkd.targets.logits import LogitSettings
 from alignkd.targets.logits.dense import Hidden
 
@@ -58,7 +58,7 @@ class OnlineTeacher:
         return Hidden(LogitSettings("hidden", hidden_bits=16), tensors)
 
     @torch.no_grad()
-    def fill(self, student: Vlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
+    def fill(self, student: Vlm, batch: Batch, targets: DecodedTargets, needs: frozenset[str]) -> tuple[Batch, DecodedTargets]:
         """See :class:`alignkd.objective.TargetSource`."""
         if self.shares_tower and batch.images.dim() == 4:
             batch = replace(batch, images=student.run_tower(batch.images))
@@ -66,8 +66,7 @@ class OnlineTeacher:
             captured = capture(self.teacher, batch, attention="attention" in needs, layers=self.attention_layers)
         return batch, replace(
             targets,
-            attention_BHTV=captured.attention_BHTV,
-            other_layers={number: found for number, found in captured.layers.items() if number},
+            attention=captured.attention,
             vision_BVD=captured.vision_BVD.float() if "vision" in needs else None,
             answers={"hidden": captured.hidden_AD} if "logits" in needs else {},
         )

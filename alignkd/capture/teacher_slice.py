@@ -35,7 +35,7 @@ from alignkd.capture.attention import by_sample, has_attention, no_attention, te
 from alignkd.inputs.batch import Batch
 from alignkd.models.modules.mobilevlm import MobileVlm, MobileVlmConfig, MobileVlmModel
 from alignkd.models.vlm import Vlm
-from alignkd.targets.batch_targets import Targets
+from alignkd.targets.batch_targets import DecodedTargets
 
 TOWER = "tower"
 _PREFIXES = {TOWER: "vision_tower.", "projector": "multi_modal_projector.", "text": "language_model."}
@@ -207,12 +207,13 @@ class TeacherSlice:
         return self.model.vision_tower is None
 
     @torch.no_grad()
-    def fill(self, student: Vlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
+    def fill(self, student: Vlm, batch: Batch, targets: DecodedTargets, needs: frozenset[str]) -> tuple[Batch, DecodedTargets]:
         """See :class:`alignkd.objective.TargetSource`."""
         if self.shares_tower and batch.images.dim() == 4:
             batch = replace(batch, images=student.run_tower(batch.images))
         attention_BHTV, vision_BVD = self.targets(batch, attention="attention" in needs)
-        return batch, replace(targets, attention_BHTV=attention_BHTV, vision_BVD=vision_BVD)
+        attention = {} if attention_BHTV is None else {0: attention_BHTV}
+        return batch, replace(targets, attention=attention, vision_BVD=vision_BVD)
 
     @torch.no_grad()
     def targets(self, batch: Batch, *, attention: bool = True) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -67,9 +67,9 @@ def expand(
     return Layout(ids, positions[after & (ids != image_token_id)], vision, supervised, labels[supervised + 1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What terms are averaged over: answers, samples with text after an image, samples with an image.
+    """What terms are averaged over: answer tokens, samples with text after an image, samples with an image, all samples.
 
     Where a step has several batches, on one process or many, these are counts of the whole step: the terms and the gradients
     of its batches then add up to those of one large batch. ``processes`` whose gradients are averaged afterwards.
@@ -78,6 +78,7 @@ class Counts:
     answers: float
     with_text_after_image: float
     with_image: float
+    samples: float
     processes: int = 1
 
 
@@ -127,9 +128,25 @@ class Batch:
 
     def counts(self) -> Counts:
         """Those of this batch; it should lie on the host, or this waits for the device."""
-        seen_B = self.vision_mask_BV.any(dim=1)
-        attended_B = seen_B & self.text_mask_BT.any(dim=1)
-        return Counts(len(self.answer_ids_A), float(attended_B.sum()), float(seen_B.sum()))
+        return Counts(
+            answers=len(self.answer_ids_A),
+            with_text_after_image=float(self.samples_with_text_after_image().sum()),
+            with_image=float(self.samples_with_image().sum()),
+            samples=self.samples,
+        )
+
+    def samples_with_image(self) -> torch.Tensor:
+        """Samples with an image, ``[B]`` of bool."""
+        return self.vision_mask_BV.any(dim=1)
+
+    def samples_with_text_after_image(self) -> torch.Tensor:
+        """Samples with text after an image, ``[B]`` of bool."""
+        return self.samples_with_image() & self.text_mask_BT.any(dim=1)
+
+    def samples_of_answers(self, chosen_A: torch.Tensor) -> torch.Tensor:
+        """Samples that a chosen answer token belongs to, ``[B]`` of bool."""
+        found_B = torch.zeros(self.samples, dtype=torch.int32, device=chosen_A.device)
+        return found_B.index_add_(0, self.answer_samples_A, chosen_A.to(torch.int32)) > 0
 
 
 def collate(

@@ -11,8 +11,9 @@ Shapes: B samples, S positions, H heads, T text rows, V vision columns.
 import torch
 
 from alignkd.inputs.batch import Batch
+from alignkd.losses.dtypes import at_least_float32
 from alignkd.losses.recipes import AttentionDistance, AttentionRows
-from alignkd.losses.terms import attention_loss, wide
+from alignkd.losses.terms import attention_loss
 
 _TINY = 1e-30
 """Added to probabilities before a logarithm or a division: it changes no number above 1e-22, and keeps zeros finite."""
@@ -51,7 +52,7 @@ def attention_distance(
     if distance == "mse":
         return attention_loss(student_BHTV, teacher_BHTV, row_mask_BT, vision_mask_BV, relative_to_uniform=relative_to_uniform)
     shown_B11V = vision_mask_BV[:, None, None, :]
-    student_BHTV, teacher_BHTV = wide(student_BHTV) * shown_B11V, wide(teacher_BHTV) * shown_B11V
+    student_BHTV, teacher_BHTV = at_least_float32(student_BHTV) * shown_B11V, at_least_float32(teacher_BHTV) * shown_B11V
     of_row = _row_divergences if distance == "kl" else _row_angles
     row_BHT = of_row(student_BHTV, teacher_BHTV, vision_mask_BV) * row_mask_BT[:, None]
     rows_B = (row_mask_BT & vision_mask_BV.any(dim=1, keepdim=True)).sum(dim=1)

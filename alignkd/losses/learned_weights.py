@@ -25,7 +25,7 @@ GROUPS = {
     **{name: name for name in ("supervised", *DIVERGENCE_NAMES, "attention")},
     **dict.fromkeys(("vision_all", "vision_focus"), "vision"),
 }
-"""The learned weight of each term: L_V has one, within which its focus keeps the recipe's share."""
+"""The learned weight of each term: L_V has one, within which its focus keeps the recipe's share. Others have their own."""
 
 _LIMIT = 5.0
 
@@ -35,7 +35,7 @@ class LearnedWeights(nn.Module):
 
     def __init__(self, terms: Iterable[str]) -> None:
         super().__init__()
-        self.groups = tuple(dict.fromkeys(GROUPS[term] for term in terms))
+        self.groups = tuple(dict.fromkeys(_group(term) for term in terms))
         self.log_variances = nn.Parameter(torch.zeros(len(self.groups)))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +45,23 @@ class LearnedWeights(nn.Module):
 
     def of_terms(self, precisions_K: torch.Tensor, terms: Iterable[str]) -> dict[str, torch.Tensor]:
         """The precision of each term."""
-        return {term: precisions_K[self.groups.index(GROUPS[term])] for term in terms}
+        return {term: precisions_K[self.groups.index(_group(term))] for term in terms}
+
+    def of_weights(self, weights: Mapping[str, float]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The precision of each term whose weight is above 0, and the penalty."""
+        precisions_K, log_variances_K = self()
+        return self.of_terms(precisions_K, [name for name, weight in weights.items() if weight > 0]), log_variances_K.sum()
+
+
+def _group(term: str) -> str:
+    return GROUPS.get(term, term)
+
+
+def as_numbers(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Scalars as numbers on the host; one wait for the device, if there are any."""
+    if not scalars:
+        return {}
+    return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
 
 
 def learned_part(

@@ -11,10 +11,7 @@ Shapes: B samples, H heads, T text rows, V vision columns, D width, A answers, N
 
 import torch
 
-
-def wide(values: torch.Tensor) -> torch.Tensor:
-    """float32, or float64 as it is."""
-    return values if values.dtype == torch.float64 else values.float()
+from alignkd.losses.dtypes import at_least_float32
 
 
 def attention_loss(
@@ -34,7 +31,7 @@ def attention_loss(
     """
     real_BTV = text_mask_BT[:, :, None] & vision_mask_BV[:, None, :]
     entries_B = real_BTV.sum(dim=(1, 2))
-    error_BTV = (wide(student_BHTV) - wide(teacher_BHTV)).square().mean(dim=1)
+    error_BTV = (at_least_float32(student_BHTV) - at_least_float32(teacher_BHTV)).square().mean(dim=1)
     loss_B = (error_BTV * real_BTV).sum(dim=(1, 2)) / entries_B.clamp(min=1)
     if relative_to_uniform:
         loss_B = loss_B * vision_mask_BV.sum(dim=1).square()
@@ -66,8 +63,8 @@ def vision_loss(
     ``relative_to_variance`` divides by the variance of the teacher's tokens of that sample (over all its tokens and
     features): 1 is what a constant would reach. Where that is zero, nothing is divided.
     """
-    teacher_BVD = wide(teacher_BVD)
-    error_BV = (wide(student_BVD) - teacher_BVD).square().mean(dim=2)
+    teacher_BVD = at_least_float32(teacher_BVD)
+    error_BV = (at_least_float32(student_BVD) - teacher_BVD).square().mean(dim=2)
     chosen_B = token_mask_BV.sum(dim=1)
     loss_B = (error_BV * token_mask_BV).sum(dim=1) / chosen_B.clamp(min=1)
     if relative_to_variance:

@@ -18,9 +18,6 @@ from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.targets.batch_targets import Targets
 from alignkd.targets.dequantise import Quantised
 
-QUANTISED = {"attention": "attention_BHTV", "vision_tokens": "vision_BVD"}
-"""Fields that stay encoded until they are on the device, and the name of what they decode to there."""
-
 
 def row_fields(settings: TargetSettings, vocabulary: int) -> tuple[FieldSpec, ...]:
     """The fields of a cache's rows: token ids and labels, what maps them to students of other architectures, then the targets.
@@ -47,19 +44,16 @@ def collate_targets(stored: Sequence[Mapping[str, EncodedField]], batch: Batch) 
 
     A target whose fields the samples lack stays None.
     """
-    quantised = {
-        target: _pad([row[name] for row in stored], _padded_shape(name, stored, batch))
-        for name, target in QUANTISED.items()
-        if name in stored[0]
-    }
-    layers = {
-        layer: _pad([row[name] for row in stored], _padded_shape(name, stored, batch))
-        for name in stored[0]
-        if (layer := attention_layer(name))
-    }
-    others = [name for name in stored[0] if name not in QUANTISED and attention_layer(name) is None]
-    answers = {name: _concatenate([row[name] for row in stored]) for name in others}
-    return Targets(quantised=quantised, quantised_answers=answers, quantised_layers=layers)
+    attention, vision, answers = {}, None, {}
+    for name in stored[0]:
+        of_samples = [row[name] for row in stored]
+        if (layer := attention_layer(name)) is not None:
+            attention[layer] = _pad(of_samples, _attention_shape(of_samples, batch))
+        elif name == "vision_tokens":
+            vision = _pad(of_samples, (batch.vision_columns_BV.shape[1], max(row.shape[1] for row in of_samples)))
+        else:
+            answers[name] = _concatenate(of_samples)
+    return Targets(attention, vision, answers)
 
 
 def _concatenate(stored: Sequence[EncodedField]) -> Quantised:
@@ -68,12 +62,9 @@ def _concatenate(stored: Sequence[EncodedField]) -> Quantised:
     return Quantised(stored[0].field.codec, (sum(row.shape[0] for row in stored), *stored[0].shape[1:]), parts)
 
 
-def _padded_shape(name: str, stored: Sequence[Mapping[str, EncodedField]], batch: Batch) -> tuple[int, ...]:
-    """``[H, T, V]`` or ``[V, D]`` of the batch."""
-    text, vision = batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
-    if attention_layer(name) is not None:
-        return max(row[name].shape[0] for row in stored), text, vision
-    return vision, max(row[name].shape[1] for row in stored)
+def _attention_shape(stored: Sequence[EncodedField], batch: Batch) -> tuple[int, int, int]:
+    """``[H, T, V]`` of the batch."""
+    return max(row.shape[0] for row in stored), batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
 
 
 def _pad(stored: Sequence[EncodedField], shape: tuple[int, ...]) -> Quantised:

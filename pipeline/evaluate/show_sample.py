@@ -89,12 +89,11 @@ def captured_arrays(vlm: Vlm, prepared: Prepared) -> dict[str, np.ndarray]:
     batch = vlm.collate([given]).to(vlm.device)
     captured = capture(vlm, batch)
     logits_AN = vlm.head(captured.hidden_AD).float()
-    assert captured.attention_BHTV is not None
     return {
         "input_ids": given.input_ids,
         "labels": given.labels,
         "pixel_values": given.images.float().numpy(),
-        "attention_HTV": captured.attention_BHTV[0].cpu().numpy(),
+        "attention_HTV": captured.attention[0][0].cpu().numpy(),
         "vision_tokens_VD": captured.vision_BVD[0].float().cpu().numpy(),
         "answer_logits_AN": logits_AN.cpu().numpy(),
         "loss": functional.cross_entropy(logits_AN, batch.answer_ids_A).cpu().numpy(),

@@ -97,7 +97,7 @@ def run_teacher(
     captured = capture(teacher, on_device, attention=attention, layers=settings.attention_layers)
     tensors = {
         attention_field(layer): found.mean(dim=1, keepdim=True) if settings.attention == "mean" else found
-        for layer, found in captured.layers.items()
+        for layer, found in captured.attention.items()
     }
     if "vision" in settings.targets:
         tensors["vision_tokens"] = captured.vision_BVD.float()

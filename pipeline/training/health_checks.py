@@ -16,7 +16,8 @@ LINES = 10
 """Log lines in a row that make a warning."""
 
 _PARTS = {name: (name,) for name in ("supervised", *DIVERGENCE_NAMES, "attention")} | {"vision": ("vision_all", "vision_focus")}
-"""Weights of a recipe, and the logged terms that each sets: the focus is a small part of L_V by design."""
+"""Weights of a recipe, and the logged terms that each sets: the focus is a small part of L_V by design. Those that are not
+here, of terms from outside the package, set the term of their own name."""
 
 NEGLIGIBLE, DOMINANT = 0.01, 0.90
 """Shares of the weighted loss below and above which a term is worth a word."""
@@ -33,7 +34,7 @@ class Watch:
 
     def __init__(self, recipe: Recipe, *, lines: int = LINES) -> None:
         self.recipe, self.lines = recipe, lines
-        self.active = tuple(name for name in _PARTS if getattr(recipe, name) > 0)
+        self.active = tuple(name for name, weight in recipe.weights.items() if weight > 0)
         self._lasting: dict[tuple[str, str], int] = {}
 
     def __call__(self, line: Mapping[str, Any]) -> list[str]:
@@ -46,9 +47,9 @@ class Watch:
             return []
         found = []
         for name in self.active:
-            shares = [line[f"share/{part}"] for part in _PARTS[name] if f"share/{part}" in line]
+            shares = [line[f"share/{part}"] for part in _PARTS.get(name, (name,)) if f"share/{part}" in line]
             share = sum(shares) if shares else math.nan
-            weight = f"its weight (--set {name}=..., now {getattr(self.recipe, name):g})"
+            weight = f"its weight (--set {name}=..., now {self.recipe.weights[name]:g})"
             when = f"of the loss in {self.lines} log lines (now {share:.2%}, step {line['step']})"
             if self._lasts("negligible", name, share < NEGLIGIBLE):
                 found.append(

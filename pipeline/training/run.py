@@ -21,7 +21,7 @@ from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.capture.layer_pairs import needed_layers
 from alignkd.capture.online_teacher import OnlineTeacher
 from alignkd.inputs.prompts import check_template
-from alignkd.losses.recipes import describe, term_weights
+from alignkd.losses.recipes import recipe_record, term_weights
 from alignkd.models.loading import load_vlm, save_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective, TargetSource, TeacherShape
@@ -276,7 +276,7 @@ class _Run:
             **asdict(config),
             "template": self.template,
             "max_length": self.max_length,
-            "recipe": describe(config.recipe),
+            "recipe": recipe_record(config.recipe),
             "step": step,
             "steps": schedule.steps,
             "samples": samples,

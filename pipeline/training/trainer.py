@@ -129,13 +129,20 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
                 sum(counts.answers for counts in mine),
                 sum(counts.with_text_after_image for counts in mine),
                 sum(counts.with_image for counts in mine),
+                sum(counts.samples for counts in mine),
                 float(bool(self.stop)),
             ]
         )
         # A process alone looks at the flag when the step is done; several must have agreed on it before.
         self.stop_agreed = self.processes.world_size > 1 and sums[-1] > 0
-        answers, attended, seen, _ = sums
-        return batches, Counts(answers, attended, seen, self.processes.world_size)
+        answers, with_text_after_image, with_image, samples, _ = sums
+        return batches, Counts(
+            answers=answers,
+            with_text_after_image=with_text_after_image,
+            with_image=with_image,
+            samples=samples,
+            processes=self.processes.world_size,
+        )
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if inputs["batch"] is None:

@@ -26,7 +26,7 @@ def slice_of(vlm, *, tower=True, **options):
 def captured_targets(vlm, batch):
     with torch.no_grad():
         captured = capture(vlm, batch)
-    return captured.attention_BHTV, captured.vision_BVD
+    return captured.attention[0], captured.vision_BVD
 
 
 def golden_batch(vlm):
@@ -188,8 +188,8 @@ def test_nothing_waits_for_the_device(tiny):
 def loss_and_gradients(student, teacher, recipe, batch, targets, part):
     torch.manual_seed(0)
     heads = 1 if part is not None and part.head_mean else teacher.heads
-    if targets.attention_BHTV is not None:
-        heads = targets.attention_BHTV.shape[1]
+    if targets.attention:
+        heads = targets.attention[0].shape[1]
     objective = Objective(student, recipe, TeacherShape(heads, teacher.hidden_size), part, ExactTopK()).train()
     objective.zero_grad()
     outputs = flat(objective(batch, targets))
@@ -214,9 +214,9 @@ def test_losses_and_gradients_are_those_of_captured_targets(golden_models, recip
     with torch.no_grad():
         captured = capture(teacher, batch)
         answers = exact_answers(teacher, captured.hidden_AD, 64)
-    attention = captured.attention_BHTV.mean(1, keepdim=True) if head_mean else captured.attention_BHTV
-    given = Targets(attention, captured.vision_BVD, answers)
-    left_out = replace(given, attention_BHTV=None, vision_BVD=None)
+    attention = captured.attention[0].mean(1, keepdim=True) if head_mean else captured.attention[0]
+    given = Targets({0: attention}, captured.vision_BVD, answers)
+    left_out = replace(given, attention={}, vision_BVD=None)
     expected, expected_gradients = loss_and_gradients(student, teacher, recipe, batch, given, None)
     part = slice_of(teacher, tower=tower, head_mean=head_mean)
     terms, gradients = loss_and_gradients(student, teacher, recipe, batch, left_out, part)

@@ -70,7 +70,7 @@ def test_cached_layers_are_those_that_the_teacher_has(layered, teacher_vlm):
         one = preparer(parse_sample(sample, "here")).input
         batch = collate([one], tokens_per_placeholder=teacher_vlm.tokens_per_placeholder, pad_token_id=0)
         with torch.no_grad():
-            expected = capture(teacher_vlm, batch, layers=(0, 2)).layers
+            expected = capture(teacher_vlm, batch, layers=(0, 2)).attention
         found = row_arrays(reader, find_row(reader, str(sample["id"])))
         np.testing.assert_allclose(found["attention_HTV"], expected[0][0], atol=1e-5)
         np.testing.assert_allclose(found["attention_2_HTV"], expected[2][0], atol=1e-5)

@@ -155,7 +155,7 @@ def test_the_targets_of_a_sample_are_its_teachers_by_hand(place, llava_cache):
     for words in ("What colour is it?", "It is blue."):
         mine, its = ([i for i in stretch(pieces, words) if pieces[i].strip("\u2581")] for pieces in (ours, theirs))
         assert [ours[i] for i in mine] == [theirs[i] for i in its]
-        np.testing.assert_allclose(targets.attention_BHTV[0, :, mine], blocks_HT[:, its], atol=1e-6)
+        np.testing.assert_allclose(targets.attention[0][0, :, mine], blocks_HT[:, its], atol=1e-6)
         known[mine] = True
     np.testing.assert_array_equal(targets.row_mask_BT[0], known)
     assert targets.column_mask_BV.all()
@@ -175,7 +175,7 @@ def test_a_batch_gives_each_sample_the_targets_that_it_has_alone(place, llava_ca
         one, batch = alone["targets"].dequantise(), alone["batch"]
         rows, columns = batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
         for found, expected in (
-            (targets.attention_BHTV[i], one.attention_BHTV[0]),
+            (targets.attention[0][i], one.attention[0][0]),
             (targets.vision_BVD[i], one.vision_BVD[0]),
         ):
             np.testing.assert_array_equal(found[tuple(map(slice, expected.shape))], expected)
@@ -259,7 +259,7 @@ def test_a_row_of_the_same_make_is_the_same_through_the_maps_to_the_bit(student_
     for i in range(len(samples)):
         one, other = (x.collate([x[i]]) for x in (plain, mapped))
         expected, found = one["targets"].dequantise(), other["targets"].dequantise()
-        assert torch.equal(expected.attention_BHTV, found.attention_BHTV)
+        assert torch.equal(expected.attention[0], found.attention[0])
         assert torch.equal(expected.vision_BVD, found.vision_BVD)
         assert expected.answers.keys() == found.answers.keys()
         assert all(torch.equal(expected.answers[name], found.answers[name]) for name in expected.answers)

@@ -34,7 +34,7 @@ def tensors(collated):
     """Every tensor of a batch and its targets, by name."""
     batch, targets = collated["batch"], collated["targets"]
     found = {field.name: value for field in fields(batch) if isinstance(value := getattr(batch, field.name), torch.Tensor)}
-    for name, quantised in {**targets.quantised, **targets.quantised_answers}.items():
+    for name, quantised in {**targets.attention, "vision": targets.vision_BVD, **targets.answers}.items():
         found |= {f"{name}/{part}": values for part, values in quantised.parts.items()}
     return found
 

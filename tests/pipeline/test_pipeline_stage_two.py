@@ -182,7 +182,7 @@ def test_the_student_loads_again_from_both_layouts_with_identical_outputs(run, s
         with torch.no_grad():
             captured.append(capture(vlm, batch))
     assert torch.equal(captured[0].hidden_AD, captured[1].hidden_AD)
-    assert torch.equal(captured[0].attention_BHTV, captured[1].attention_BHTV)
+    assert torch.equal(captured[0].attention[0], captured[1].attention[0])
     assert torch.equal(captured[0].vision_BVD, captured[1].vision_BVD)
 
 

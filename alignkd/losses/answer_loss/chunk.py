@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from alignkd.losses.answer_loss.forms import FORMS, Sides
-from alignkd.losses.answer_loss.rows import DenseTeacher, Labels, Normaliser, Rows, Softmax, wide
+from alignkd.losses.answer_loss.rows import DenseTeacher, Labels, Normaliser, Rows, Softmax
+from alignkd.losses.dtypes import at_least_float32
 from alignkd.targets.logits.answers import Draws, TeacherAnswers
 
 SUPERVISED = "supervised"
@@ -46,7 +47,7 @@ def chunk_terms_(
     gradient: bool,
 ) -> dict[str, torch.Tensor]:
     """Each term ``[C]``. With ``gradient``, ``logits_CN`` become the weighted gradient; else they are spent."""
-    label_C = wide(logits_CN.gather(1, answer_ids_C[:, None]))[:, 0]
+    label_C = at_least_float32(logits_CN.gather(1, answer_ids_C[:, None]))[:, 0]
     labels = Labels(answer_ids_C, terms.supervised)
     if teacher is None:
         none_CX = answer_ids_C.new_empty(len(answer_ids_C), 0)
@@ -116,7 +117,7 @@ def _sparse_(
 ) -> dict[str, torch.Tensor]:
     ids_CX, t = teacher.ids_AX, terms.temperature
     repeats_CX = torch.zeros_like(ids_CX, dtype=torch.bool) if teacher.draws is None else teacher.draws.repeats_AX
-    known_CX = wide(logits_CN.gather(1, ids_CX))
+    known_CX = at_least_float32(logits_CN.gather(1, ids_CX))
     logits_CN.scatter_(1, ids_CX, -torch.inf)
     wanted = {*([t] if terms.divergences else []), *([1.0] if SUPERVISED in terms.weights else [])}
     students = {at: _student(rows, logits_CN, known_CX, repeats_CX, at) for at in sorted(wanted)}

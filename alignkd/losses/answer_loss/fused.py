@@ -26,7 +26,8 @@ from transformers.utils.generic import maybe_autocast
 
 from alignkd.losses.answer_loss import rows as torch_rows
 from alignkd.losses.answer_loss.chunk import SUPERVISED, Terms, chunk_terms_
-from alignkd.losses.answer_loss.rows import Rows, wide
+from alignkd.losses.answer_loss.rows import Rows
+from alignkd.losses.dtypes import at_least_float32
 from alignkd.targets.logits import DIVERGENCES, LogitCodec
 from alignkd.targets.logits.answers import TeacherReader
 
@@ -139,7 +140,7 @@ class _Head:
         chunks = work.chunks(len(self.head_ND), self.head_ND.element_size())
         found = [self._chunk(part, work) for part in chunks]
         if not found:
-            return wide(self.hidden_AD.new_zeros(len(work.terms.weights), 0))
+            return at_least_float32(self.hidden_AD.new_zeros(len(work.terms.weights), 0))
         return torch.cat(found, dim=1)
 
     def _chunk(self, part: slice, work: _Work) -> torch.Tensor:
@@ -156,7 +157,7 @@ class _Head:
         if self.hidden_gradient_AD is not None:
             self.hidden_gradient_AD[part] = change_CN @ self.head_ND
         if self.bias_gradient_N is not None:
-            self.bias_gradient_N.add_(change_CN.sum(dim=0, dtype=wide(change_CN[:0]).dtype))
+            self.bias_gradient_N.add_(change_CN.sum(dim=0, dtype=at_least_float32(change_CN[:0]).dtype))
         if self.head_gradient_ND is not None and self.head_gradient_ND.dtype == change_CN.dtype:
             self.head_gradient_ND.addmm_(change_CN.T, self.hidden_AD[part])
         elif self.head_gradient_ND is not None:
@@ -207,7 +208,7 @@ def _product_dtype(hidden_AD: torch.Tensor) -> torch.dtype:
 def _scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     """In float32: the factor itself may be out of the range of float16."""
     for rows in _some_rows(gradient):
-        gradient[rows] = wide(gradient[rows]).mul_(factor)
+        gradient[rows] = at_least_float32(gradient[rows]).mul_(factor)
 
 
 def _some_rows(gradient: torch.Tensor) -> Iterator[slice]:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from alignkd.losses.answer_loss.forms import FORMS, Sides
+from alignkd.losses.dtypes import at_least_float32
 
 _ELEMENTS = 2**19
 
@@ -89,16 +90,11 @@ class Rows(Protocol):
         ...
 
 
-def wide(values: torch.Tensor) -> torch.Tensor:
-    """float32, or float64 as it is."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
 def normaliser(logits_CN: torch.Tensor, temperature: float) -> Normaliser:
     """See :class:`Rows`."""
     tops, logs = [], []
     for rows in _few(logits_CN):
-        scaled_RN = _over(wide(logits_CN[rows]), temperature)
+        scaled_RN = _over(at_least_float32(logits_CN[rows]), temperature)
         top_R = scaled_RN.amax(dim=1)
         top_R = torch.where(top_R == -torch.inf, 0.0, top_R)
         tops.append(top_R)
@@ -109,7 +105,7 @@ def normaliser(logits_CN: torch.Tensor, temperature: float) -> Normaliser:
 def mix_(logits_CN: torch.Tensor, parts: Sequence[Softmax], labels: Labels | None) -> None:
     """See :class:`Rows`."""
     for rows in _few(logits_CN):
-        found_RN = wide(logits_CN[rows])
+        found_RN = at_least_float32(logits_CN[rows])
         mixed_RN = _scaled(found_RN, parts[0], rows)
         for part in parts[1:]:
             mixed_RN += _scaled(found_RN, part, rows)
@@ -131,7 +127,7 @@ def compare_(
     """See :class:`Rows`."""
     losses = []
     for rows in _few(logits_CN):
-        found_RN, temperature = wide(logits_CN[rows]), student.temperature
+        found_RN, temperature = at_least_float32(logits_CN[rows]), student.temperature
         student_RN = student.normaliser[rows].logprobs(_over(found_RN, temperature))
         teacher_RN = teacher.normaliser[rows].logprobs(_over(teacher.logits_CN[rows].to(found_RN.dtype), temperature))
         sides, changes = Sides(student_RN, teacher_RN), []
