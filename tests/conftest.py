@@ -1,13 +1,36 @@
-"""What every test shares."""
+"""What every test shares: one thread a process, hypothesis without a deadline, and the markers of tests/README.md."""
 
+from __future__ import annotations
+
+import os
+
+# Several pytest processes share the cores. Processes that a test starts inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
 import torch
 from hypothesis import settings
 
-# No example of hypothesis fails for being slow on a busy machine.
+# No hypothesis example fails because the machine is busy.
 settings.register_profile("alignkd", deadline=None)
 settings.load_profile("alignkd")
 
-# Models here are tiny: a second thread costs more than it brings.
+# Models here are tiny, and runs are compared bit by bit: the number of threads must not depend on the machine.
 torch.set_num_threads(1)
 
 pytest_plugins = ["s3_server"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Set the markers that follow from where a test lies and what it uses, before ``-m`` selects."""
+    families = os.path.join(os.path.dirname(__file__), "families")
+    for item in items:
+        if item.path.is_relative_to(families):
+            item.add_marker("families")
+        # Fixtures that a parameter chooses ("local", "memory", "s3") are not among those named by the test.
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "s3" in item.fixturenames or any(isinstance(value, str) and value == "s3" for value in parameters):
+            item.add_marker("s3")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -149,8 +149,9 @@ def s3_server() -> Iterator[S3]:
 
 
 @pytest.fixture
-def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+def s3(s3_server: S3, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     """The server without faults; this process and those it starts find it and may use it."""
+    assert request.node.get_closest_marker("s3"), "this test starts the S3 server: give it the marker s3"
     let_in(s3_server, monkeypatch)
     s3_server.reset()
     yield s3_server

@@ -3,44 +3,43 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+from alignkd.settings import Settings, setting
+
 DIVERGENCE_NAMES = ("reverse_kl", "forward_kl", "jensen_shannon")
 """The terms that compare answer distributions; :mod:`alignkd.targets.logits.divergences` computes them."""
 
+LOGIT_KINDS = ("topk", "sampled", "sketch", "hidden")
+
 
 @dataclass(frozen=True)
-class LogitSettings:
+class LogitSettings(Settings):
     """Which logit targets a cache holds.
 
-    ``kind``: ``topk``, ``sampled``, ``sketch`` or ``hidden``. ``top_k``: tokens kept exactly (all but ``hidden``).
-    ``draws``: tokens drawn from the rest (``sampled``). ``sketch_bytes``: bytes of an answer token's sketch (``sketch``).
-    ``hidden_bits``: 8 or 16 (``hidden``). ``vocabulary``: distributions over the first so many ids, normalised over them; None
-    for all columns of the teacher's head.
-
-    Raises:
-        ValueError: a number out of its range.
+    ``vocabulary``: distributions over the first ids only, this many, normalised over them; None: over all columns of the
+    teacher's output head.
     """
 
-    kind: str = "sketch"
-    top_k: int = 16
-    draws: int = 8
-    sketch_bytes: int = 64
-    hidden_bits: int = 8
-    temperature: float = 1.0
-    vocabulary: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("topk", "sampled", "sketch", "hidden"):
-            raise ValueError(f"logit targets {self.kind!r}: expected topk, sampled, sketch or hidden")
-        for name in ("top_k", "draws", "sketch_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"logit targets: {name} is {getattr(self, name)}, expected 1 or more")
-        if self.vocabulary is not None and self.vocabulary < 1:
-            raise ValueError(f"logit targets: vocabulary is {self.vocabulary}, expected 1 or more")
-        if self.hidden_bits not in (8, 16):
-            raise ValueError(f"logit targets: hidden_bits is {self.hidden_bits}, expected 8 or 16")
+    kind: str = setting(
+        "sketch",
+        flag="logits",
+        choices=LOGIT_KINDS,
+        help="What is stored of an answer token's distribution: see docs/cache-size.md.",
+    )
+    top_k: int = setting(16, at_least=1, help="Tokens stored with their log-probability.")
+    draws: int = setting(8, at_least=1, help="sampled: tokens drawn from the rest.")
+    sketch_bytes: int = setting(64, at_least=1, help="sketch: bytes that describe the distribution of the rest.")
+    hidden_bits: int = setting(8, choices=(8, 16), help="hidden: bits of each feature.")
+    temperature: float = setting(1.0, more_than=0, help="Temperature of the logits.")
+    vocabulary: int | None = setting(
+        None,
+        flag="logit-vocabulary",
+        at_least=1,
+        default_text="all of the teacher's output head",
+        help="Store the distribution over the first N ids only, for a student with fewer tokens.",
+    )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Just what matters for this kind; a temperature of None means that any will do."""
+        """The settings that matter for this kind; a temperature of None means that any temperature can be used."""
         known = {f.name: getattr(self, f.name) for f in fields(self)}
         matters = {
             "topk": ("top_k", "temperature"),

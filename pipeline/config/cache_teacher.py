@@ -1,38 +1,51 @@
 """The configuration of stage one."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from alignkd.pipeline.config.defaults import DEFAULT_MAX_LENGTH
+from alignkd.pipeline.config import shared
+from alignkd.pipeline.config.cache_layout import ALIGNMENTS
+from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH, SHARD_FORMATS
 from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.settings import Settings, setting
 
 
-@dataclass(frozen=True)
-class CacheTeacherConfig:
-    """What ``alignkd cache-teacher`` was asked to do. ``batch_tokens`` counts positions after padding.
+@dataclass(frozen=True, kw_only=True)
+class CacheTeacherConfig(Settings):
+    """What ``alignkd cache-teacher`` is asked to do. ``attention_layers``: see :mod:`alignkd.losses.layers`."""
 
-    ``alignment``: whether rows hold attention and vision tokens ("targets"), or the cache holds once what stage two
-    recomputes them from ("slice"), ``slice_without_tower`` without its vision tower. ``attention_layers``: see
-    :func:`alignkd.losses.layers.find_teacher_layers`.
-    """
-
-    teacher: str
-    data: str
-    images: str | None
-    cache: str
-    template: str | None = None
-    max_length: int = DEFAULT_MAX_LENGTH
-    shard_format: str = "zarr"
-    settings: TargetSettings = field(default_factory=TargetSettings)
-    alignment: str = "targets"
-    slice_without_tower: bool = False
-    attention_layers: str = "first"
-    shard_samples: int = 512
-    batch_tokens: int = 16_384
-    dtype: str = "float32"
-    device: str | None = None
-    vision_tower: str | None = None
-    max_rejected: int = 100
-    rank: int | None = None
-    world_size: int | None = None
-    steal: bool = False
-    host_threads: int = 4
+    teacher: str = setting(help="Folder of the teacher's checkpoint.")
+    data: str = shared.data()
+    images: str | None = shared.images()
+    cache: str = setting(help="Where the cache is written: a folder, or a URL such as s3://bucket/cache.")
+    template: str | None = shared.template()
+    max_length: int = setting(
+        DEFAULT_MAX_LENGTH, at_least=2, help="Most token ids of a sample (an image counts as one); longer samples are cut."
+    )
+    shard_format: str = setting("zarr", flag="format", choices=SHARD_FORMATS, help="Shard format.")
+    settings: TargetSettings = setting(factory=TargetSettings, nested=True)
+    attention_layers: str = setting(
+        "first",
+        help="Layers whose attention is stored: first, last, middle, all, or numbers such as 0,15,31; with @24, the layers"
+        " that a student of 24 layers needs.",
+    )
+    alignment: str = setting(
+        "targets",
+        choices=ALIGNMENTS,
+        help="Store attention and vision tokens of every sample, or, once, the part of the teacher that recomputes them.",
+    )
+    slice_without_tower: bool = setting(
+        False, help="With --alignment slice: do not store the vision tower, because the student has the same one."
+    )
+    shard_samples: int = setting(512, at_least=1, help="Samples per shard: the unit of work and of resuming.")
+    batch_tokens: int = setting(16_384, at_least=1, help="Positions per forward pass, padding included.")
+    dtype: str = shared.dtype("Dtype of the teacher.")
+    max_rejected: int = shared.max_rejected()
+    device: str | None = shared.device()
+    vision_tower: str | None = shared.vision_tower()
+    rank: int | None = setting(
+        None, at_least=0, default_text="from torchrun, SLURM or Kubernetes, else 0", help="Number of this worker."
+    )
+    world_size: int | None = setting(None, at_least=1, default_text="likewise, else 1", help="Number of workers.")
+    steal: bool = setting(False, help="When its own shards are done, a worker takes shards that others have not done yet.")
+    host_threads: int = setting(4, at_least=1, help="Threads that read images ahead of the teacher.")
+    plugins: tuple[str, ...] = shared.plugins()

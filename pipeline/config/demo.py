@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from alignkd.pipeline.config import shared
+from alignkd.pipeline.config.shared import SHARD_FORMATS
 from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.settings import Settings, setting
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,14 @@ class TowerTraining:
     muon_learning_rate: float = 0.02
 
 
-@dataclass(frozen=True)
-class DemoConfig:
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Settings):
     """Every number of the demo."""
 
-    out: str
-    seed: int = 0
-    device: str | None = None
+    out: str = setting(help="Folder for everything the demo makes.")
+    seed: int = setting(0, help="Seed of the teacher, the students and the choice of labelled images.")
+    shard_format: str = setting("zarr", flag="format", choices=SHARD_FORMATS, help="Shard format of the cache.")
+    device: str | None = shared.device()
     labelled_share: float = 0.03
     tower: TowerTraining = field(default_factory=TowerTraining)
     teacher: LanguageModelSize = field(default_factory=lambda: LanguageModelSize(128, 4, 4, 344))
@@ -49,7 +53,6 @@ class DemoConfig:
     student_learning_rate: float = 2e-3
     focus_k: int = 4
     arms: tuple[str, ...] = ("sft", "align-kd")
-    shard_format: str = "zarr"
     targets: TargetSettings = field(default_factory=TargetSettings)
 
 

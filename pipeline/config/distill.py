@@ -1,66 +1,86 @@
 """The configuration of stage two."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from alignkd.losses.recipes import Recipe
+from alignkd.losses.recipes import RECIPES, Recipe
+from alignkd.pipeline.config import shared
+from alignkd.pipeline.config.shared import DTYPES
+from alignkd.settings import Settings, setting
 
 OptimizerName = Literal["adamw", "muon"]
 
 
-@dataclass(frozen=True)
-class DistillConfig:
-    """What ``alignkd distill`` was asked to do. ``template`` and ``max_length`` default to the cache's, a template that the
-    student does not know to its own.
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Settings):
+    """What ``alignkd distill`` is asked to do.
 
-    ``batch_size`` and ``batch_tokens`` (padded positions) bound the samples of a process's micro-batch. With an
-    ``online_teacher`` a cache decides the samples and their order alone.
+    ``template`` and ``max_length`` default to the cache's; a template that the student does not know, to the student's own.
+    ``batch_size`` and ``batch_tokens`` bound the micro-batch of one process. With an ``online_teacher``, a cache decides
+    only the samples and their order.
     """
 
-    student: str
-    data: str
-    images: str | None
-    out: str
-    recipe: Recipe
-    cache: str | None = None
-    online_teacher: str | None = None
-    teacher_dtype: str | None = None
-    template: str | None = None
-    max_length: int | None = None
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int | None = None
-    batch_tokens: int | None = None
-    group_by_length: bool = False
-    gradient_accumulation: int = 1
-    learning_rate: float = 4e-5
-    projector_learning_rate: float | None = None
-    optimizer: OptimizerName = "adamw"
-    muon_learning_rate: float = 0.02
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    seed: int = 0
-    dtype: str = "float32"
-    device: str | None = None
-    deepspeed: str | None = None
-    lora: bool = False
-    lora_rank: int = 64
-    lora_alpha: int = 128
-    lora_dropout: float = 0.0
-    gradient_checkpointing: bool = False
-    save_steps: int = 500
-    save_total_limit: int = 2
-    log_steps: int = 10
-    report_to: tuple[str, ...] = ("tensorboard",)
-    term_gradients: bool = False
-    workers: int | None = None
-    resume: bool = False
-    cache_tower_features: bool = False
-    vision_tower: str | None = None
-    max_rejected: int = 100
-    feature_bytes: int = field(default=4 * 2**30)
+    student: str = setting(help="Folder of the student's checkpoint.")
+    cache: str | None = setting(
+        None, help="The cache that cache-teacher wrote. Not needed by recipes without a teacher, such as sft."
+    )
+    data: str = shared.data()
+    images: str | None = shared.images()
+    out: str = setting(help="Folder of the run.")
+    recipe: Recipe = RECIPES["align-kd"]
+    template: str | None = shared.template()
+    max_length: int | None = setting(None, at_least=2, default_text="the cache's", help="Most token ids of a sample.")
+    epochs: float = setting(1.0, more_than=0, help="Passes over the data.")
+    max_steps: int | None = setting(None, at_least=1, help="Optimizer steps, instead of --epochs.")
+    batch_size: int | None = setting(
+        None, at_least=1, default_text="16, or as many as --batch-tokens allows", help="Samples per micro-batch and device."
+    )
+    batch_tokens: int | None = setting(None, at_least=1, help="Positions per micro-batch and device, padding included.")
+    group_by_length: bool = setting(False, help="Micro-batches of samples of similar length: less padding.")
+    gradient_accumulation: int = setting(1, at_least=1, help="Micro-batches per step and device.")
+    learning_rate: float = setting(4e-5, at_least=0, help="Peak learning rate; cosine decay to zero.")
+    projector_learning_rate: float | None = setting(
+        None, at_least=0, default_text="--learning-rate", help="Learning rate of the projector."
+    )
+    optimizer: OptimizerName = setting(
+        "adamw", choices=("adamw", "muon"), help="muon: for the weight matrices of layers, adamw for the rest."
+    )
+    muon_learning_rate: float = setting(0.02, at_least=0, help="Peak learning rate of Muon.")
+    warmup: float = setting(0.03, at_least=0, at_most=0.999, help="Share of the steps in which the learning rate rises.")
+    weight_decay: float = setting(0.0, at_least=0, help="Weight decay of the optimizer.")
+    seed: int = setting(0, help="Seed of the order of samples, of dropout and of new parameters.")
+    dtype: str = shared.dtype("Dtype of the computation; trained weights stay float32.")
+    gradient_checkpointing: bool = setting(False, help="Less memory, a third more time.")
+    deepspeed: str | None = setting(
+        None, metavar="NAME|FILE.json", help="ZeRO for many GPUs: zero1, zero2, zero3, or a FILE.json."
+    )
+    lora: bool = setting(
+        False, help="Train low-rank updates of the decoder's layers, with projector and adapters, and merge them at the end."
+    )
+    lora_rank: int = setting(64, at_least=1, help="Rank of the updates.")
+    lora_alpha: int = setting(128, at_least=1, help="The updates are multiplied by alpha / rank.")
+    lora_dropout: float = setting(0.0, at_least=0, less_than=1, help="Dropout before the updates.")
+    online_teacher: str | None = setting(
+        None, metavar="DIR", help="Run this teacher in the training loop instead of reading its targets from a cache."
+    )
+    teacher_dtype: str | None = setting(None, choices=DTYPES, default_text="--dtype", help="Dtype of the online teacher.")
+    cache_tower_features: bool = setting(False, help="Keep the frozen vision tower's features of all images in memory.")
+    save_steps: int = setting(500, at_least=1, help="Steps between checkpoints.")
+    save_total_limit: int = setting(2, at_least=2, help="Checkpoints kept.")
+    log_steps: int = setting(10, at_least=1, help="Steps between lines of metrics.jsonl.")
+    report_to: tuple[str, ...] = setting(
+        ("tensorboard",), help="Tracker, by its name in transformers, or none; may be repeated."
+    )
+    term_gradients: bool = setting(False, help="Log the gradient norm of each term.")
+    workers: int | None = setting(None, at_least=0, default_text="4 with a GPU, else 0", help="Loader processes.")
+    resume: bool = setting(False, plain_flag=True, help="Continue from the last checkpoint in --out.")
+    max_rejected: int = shared.max_rejected()
+    device: str | None = shared.device()
+    vision_tower: str | None = shared.vision_tower()
+    plugins: tuple[str, ...] = shared.plugins()
+    feature_bytes: int = 4 * 2**30
 
     @property
     def samples_at_once(self) -> int | None:
-        """Samples a micro-batch; None where only positions bound them."""
+        """Samples per micro-batch; None where only positions bound them."""
         return self.batch_size or (None if self.batch_tokens else 16)

@@ -2,20 +2,24 @@
 
 from dataclasses import dataclass
 
+from alignkd.pipeline.config import shared
+from alignkd.settings import Settings, setting
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """What ``alignkd evaluate`` was asked to do."""
 
-    model: str
-    data: str
-    images: str | None
-    out: str | None = None
-    metric: str = "exact"
-    template: str | None = None
-    batch_size: int = 64
-    max_new_tokens: int = 32
-    dtype: str = "float32"
-    device: str | None = None
-    vision_tower: str | None = None
-    max_rejected: int = 100
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Settings):
+    """What ``alignkd evaluate`` is asked to do."""
+
+    model: str = setting(help="Folder of a checkpoint.")
+    data: str = shared.data()
+    images: str | None = shared.images()
+    metric: str = setting("exact", help="How answers are compared: exact, contains, or a metric that a plugin registers.")
+    out: str | None = setting(None, help="Folder for predictions and result.")
+    template: str | None = shared.template()
+    batch_size: int = setting(64, at_least=1, help="Questions at a time.")
+    max_new_tokens: int = setting(32, at_least=1, help="Most tokens of an answer.")
+    dtype: str = shared.dtype("Dtype of the model.")
+    max_rejected: int = shared.max_rejected()
+    device: str | None = shared.device()
+    vision_tower: str | None = shared.vision_tower()
+    plugins: tuple[str, ...] = shared.plugins()

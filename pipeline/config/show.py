@@ -2,21 +2,24 @@
 
 from dataclasses import dataclass
 
-from alignkd.pipeline.config.defaults import DEFAULT_MAX_LENGTH
+from alignkd.pipeline.config import shared
+from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
+from alignkd.settings import Settings, setting
 
 
-@dataclass(frozen=True)
-class ShowConfig:
-    """What ``alignkd show`` was asked to do; the first sample where no id is given."""
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig(Settings):
+    """What ``alignkd show`` is asked to do."""
 
-    model: str
-    data: str
-    images: str | None
-    id: str | None = None
-    template: str | None = None
-    max_length: int = DEFAULT_MAX_LENGTH
-    save: str | None = None
-    plot: str | None = None
-    dtype: str = "float32"
-    device: str | None = None
-    vision_tower: str | None = None
+    model: str = setting(help="Folder of a checkpoint.")
+    data: str = shared.data()
+    images: str | None = shared.images()
+    id: str | None = setting(None, default_text="the first", help="Id of the sample.")
+    template: str | None = shared.template()
+    max_length: int = setting(DEFAULT_MAX_LENGTH, at_least=2, help="Most token ids of a sample.")
+    save: str | None = setting(None, help="Write the arrays to an .npz file.")
+    plot: str | None = setting(None, help="Draw the attention over the image to a .png file.")
+    dtype: str = shared.dtype("Dtype of the model.")
+    device: str | None = shared.device()
+    vision_tower: str | None = shared.vision_tower()
+    plugins: tuple[str, ...] = shared.plugins()

@@ -1,24 +1,27 @@
 """Which targets a cache holds, and how each is stored."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from alignkd.pipeline.config.cache_layout import TARGETS
+from alignkd.pipeline.config.shared import ATTENTION_CODECS, VISION_CODECS
+from alignkd.settings import Settings, setting
 from alignkd.targets.logit_settings import LogitSettings
 
 
 @dataclass(frozen=True)
-class TargetSettings:
-    """Which targets a cache holds, and how. ``attention_layers`` are the teacher's, of ``layers`` that it has.
+class TargetSettings(Settings):
+    """Which targets a cache holds, and how. ``attention_layers`` are the teacher's, of the ``layers`` that it has.
 
-    ``across``: rows say where their vision tokens lie and which characters their ids cover, for students of another make.
+    ``across``: rows also hold the coordinates of their vision tokens and the characters that their ids cover, which
+    students of another architecture need.
     """
 
-    targets: tuple[str, ...] = TARGETS
-    attention: str = "per-head"
-    logits: LogitSettings = field(default_factory=LogitSettings)
-    attention_codec: str = "sqrt8"
-    vision_codec: str = "int8-rows"
+    targets: tuple[str, ...] = setting(TARGETS, comma_separated=True, choices=TARGETS, help="Comma-separated targets to cache.")
+    attention: str = setting("per-head", choices=("per-head", "mean"), help="Store every head, or their mean.")
+    logits: LogitSettings = setting(factory=LogitSettings, nested=True)
+    attention_codec: str = setting("sqrt8", choices=ATTENTION_CODECS, help="How attention is stored.")
+    vision_codec: str = setting("int8-rows", choices=VISION_CODECS, help="How vision tokens are stored.")
     attention_layers: tuple[int, ...] = (0,)
     layers: int = 1
     across: bool = True

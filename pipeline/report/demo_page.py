@@ -15,7 +15,7 @@ from alignkd.losses.recipes import TERMS
 from alignkd.models.encoders.images import to_display
 from alignkd.models.families.mobilevlm import MobileVlmFamily
 from alignkd.models.loading import load_vlm
-from alignkd.pipeline.config.defaults import DEFAULT_MAX_LENGTH
+from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.data.easy_vqa import EasyVqa, Question
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.samples import Sample, parse_sample

@@ -22,7 +22,6 @@ from alignkd.capture.layer_pairs import needed_layers
 from alignkd.capture.online_teacher import OnlineTeacher
 from alignkd.inputs.prompts import check_template
 from alignkd.losses.recipes import describe, term_weights
-from alignkd.models.families.mobilevlm import MobileVlmFamily
 from alignkd.models.loading import load_vlm, save_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective, TargetSource, TeacherShape
@@ -31,8 +30,8 @@ from alignkd.pipeline.cache_io.cross_model import CrossModelMap
 from alignkd.pipeline.cache_io.logits import open_codec, settings_of
 from alignkd.pipeline.cache_io.teacher_slice import open_slice
 from alignkd.pipeline.config.cache_layout import SLICED, is_slice
-from alignkd.pipeline.config.defaults import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.config.distill import DistillConfig
+from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding.dataset import TrainingSet
@@ -350,7 +349,7 @@ class _Run:
                 if self.config.lora:
                     merge_lora(self.peft_model, out / "adapter")
                 save_vlm(student, out / "student")
-                if isinstance(student, MobileVlmFamily):
+                if student.has_official_layout:
                     save_vlm(student, out / "student-official", official=True)
                 figures["student"] = str(out / "student")
                 (out / "result.json").write_text(json.dumps(figures, indent=2) + "\n")

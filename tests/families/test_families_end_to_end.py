@@ -38,7 +38,13 @@ def test_a_teacher_is_cached_and_a_student_distilled_from_it(name, written, tmp_
     data, samples = write_data(name, tmp_path)
     cached = cache_teacher(
         CacheTeacherConfig(
-            str(written(name, 0)), data, str(tmp_path), str(tmp_path / "cache"), shard_samples=4, device="cpu", max_rejected=0
+            teacher=str(written(name, 0)),
+            data=data,
+            images=str(tmp_path),
+            cache=str(tmp_path / "cache"),
+            shard_samples=4,
+            device="cpu",
+            max_rejected=0,
         )
     )
     assert cached["new_samples"] == samples

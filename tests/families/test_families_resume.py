@@ -23,7 +23,11 @@ def run(written, tmp_path_factory):
     """Three finished steps with a checkpoint after each, and the digest of what they gave."""
     folder = tmp_path_factory.mktemp("run")
     data, _ = write_data("gemma3", folder)
-    cache_teacher(CacheTeacherConfig(str(written("gemma3", 0)), data, str(folder), str(folder / "cache"), device="cpu"))
+    cache_teacher(
+        CacheTeacherConfig(
+            teacher=str(written("gemma3", 0)), data=data, images=str(folder), cache=str(folder / "cache"), device="cpu"
+        )
+    )
     config = DistillConfig(
         student=str(written("gemma3", 1)),
         data=data,

@@ -24,6 +24,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles noth
 ALL = {"reverse_kl": 1.0, "supervised": 0.5, "forward_kl": 0.7, "jensen_shannon": 2.0}
 
 
+@pytest.mark.slow
 @compiled
 def test_the_kernels_equal_the_pytorch_passes():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
@@ -31,6 +32,7 @@ def test_the_kernels_equal_the_pytorch_passes():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @compiled
 def test_the_kernels_compile_for_a_gpu(tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget

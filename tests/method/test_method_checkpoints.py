@@ -122,6 +122,7 @@ def test_the_saved_official_weights_carry_the_official_names(tiny_folder, tmp_pa
         assert torch.equal(saved[name], tensor), name
 
 
+@pytest.mark.slow
 def test_saving_over_the_folder_a_model_came_from_keeps_it_whole(tiny_folder, tmp_path):
     # In a process of its own: weights mapped from a file that is overwritten could end it.
     code = (

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignkd.cli import distill_command
 from alignkd.losses.recipes import ABOUT, RECIPES, Recipe, describe, get_recipe, one_term_recipes, term_weights
+from alignkd.pipeline.commands.distill import distill_command
 
 
 @pytest.fixture

@@ -3,20 +3,10 @@ from __future__ import annotations
 import shutil
 
 import pytest
-import torch
 from tiny_runs import SAMPLES, STUDENT, TEACHER, copy_checkpoint, train, write_cache, write_data
 from warm_door import WarmDoor
 
 from alignkd.models.loading import load_vlm
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """Runs are compared bit by bit, also with those of processes of one thread; tiny models are faster so, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 
+import pytest
 from tiny_runs import IMAGES, SAMPLES, STUDENT, TEACHER, content, metrics, numbered, record, wait_until, write_cache, write_data
 
 MACHINE = ["--images", IMAGES, "--device", "cpu"]
@@ -140,6 +141,7 @@ def test_a_webdataset_cache_from_stage_one_to_a_trained_student(door, tmp_path, 
     assert losses(tmp_path / "out") == losses(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_cache_on_an_object_store_from_stage_one_to_a_trained_student(door, tmp_path, data, cache, run, s3_url):
     for rank in range(2):
         worker = ["--rank", rank, "--world-size", 2]

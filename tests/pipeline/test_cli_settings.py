@@ -31,7 +31,7 @@ REQUIRED = {
 def parse(command, *words):
     """The parameters that click makes of a command line, without running it."""
     context = click.Context(main, info_name="alignkd", help_option_names=["-h", "--help"], show_default=True)
-    return main.commands[command].make_context(command, [str(word) for word in words], parent=context).params
+    return main.get_command(context, command).make_context(command, [str(word) for word in words], parent=context).params
 
 
 def help_of(door, *words):
@@ -50,7 +50,7 @@ def with_file(path, text):
 def test_every_shipped_setting_is_an_option_s_default(command, name):
     found = parse(command, *REQUIRED[command], "--settings", name)
     plain = parse(command, *REQUIRED[command])
-    written = yaml.safe_load((ROOT / "pipeline" / "settings" / f"{name}.yaml").read_text())[command]
+    written = yaml.safe_load((ROOT / "pipeline" / "config" / "presets" / f"{name}.yaml").read_text())[command]
     assert len(written) >= 3
     for option, value in written.items():
         assert found[option.replace("-", "_")] == value
@@ -93,11 +93,11 @@ def test_the_command_line_wins_over_settings(order):
 @pytest.mark.parametrize("words", [["--settings", "pretrain-long", "--help"], ["--help", "--settings", "pretrain-long"]])
 def test_help_shows_the_defaults_in_force(door, words):
     shown = help_of(door, "distill", *words)
-    assert "[default: 2e-05]" in shown
+    assert "[default: 2e-05; x>=0]" in shown
     assert "[default: gradient-checkpointing]" in shown
     assert "Prompt template. [default: plain]" in shown
     usual = help_of(door, "distill", "--help")
-    assert "[default: 4e-05]" in usual
+    assert "[default: 4e-05; x>=0]" in usual
     assert "Prompt template. [default: the model's]" in usual
 
 
@@ -291,5 +291,5 @@ def test_the_walk_through_s_student_starts_from_the_language_model_with_a_new_pr
 def test_every_option_of_distill_is_a_field_of_its_configuration():
     from alignkd.pipeline.config.distill import DistillConfig
 
-    options = {p.name for p in main.commands["distill"].params if p.expose_value}
+    options = {p.name for p in main.get_command(click.Context(main), "distill").params if p.expose_value}
     assert options - {"overrides", "as_json"} <= {field.name for field in fields(DistillConfig)}

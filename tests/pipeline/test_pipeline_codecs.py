@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from alignkd.cli import cache_teacher_command
 from alignkd.pipeline.cache_io.targets import row_fields
+from alignkd.pipeline.commands.cache_teacher import cache_teacher_command
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.targets.dequantise import DEQUANTISERS
 

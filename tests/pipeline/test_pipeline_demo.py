@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from alignkd.models.loading import load_tokenizer, load_vlm
+from alignkd.models.checkpoints.tokenizer_files import load_tokenizer
+from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import module_fingerprint
 from alignkd.pipeline.config.demo import LanguageModelSize, TowerTraining
 from alignkd.pipeline.data.easy_vqa import (
@@ -119,6 +120,7 @@ def test_a_new_checkpoint_loads_again_with_its_tower_and_shape(few, tokenizer_fo
     assert vlm.vocabulary == len(load_tokenizer(tokenizer_folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_format", ["zarr", "webdataset"])
 def test_the_whole_demo_ends_with_one_self_contained_report(shard_format, few, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "load_easy_vqa", lambda: few)

@@ -38,7 +38,11 @@ def sigterm_at(step, monkeypatch):
     monkeypatch.setattr(RunCallback, "on_step_end", on_step_end)
 
 
-@pytest.mark.parametrize("step", range(1, 12))
+# The first step, the end of an epoch, and the last step but one; the others are alike.
+STEPS = [step if step in (1, 6, 11) else pytest.param(step, marks=pytest.mark.slow) for step in range(1, 12)]
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_run_stopped_at_any_step_resumes_to_bit_identical_weights_and_metrics(run, data, cache, tmp_path, monkeypatch, step):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -74,6 +78,7 @@ def test_a_run_stopped_twice_resumes_twice(run, data, cache, tmp_path, monkeypat
     assert student_sha256(out) == student_sha256(run)
 
 
+@pytest.mark.processes
 def test_a_killed_process_resumes_to_bit_identical_weights(run, data, cache, tmp_path, door):
     out = tmp_path / "out"
     arguments = ["distill", "--student", STUDENT, "--cache", cache, "--data", data, "--images", IMAGES, "--out", out]
@@ -90,6 +95,8 @@ def test_a_killed_process_resumes_to_bit_identical_weights(run, data, cache, tmp
     assert [line["step"] for line in metrics(out)] == list(range(1, 13))
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_twenty_random_kills_lose_no_step_and_change_no_bit(run, data, cache, tmp_path, door):
     """Whatever the run is doing: loading, learning, writing a checkpoint or removing one."""
     random = Random(0)
@@ -168,9 +175,10 @@ def start_method(request):
     multiprocessing.set_start_method(before, force=True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("start_method", "place", "workers"),
-    [("fork", "local", 2), ("fork", "s3", 2), ("spawn", "s3", 1)],
+    [("fork", "local", 2), ("fork", "s3", 2), pytest.param("spawn", "s3", 1, marks=pytest.mark.slow)],
     indirect=["start_method"],
 )
 def test_loader_processes_change_nothing(run, data, cache, tmp_path, request, start_method, place, workers):
@@ -181,6 +189,7 @@ def test_loader_processes_change_nothing(run, data, cache, tmp_path, request, st
     assert student_sha256(tmp_path / "out") == student_sha256(run)
 
 
+@pytest.mark.processes
 def test_a_signal_to_every_process_of_a_job_still_writes_a_checkpoint(data, cache, tmp_path, door):
     """SLURM signals loader processes too: one that died of it would take the run down."""
     out = tmp_path / "out"

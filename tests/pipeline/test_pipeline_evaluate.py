@@ -30,7 +30,9 @@ QUESTIONS = [
 
 def run(tmp_path, records, name="out", **changes):
     data = write_data(tmp_path / f"{name}.json", records)
-    config = EvaluateConfig(str(STUDENT), str(data), str(IMAGES), out=str(tmp_path / name), max_new_tokens=6, device="cpu")
+    config = EvaluateConfig(
+        model=str(STUDENT), data=str(data), images=str(IMAGES), out=str(tmp_path / name), max_new_tokens=6, device="cpu"
+    )
     result = evaluate(EvaluateConfig(**{**vars(config), **changes}))
     lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
     return result, {line["id"]: line["prediction"] for line in map(json.loads, lines)}

@@ -8,6 +8,8 @@ import pytest
 from crashes import Crashes, crash_run
 from tiny_runs import content, numbered, write_cache, write_data
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+
 CHANCE = random.Random(7)
 FEW = [
     (place, Crashes(shard_format, steal, [4, CHANCE.randint(1, 2)], [CHANCE.random()], seconds=3.0))

@@ -168,6 +168,7 @@ def _change_first(features, done):
     done.set()
 
 
+@pytest.mark.slow
 def test_a_spawned_process_sees_the_same_tower_features_and_no_copy():
     features = SharedFeatures({"a": ("x", (8, 8)), "b": ("y", (9, 7))}, torch.zeros(2, 3, 4))
     context = multiprocessing.get_context("spawn")

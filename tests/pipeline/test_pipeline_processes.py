@@ -16,7 +16,10 @@ from tiny_runs import IMAGES, STUDENT, metrics, student_sha256, train, wait_unti
 from alignkd.pipeline.training.checkpoints import RECORD
 from alignkd.pipeline.training.deepspeed_configs import deepspeed_config
 
-SHARDINGS = ["ddp", "zero1", "zero2", "zero3"]
+pytestmark = pytest.mark.processes
+
+# DeepSpeed takes long to start.
+ZERO1, ZERO2, ZERO3 = (pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3"))
 TERMS = ("loss", "supervised", "reverse_kl", "attention", "vision_all", "vision_focus")
 
 
@@ -100,7 +103,7 @@ def assert_same_student(found, expected):
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS, indirect=True)
+@pytest.mark.parametrize("sharding", ["ddp", ZERO1, ZERO2, ZERO3], indirect=True)
 def test_two_processes_learn_what_one_with_twice_the_batch_learns(door, monkeypatch, data, cache, alone, tmp_path, sharding):
     """In the last step of an epoch one of the two has no sample left."""
     out = tmp_path / "out"
@@ -115,7 +118,7 @@ def test_two_processes_learn_what_one_with_twice_the_batch_learns(door, monkeypa
     assert_same_student(out, alone)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "zero2", "zero3"], indirect=True)
+@pytest.mark.parametrize("sharding", ["ddp", ZERO2, ZERO3], indirect=True)
 def test_half_precision_stays_near_single(door, monkeypatch, data, cache, alone, tmp_path, sharding):
     """DeepSpeed casts weights, and would cast rotary positions, too."""
     out = tmp_path / "out"
@@ -134,6 +137,7 @@ def test_accumulated_batches_learn_what_one_large_batch_learns(data, cache, alon
     assert_same_student(tmp_path / "out", alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["ddp", "zero2", "zero3"], indirect=True)
 def test_two_killed_processes_resume_to_the_same_student(door, monkeypatch, data, cache, tmp_path, sharding):
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -151,6 +155,7 @@ def test_two_killed_processes_resume_to_the_same_student(door, monkeypatch, data
     assert student_sha256(out) == student_sha256(whole)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_resumes_on_one(door, monkeypatch, data, cache, alone, tmp_path):
     out = tmp_path / "out"
     with launched(door, monkeypatch, *distill_arguments(data, cache, out, "--save-steps", 1)) as running:
@@ -171,6 +176,7 @@ def test_another_number_of_samples_a_step_is_no_resumption(data, cache, tmp_path
         train(data, cache, alone, epochs=3.0, batch_size=2, projector_learning_rate=3e-3, resume=True)
 
 
+@pytest.mark.slow
 def test_deepspeed_states_ask_for_as_many_processes_as_wrote_them(door, monkeypatch, data, cache, tmp_path):
     out = tmp_path / "out"
     arguments = distill_arguments(data, cache, out, "--deepspeed", "zero2", "--save-steps", 1)
@@ -182,7 +188,7 @@ def test_deepspeed_states_ask_for_as_many_processes_as_wrote_them(door, monkeypa
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "zero3"], indirect=True)
+@pytest.mark.parametrize("sharding", ["ddp", ZERO3], indirect=True)
 def test_samples_without_images_stall_no_process(door, monkeypatch, data, cache, tmp_path, sharding):
     """One process sees an image and the other none: both must meet in every layer."""
     chosen = tmp_path / "chosen.json"

@@ -6,6 +6,8 @@ import pytest
 from test_pipeline_processes import distill_arguments, run_job, sharding  # noqa: F401 - a fixture
 from tiny_runs import metrics, train, write_cache
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+
 TERMS = ("loss", "supervised", "reverse_kl", "attention", "vision_all", "vision_focus")
 
 

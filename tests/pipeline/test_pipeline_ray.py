@@ -178,6 +178,8 @@ def named(running, name):
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @needs_ray
 def test_a_cluster_of_which_an_actor_is_killed_writes_the_same_cache(door, tmp_path):
     data = write_data(tmp_path / "data.json", numbered(12))
@@ -199,6 +201,8 @@ def test_a_cluster_of_which_an_actor_is_killed_writes_the_same_cache(door, tmp_p
     assert psutil.wait_procs(everyone, timeout=10)[1] == []
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @needs_ray
 def test_a_signal_ends_a_cluster_with_exit_code_75(door, tmp_path):
     running = start(door, write_data(tmp_path / "data.json", numbered(12)), tmp_path / "cache")

@@ -142,6 +142,7 @@ def test_a_straggler_that_finishes_after_its_replacement_harms_nobody(tmp_path, 
     assert content(tmp_path / "cache") == content(cache)
 
 
+@pytest.mark.processes
 def test_identical_workers_at_once_harm_nobody(tmp_path, door, twelve, expected):
     arguments = ["cache-teacher", "--teacher", TEACHER, "--data", twelve, "--images", IMAGES, "--device", "cpu"]
     arguments += ["--shard-samples", 2, "--cache", tmp_path / "cache", "--rank", 0, "--world-size", 1]

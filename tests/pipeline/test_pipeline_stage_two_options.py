@@ -88,6 +88,7 @@ def test_lora_trains_updates_of_the_decoder_and_the_projector_alone_and_merges_t
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+@pytest.mark.slow
 def test_a_lora_run_resumes_to_the_same_student(data, cache, tmp_path, monkeypatch):
     settings = {"lora": True, "lora_rank": 4, "lora_dropout": 0.1, "learning_rate": 1e-2}
     train(data, cache, tmp_path / "whole", **settings)
@@ -104,7 +105,11 @@ def test_a_lora_run_resumes_to_the_same_student(data, cache, tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     "settings",
-    [{"group_by_length": True}, {"batch_tokens": 1200, "batch_size": None}, {"group_by_length": True, "batch_tokens": 1200}],
+    [
+        pytest.param({"group_by_length": True}, marks=pytest.mark.slow),
+        pytest.param({"batch_tokens": 1200, "batch_size": None}, marks=pytest.mark.slow),
+        {"group_by_length": True, "batch_tokens": 1200},
+    ],
     ids=["like lengths", "a budget", "both"],
 )
 def test_batches_by_length_see_every_sample_once_an_epoch_and_resume_exactly(data, cache, tmp_path, monkeypatch, settings):

@@ -190,7 +190,7 @@ def test_flags_that_have_arrived_are_looked_at_in_order(busy):
         watch.check()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_flags_of_a_gpu_arrive_without_a_synchronisation():
     watch = FiniteCheck()
     torch.cuda.set_sync_debug_mode("error")

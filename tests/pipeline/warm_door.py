@@ -95,6 +95,10 @@ class WarmDoor:
 
 
 def serve() -> None:
+    import alignkd.pipeline.evaluate.runner
+    import alignkd.pipeline.evaluate.show_sample
+    import alignkd.pipeline.stage_one.worker
+    import alignkd.pipeline.training.run  # noqa: F401
 
     _read_the_description_of_s3()
     gc.freeze()

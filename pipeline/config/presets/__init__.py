@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from alignkd.errors import ConfigError
+
 COMMANDS = ("cache-teacher", "distill")
 _FOLDER = Path(__file__).parent
 SHIPPED = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
@@ -17,23 +19,23 @@ def read_settings(name_or_file: str, command: str) -> dict[str, Any]:
     """The section of ``command``: option names without dashes, to values.
 
     Raises:
-        ValueError: no such settings, no YAML, an unknown section, or none for this command.
+        ConfigError: no such settings, no YAML, an unknown section, or none for this command.
     """
     path = _find(name_or_file)
     try:
         sections = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ValueError(f"settings file {path}: {error.strerror}") from error
+        raise ConfigError(f"settings file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"settings file {path} is not YAML: {error}") from error
+        raise ConfigError(f"settings file {path} is not YAML: {error}") from error
     expected = f"expected sections of options, of {', '.join(COMMANDS)}"
     if not isinstance(sections, dict):
-        raise ValueError(f"settings file {path} holds {type(sections).__name__}, {expected}")
+        raise ConfigError(f"settings file {path} holds {type(sections).__name__}, {expected}")
     unknown = [str(name) for name in sections if name not in COMMANDS]
     if unknown:
-        raise ValueError(f"settings file {path}: unknown {', '.join(unknown)}; {expected}")
+        raise ConfigError(f"settings file {path}: unknown {', '.join(unknown)}; {expected}")
     if not isinstance(sections.get(command), dict):
-        raise ValueError(f"settings file {path} holds no options for {command}; {expected}")
+        raise ConfigError(f"settings file {path} holds no options for {command}; {expected}")
     return {str(name): value for name, value in sections[command].items()}
 
 
@@ -42,4 +44,4 @@ def _find(name_or_file: str) -> Path:
         return Path(name_or_file)
     if name_or_file in SHIPPED:
         return _FOLDER / f"{name_or_file}.yaml"
-    raise ValueError(f"settings {name_or_file!r} are not known; known are {', '.join(SHIPPED)}, or a FILE.yaml")
+    raise ConfigError(f"settings {name_or_file!r} are not known; known are {', '.join(SHIPPED)}, or a FILE.yaml")

@@ -1,0 +1,129 @@
+"""Settings declared once: a dataclass field with its default, its range and its help text.
+
+The dataclass checks itself when it is made, and the command line reads the same declarations
+(:mod:`alignkd.pipeline.commands.from_config`). Needs no torch.
+"""
+
+import dataclasses
+import operator
+import os
+import types
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from alignkd.errors import ConfigError
+
+_KEY = "alignkd"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is declared of a field besides its type and default.
+
+    ``flag``: the name of the option, if it is not the name of the field. ``choices``: the values allowed.
+    ``default_text``: what help shows if the default is None. ``plain_flag``: ``--name`` without
+    ``--no-name``. ``comma_separated``: a tuple given as one word. ``nested``: the field is a dataclass of settings, whose
+    fields are options themselves.
+    """
+
+    help: str = ""
+    at_least: float | None = None
+    more_than: float | None = None
+    at_most: float | None = None
+    less_than: float | None = None
+    choices: tuple[Any, ...] = ()
+    flag: str = ""
+    metavar: str | None = None
+    default_text: str = ""
+    plain_flag: bool = False
+    comma_separated: bool = False
+    nested: bool = False
+
+    def refusal(self, value: Any) -> str:
+        """What was expected instead of a value; empty where it is allowed."""
+        if self.choices and value not in self.choices:
+            return f"one of {', '.join(map(str, self.choices))}"
+        limits = [
+            (self.at_least, "{} or more", operator.ge),
+            (self.more_than, "more than {}", operator.gt),
+            (self.at_most, "{} or less", operator.le),
+            (self.less_than, "less than {}", operator.lt),
+        ]
+        missed = [words.format(limit) for limit, words, holds in limits if limit is not None and not holds(value, limit)]
+        return " and ".join(missed)
+
+
+def setting(default: Any = dataclasses.MISSING, /, *, factory: Any = dataclasses.MISSING, **declared: Any) -> Any:
+    """A dataclass field that is a setting; ``declared``: the fields of :class:`Setting`. Without a default it is required."""
+    return dataclasses.field(default=default, default_factory=factory, metadata={_KEY: Setting(**declared)})
+
+
+def setting_of(field: dataclasses.Field[Any]) -> Setting | None:
+    """What was declared of a field; None for a field that is no setting."""
+    return field.metadata.get(_KEY)
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """The name of a setting on the command line, with its dashes."""
+    declared = setting_of(field)
+    name = (declared.flag if declared else "") or field.name.replace("_", "-")
+    return f"--{name}"
+
+
+def types_of(config: type[Any]) -> dict[str, tuple[type, ...]]:
+    """The types that each field takes, without None: ``{"epochs": (float,), "report_to": (tuple,)}``."""
+    return {name: _plain_types(hint) for name, hint in get_type_hints(config).items()}
+
+
+def _plain_types(hint: Any) -> tuple[type, ...]:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return tuple(plain for arm in get_args(hint) if arm is not type(None) for plain in _plain_types(arm))
+    if origin is Literal:
+        return tuple({type(value) for value in get_args(hint)})
+    return (origin or hint,)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A frozen dataclass of settings that refuses values of a wrong type or out of range when it is made.
+
+    Raises:
+        ConfigError: names the setting, the value and what was expected.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if (declared := setting_of(field)) is not None and not declared.nested:
+                self._check_field(field, declared)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other; a subclass may say which.
+
+        Raises:
+            ConfigError: names them.
+        """
+
+    def _check_field(self, field: dataclasses.Field[Any], declared: Setting) -> None:
+        value, accepted = getattr(self, field.name), types_of(type(self))[field.name]
+        if value is None and field.default is None:
+            return
+        if isinstance(value, os.PathLike) and str in accepted:
+            value = os.fspath(value)
+            object.__setattr__(self, field.name, value)
+        if isinstance(value, list) and tuple in accepted:
+            value = tuple(value)
+            object.__setattr__(self, field.name, value)
+        if not _is_of(value, accepted):
+            names = " or ".join(kind.__name__ for kind in accepted)
+            raise ConfigError(f"{flag_of(field)} is {value!r}: expected {names}")
+        for one in value if isinstance(value, tuple) else (value,):
+            if expected := declared.refusal(one):
+                raise ConfigError(f"{flag_of(field)} is {one!r}: expected {expected}")
+
+
+def _is_of(value: Any, accepted: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in accepted
+    return isinstance(value, accepted) or (float in accepted and isinstance(value, int))

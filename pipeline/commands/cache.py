@@ -1,0 +1,155 @@
+"""``alignkd cache``: look after a cache. No command here loads a model, or torch."""
+
+import dataclasses
+import json
+import sys
+
+import click
+
+from alignkd.errors import ConfigError
+from alignkd.pipeline.commands import options
+from alignkd.pipeline.commands.printing import print_figures
+from alignkd.pipeline.config.shared import SHARD_FORMATS
+
+
+@click.group("cache")
+def cache() -> None:
+    """Look into a cache: its progress, its soundness, its rows."""
+
+
+@cache.command("status")
+@click.argument("url")
+@click.option(
+    "--rejected", "rejected_file", type=click.Path(), help="Write every rejected sample and its reason to a JSONL file."
+)
+@options.as_json
+def cache_status(url: str, rejected_file: str | None, as_json: bool) -> None:
+    """Progress: shards and samples done and left, bytes by field, rate, time left, rejected samples. It may be running.
+
+    \b
+    Example:
+      alignkd cache status cache --rejected rejected.jsonl
+    """
+    from alignkd.cache_store.protocol.store import open_store
+    from alignkd.pipeline.cache_admin.status import status_figures
+
+    figures = status_figures(open_store(url))
+    if rejected_file is not None:
+        with open(rejected_file, "w") as file:
+            file.writelines(json.dumps(sample) + "\n" for sample in figures["rejected"])
+    print_figures(figures, as_json)
+
+
+@cache.command("verify")
+@click.argument("url")
+@click.option("--quick", is_flag=True, help="Compare records and sizes only; no content digest.")
+@options.as_json
+def cache_verify(url: str, quick: bool, as_json: bool) -> None:
+    """Audit a cache; the last line is a digest of its content.
+
+    The digest covers every row's key and values, whatever the sharding, order, time or format. Exit code 2 when anything
+    is wrong.
+
+    \b
+    Example:
+      alignkd cache verify cache
+    """
+    from alignkd.pipeline.cache_admin.audit import verify_with_progress
+
+    report = verify_with_progress(url, quick=quick)
+    figures = dataclasses.asdict(report) | {"incomplete": report.incomplete}
+    if as_json:
+        click.echo(json.dumps(figures))
+    else:
+        print_figures({k: v for k, v in figures.items() if k not in ("problems", "content_sha256")}, as_json=False)
+        for problem in report.problems:
+            click.echo(f"problem: {problem}")
+        click.echo(f"content sha256: {report.content_sha256 or '(not computed: --quick)'}")
+    if report.problems:
+        sys.exit(2)
+
+
+@cache.command("repair")
+@click.argument("url")
+@click.option(
+    "--min-age",
+    type=click.FloatRange(min=0),
+    default=3600.0,
+    help="Seconds; younger strays stay, as a running worker may be about to commit them.",
+)
+@options.as_json
+def cache_repair(url: str, min_age: float, as_json: bool) -> None:
+    """Drop everything that verify finds wrong, and sweep what crashes left; cache-teacher then rebuilds what is missing.
+
+    \b
+    Example:
+      alignkd cache repair cache
+    """
+    from alignkd.cache_store.protocol.repair import repair
+
+    report = repair(url, min_age_s=min_age)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report)))
+        return
+    for problem in report.problems:
+        click.echo(f"problem: {problem}")
+    for name in report.removed:
+        click.echo(f"removed: {name}")
+    click.echo(f"shards to do: {report.shards_to_do}" + ("; run alignkd cache-teacher again" if report.shards_to_do else ""))
+
+
+@cache.command("convert")
+@click.argument("source")
+@click.argument("target")
+@click.option(
+    "--format",
+    "shard_format",
+    type=click.Choice(SHARD_FORMATS),
+    help="Format of the target. [default: the one the source is not]",
+)
+@options.as_json
+def cache_convert(source: str, target: str, shard_format: str | None, as_json: bool) -> None:
+    """Copy a cache into the other shard format; the content sha256 stays the same. Resumes where it stopped.
+
+    \b
+    Example:
+      alignkd cache convert cache s3://bucket/cache
+    """
+    from alignkd.pipeline.cache_admin.audit import convert_with_progress
+    from alignkd.pipeline.cache_admin.status import status_figures
+
+    print_figures(status_figures(convert_with_progress(source, target, shard_format)), as_json)
+
+
+@cache.command("inspect")
+@click.argument("url")
+@click.option("--id", "sample_id", help="Decode the row of this sample.")
+@click.option("--save", help="Write the row's arrays to an .npz file.")
+@click.option("--plot", help="Draw the row's attention to a .png file.")
+@options.as_json
+def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str | None, as_json: bool) -> None:
+    """The specification and fingerprint, or one row decoded, in words and as a picture.
+
+    \b
+    Example:
+      alignkd cache inspect cache --id 000123 --save row.npz --plot row.png
+    """
+    from alignkd.cache_store.protocol.reader import CacheReader
+
+    reader = CacheReader(url)
+    if sample_id is None:
+        if save or plot:
+            raise ConfigError("--save and --plot need --id: they are about one row")
+        specification = {"shard_format": reader.shard_format, **reader.spec.to_dict()}
+        click.echo(json.dumps(specification, indent=None if as_json else 2))
+        return
+    import numpy as np
+
+    from alignkd.pipeline.cache_admin.row import find_row, plot_row, row_arrays, row_figures
+
+    row = find_row(reader, sample_id)
+    if save:
+        np.savez(save, **row_arrays(reader, row))  # type: ignore[arg-type]
+    if plot:
+        plot_row(reader, row, plot)
+    print_figures(row_figures(reader, row), as_json)

@@ -1,0 +1,27 @@
+"""``alignkd demo``."""
+
+import json
+from typing import Any
+
+import click
+
+from alignkd.pipeline.commands import options
+from alignkd.pipeline.commands.from_config import from_options, options_of
+from alignkd.pipeline.config.demo import DemoConfig
+
+
+@click.command("demo")
+@options_of(DemoConfig)
+@options.as_json
+def demo_command(as_json: bool, **given: Any) -> None:
+    """The whole path on easy-VQA, from image-text pairs to a distilled student, with a report.
+
+    \b
+    Example:
+      alignkd demo --out demo
+    """
+    config = from_options(DemoConfig, given)
+    from alignkd.pipeline.demo.run import demo
+
+    result = demo(config)
+    click.echo(json.dumps(result.figures) if as_json else result.text)

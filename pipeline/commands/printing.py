@@ -1,0 +1,38 @@
+"""Figures on standard output: aligned text for people, JSON for programs."""
+
+import json
+from typing import Any
+
+import click
+
+
+def print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    """Print one figure per line, or all as one JSON object."""
+    if as_json:
+        click.echo(json.dumps(figures, default=str))
+        return
+    width = max(len(name) for name in figures)
+    for name, value in figures.items():
+        click.echo(f"{name.replace('_', ' '):<{width}}  {_words(name, value)}")
+
+
+def _words(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(name, item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return "; ".join(_words("", item) for item in value) or "none"
+    if "bytes" in name and isinstance(value, int | float):
+        return _size(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.1f} {unit}" if unit != "B" else f"{count:,.0f} B"
+        count /= 1000
+    return f"{count:,.1f} TB"

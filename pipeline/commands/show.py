@@ -1,0 +1,35 @@
+"""``alignkd show``."""
+
+import json
+from typing import Any
+
+import click
+
+from alignkd.pipeline.commands import options
+from alignkd.pipeline.commands.from_config import from_options, options_of
+from alignkd.pipeline.commands.printing import print_figures
+from alignkd.pipeline.config.show import ShowConfig
+
+
+@click.command("show")
+@options_of(ShowConfig)
+@options.as_json
+def show_command(as_json: bool, **given: Any) -> None:
+    """One sample as the model sees it: its tokens, and where the text looks.
+
+    \b
+    Example:
+      alignkd show --model MobileVLM_V2-1.7B --data train.json --images images --id 000123 --plot attention.png
+    """
+    config = from_options(ShowConfig, given)
+    from alignkd.pipeline.evaluate.show_sample import show
+
+    shown = show(config)
+    if as_json:
+        click.echo(json.dumps({**shown.figures, "tokens": shown.tokens}))
+        return
+    click.echo("position      id  place         supervised  piece")
+    for token in shown.tokens:
+        mark = "yes" if token["supervised"] else ""
+        click.echo(f"{token['position']:8d}  {token['id']:6d}  {token['place']:<12}  {mark:<10}  {token['piece']}")
+    print_figures(shown.figures, as_json=False)

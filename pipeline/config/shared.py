@@ -1,0 +1,56 @@
+"""Settings that several jobs share."""
+
+from typing import Any
+
+from alignkd.settings import setting
+
+DEFAULT_MAX_LENGTH = 2048
+DTYPES = ("float32", "bfloat16", "float16")
+SHARD_FORMATS = ("zarr", "webdataset")
+ATTENTION_CODECS = ("sqrt8", "sqrt4", "float16", "int8-rows", "exact")
+VISION_CODECS = ("int8-rows", "int4-blocks", "float16", "exact")
+
+
+def data() -> Any:
+    """The data file."""
+    return setting(help="LLaVA-format JSON or JSON lines.")
+
+
+def images() -> Any:
+    """The folder of the images."""
+    return setting(None, help="Folder that image paths are relative to.")
+
+
+def template() -> Any:
+    """The prompt template."""
+    return setting(None, default_text="the model's", help="Prompt template.")
+
+
+def dtype(words: str) -> Any:
+    """A dtype, float32 by default."""
+    return setting("float32", choices=DTYPES, help=words)
+
+
+def device() -> Any:
+    """Where models run."""
+    return setting(None, default_text="the GPU where there is one", help="cpu, cuda, cuda:1 ...")
+
+
+def vision_tower() -> Any:
+    """Where the CLIP tower is, if the checkpoint does not hold it."""
+    return setting(None, help="Local folder of the CLIP tower, if the checkpoint names one that is not there.")
+
+
+def max_rejected() -> Any:
+    """How many samples may be rejected."""
+    return setting(100, at_least=0, help="Stop when more samples than this cannot be used.")
+
+
+def plugins() -> Any:
+    """Files with terms, metrics and families of the user's own."""
+    return setting(
+        (),
+        flag="plugin",
+        metavar="FILE.py",
+        help="Python file that registers terms, metrics or model families; may be repeated.",
+    )
