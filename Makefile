@@ -1,4 +1,4 @@
-# Commands for a newcomer; each does all its own set-up in .venv. Needs python >= 3.10 and make.
+# Commands for a newcomer; each does all its own set-up in .venv. Needs python >= 3.11 and make.
 #   make demo        the whole path on easy-VQA, about a quarter of an hour on two cores; ends with a report
 #   make test        make check, and every test that is not slow: under ten minutes on two cores
 #
@@ -6,6 +6,7 @@
 #   make check       ruff, mypy, import-linter: under a minute once their caches are warm
 #   make test-fast   the method, local caches, two families and one run of both stages: under two minutes
 #   make test-slow   real kills, several processes, Ray, DeepSpeed, the whole demo, a clean installation
+#   make docs        the documentation as a site, in build/docs
 #   make coverage    the tests of make test once more, with a report of the lines that none of them ran
 
 PYTHON ?= python3
@@ -25,7 +26,7 @@ PYTEST_OPTIONS ?=
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal $(PYTEST_OPTIONS)
 PARALLEL = -n $(WORKERS) --maxprocesses 8
 
-.PHONY: demo check test test-fast test-slow coverage format clean
+.PHONY: demo check test test-fast test-slow coverage format docs clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/alignkd demo --out $(OUT) --seed $(SEED) $(DEMO_OPTIONS)
@@ -56,8 +57,13 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs
+	rm -rf docs/api build/docs
+	$(BIN)/python -m sphinx --quiet -b html -d build/doctrees docs build/docs
+	@echo "open build/docs/index.html"
+
 $(VENV)/.installed-%: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("alignkd needs python 3.10 or newer; set PYTHON=") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -c 'import sys; sys.exit("alignkd needs python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'

@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from alignkd.models.checkpoints.tokenizer_files import load_tokenizer
 from alignkd.models.encoders.images import ImagePreprocessor
 from alignkd.models.families.mobilevlm import MobileVlmFamily
-from alignkd.models.loading import load_tokenizer, save_vlm
+from alignkd.models.loading import save_vlm
 from alignkd.models.modules.mobilevlm import MobileVlm, MobileVlmConfig
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.targets import TargetSettings

@@ -25,8 +25,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkd.cache_store.formats.registry import get_format
+from alignkd.cache_store.rows.encode import concatenate_rows, encode_row
 from alignkd.cache_store.rows.row import Row
-from alignkd.cache_store.rows.shard import encode_row, pack
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 from alignkd.inputs.batch import collate
 from alignkd.models.loading import load_vlm
@@ -195,7 +195,7 @@ def write(codec: LogitCodec, data: Data) -> tuple[dict[str, torch.Tensor], dict[
         Row(f"{i:032x}", str(i), "", {name: array[i * 100 : (i + 1) * 100] for name, array in values.items()})
         for i in range(len(data.hidden_AD) // 100)
     ]
-    shard = pack(spec, [encode_row(spec, row) for row in rows])
+    shard = concatenate_rows(spec, [encode_row(spec, row) for row in rows])
     sizes, tokens = {}, 100 * len(rows)
     for name in ("zarr", "webdataset"):
         sizes[name] = {

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from alignkd.cache_store.protocol.store import CacheStore, open_store
+from alignkd.cache_store.rows.encode import encode_row
 from alignkd.cache_store.rows.row import Row
-from alignkd.cache_store.rows.shard import encode_row
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.stage_one.planned_samples import find_samples

@@ -38,8 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils.generic import maybe_autocast
 
 from alignkd.cache_store.formats.registry import get_format
+from alignkd.cache_store.rows.encode import concatenate_rows, encode_row
 from alignkd.cache_store.rows.row import Row
-from alignkd.cache_store.rows.shard import encode_row, pack
 from alignkd.cache_store.rows.spec import CacheSpec
 from alignkd.capture.teacher_slice import TOWER, slice_sizes
 from alignkd.inputs.batch import Batch
@@ -181,7 +181,7 @@ def row_bytes(rows: int = 512) -> float:
         labels = np.where(np.arange(len(ids)) < len(ids) - ANSWERS, np.int32(IGNORE), ids)
         row = Row(f"{number:032x}", f"sample{number}", f"{number:064x}", {"input_ids": ids, "labels": labels})
         encoded.append(encode_row(spec, row))
-    return len(get_format("zarr").write_shard(pack(spec, encoded))) / rows
+    return len(get_format("zarr").write_shard(concatenate_rows(spec, encoded))) / rows
 
 
 def main() -> None:

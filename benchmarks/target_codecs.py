@@ -10,6 +10,7 @@ OMP_NUM_THREADS=1 python benchmarks/target_codecs.py --teacher DEMO/teacher/stud
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from transformers import set_seed
 
 from alignkd.cache_store.codecs import get_codec
 from alignkd.cache_store.formats.registry import get_format
+from alignkd.cache_store.rows.encode import concatenate_rows, encode_row
 from alignkd.cache_store.rows.row import EncodedField, Row
-from alignkd.cache_store.rows.shard import encode_row, pack
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 from alignkd.inputs.batch import Batch
 from alignkd.losses.recipes import Recipe
@@ -38,6 +39,10 @@ from alignkd.pipeline.data.easy_vqa import load_easy_vqa
 from alignkd.pipeline.stage_one.shard_work import rows
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
 from alignkd.targets.batch_targets import Targets
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from reference.codec_errors import error_bound
 
 ATTENTION = ("exact", "float16", "int8-rows", "sqrt8", "sqrt4")
 VISION = ("exact", "float16", "int8-rows", "int4-blocks")
@@ -70,13 +75,13 @@ def stored_bytes(name: str, codec: str, arrays: Sequence[np.ndarray]) -> float:
     """Bytes an array in a Zarr shard, compressed."""
     spec, shard_format = CacheSpec((field(name, codec),), {}), get_format("zarr")
     made = [encode_row(spec, Row(f"{i:032x}", "", "", {name: array})) for i, array in enumerate(arrays)]
-    return shard_format.field_bytes(spec, shard_format.write_shard(pack(spec, made)))[name] / len(arrays)
+    return shard_format.field_bytes(spec, shard_format.write_shard(concatenate_rows(spec, made)))[name] / len(arrays)
 
 
 def errors(codec: str, arrays: Sequence[np.ndarray]) -> tuple[float, float, float]:
     """Worst error, worst error stated, mean error."""
     found = [np.abs(roundtrip(codec, array) - array) for array in arrays]
-    stated = max(float(get_codec(codec).error_bound(array).max(initial=0)) for array in arrays)
+    stated = max(float(error_bound(codec, array).max(initial=0)) for array in arrays)
     mean = sum(float(e.sum(dtype=np.float64)) for e in found) / sum(e.size for e in found)
     return max(float(e.max(initial=0)) for e in found), stated, mean
 

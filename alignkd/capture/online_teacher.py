@@ -61,7 +61,7 @@ class OnlineTeacher:
     def fill(self, student: Vlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
         """See :class:`alignkd.objective.TargetSource`."""
         if self.shares_tower and batch.images.dim() == 4:
-            batch = replace(batch, images=student.model.model.run_tower(batch.images))
+            batch = replace(batch, images=student.run_tower(batch.images))
         with torch.autocast(batch.input_ids_BS.device.type, enabled=False):
             captured = capture(self.teacher, batch, attention="attention" in needs, layers=self.attention_layers)
         return batch, replace(

@@ -210,7 +210,7 @@ class TeacherSlice:
     def fill(self, student: Vlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
         """See :class:`alignkd.objective.TargetSource`."""
         if self.shares_tower and batch.images.dim() == 4:
-            batch = replace(batch, images=student.model.model.run_tower(batch.images))
+            batch = replace(batch, images=student.run_tower(batch.images))
         attention_BHTV, vision_BVD = self.targets(batch, attention="attention" in needs)
         return batch, replace(targets, attention_BHTV=attention_BHTV, vision_BVD=vision_BVD)
 

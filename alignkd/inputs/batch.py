@@ -190,3 +190,26 @@ def _pad(arrays: Sequence[np.ndarray], value: int, *, left: bool = False) -> tup
         padded[i, place] = array
         mask[i, place] = True
     return torch.from_numpy(padded), torch.from_numpy(mask)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes batches of one model's inputs (:attr:`alignkd.models.vlm.Vlm.collator`); can be sent to worker processes."""
+
+    tokens_per_placeholder: int
+    pad_token_id: int
+    image_token_id: int = IMAGE_TOKEN_ID
+
+    def __call__(self, inputs: Sequence[ModelInput], *, pad_left: bool = False) -> Batch:
+        """See :func:`collate`."""
+        return collate(
+            inputs,
+            tokens_per_placeholder=self.tokens_per_placeholder,
+            pad_token_id=self.pad_token_id,
+            image_token_id=self.image_token_id,
+            pad_left=pad_left,
+        )
+
+    def expand(self, given: ModelInput) -> Layout:
+        """See :func:`expand`."""
+        return expand(given.input_ids, given.labels, self.tokens_per_placeholder, self.image_token_id)

@@ -1,28 +1,34 @@
 """How a conversation with images becomes a model's input: the part of the contract that loader processes need.
 
-In two steps, because batches are laid out before any image is decoded: :meth:`Encoder.plan` knows the length, and
-:meth:`Encoder.finish` has the images.
+:meth:`Encoder.encode` does all at once. Stage one works in two steps, because it lays out its batches before it decodes any
+image: :meth:`Encoder.plan` knows the length, and :meth:`Encoder.finish` has the images.
+
+Shapes: L ids.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.prompts import Encoded, Turns
+from alignkd.inputs.spans import NO_SPANS
 
 
 @dataclass(frozen=True)
 class Planned:
     """A conversation before its images are loaded: ``length`` in positions, vision tokens among them.
 
-    ``encoded``: its ids and labels, where these do not depend on the images.
+    ``encoded`` and ``spans`` (``[L, 2]``, see :mod:`alignkd.inputs.spans`): its ids, labels and characters, where these do not
+    depend on the images, so that :meth:`Encoder.finish` need not tokenise again.
     """
 
     length: int
     encoded: Encoded | None = None
+    spans: np.ndarray = field(default_factory=lambda: NO_SPANS)
 
 
 class Encoder(Protocol):
@@ -33,20 +39,27 @@ class Encoder(Protocol):
     needs_sizes: bool
     """Whether the length of a sample depends on the sizes of its images."""
     with_spans: bool
-    """Whether inputs need to say which characters each id stands for; False lets an encoder save the time."""
+    """Whether inputs must say which characters each id stands for; False lets an encoder save the time."""
+
+    def encode(self, turns: Turns, images: Sequence[Any]) -> tuple[ModelInput, bool]:
+        """The input, and whether text was cut off; ``images`` as :meth:`load` gives them. Renders and tokenises once.
+
+        Raises:
+            PromptError: the conversation cannot be used, and why.
+        """
 
     def plan(self, turns: Turns, images: int, sizes: Sequence[tuple[int, int]] = ()) -> Planned:
-        """The first step, for a number of images or, where that matters, of (width, height) each.
+        """The first step, for a number of images or, where ``needs_sizes``, of (width, height) each.
 
         Raises:
             PromptError: the conversation cannot be used, and why.
         """
 
     def load(self, image: Image.Image) -> Any:
-        """What :meth:`finish` takes for one image."""
+        """What :meth:`encode` and :meth:`finish` take for one image."""
 
     def finish(self, turns: Turns, planned: Planned, images: Sequence[Any]) -> tuple[ModelInput, bool]:
-        """The second step: the input, and whether text was cut off.
+        """The second step, of what :meth:`plan` gave for these turns; as :meth:`encode`.
 
         Raises:
             PromptError: the conversation cannot be used, and why.

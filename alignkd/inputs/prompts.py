@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from alignkd.errors import SampleError
+
 Template = Literal["v1", "plain"]
 TEMPLATES: tuple[str, ...] = get_args(Template)
 
@@ -32,8 +34,8 @@ _END = "</s>"
 _ANSWER_MARK = " ASSISTANT: "
 
 
-class PromptError(ValueError):
-    """A conversation does not fit its template."""
+class PromptError(SampleError):
+    """A conversation that its template cannot hold."""
 
 
 def check_template(template: str, known: Sequence[str]) -> None:

@@ -1,6 +1,8 @@
-"""What most families of transformers have in common: one image token a vision token, and an encoder that can run by itself.
+"""What most families of transformers share: one image token for each vision token, and an image encoder that can run alone.
 
 A family adds what differs: where its parts are, and where its vision tokens lie in an image.
+
+Shapes: S positions, D width of the language model, M vision tokens of a batch.
 """
 
 import inspect
@@ -14,11 +16,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers import AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from alignkd.inputs.batch import Batch, ModelInput, collate
-from alignkd.inputs.prompts import PromptError, check_template
+from alignkd.errors import CheckpointError, wrap_errors
+from alignkd.inputs.batch import Batch, ModelInput
+from alignkd.inputs.prompts import check_template
 from alignkd.inputs.regions import region_without_coordinates
 from alignkd.models.encoders.chat import ChatEncoder
+from alignkd.models.encoders.processors import load_processor
+from alignkd.models.registry import UNLISTED, find_record
 from alignkd.models.vlm import Vision, Vlm, fingerprint
 
 _TOWERS = tuple(f"model.{name}" for name in ("vision_tower", "vision_model", "visual", "vision_encoder"))
@@ -31,14 +38,45 @@ _PROJECTORS = tuple(
 class TransformersVlm(Vlm):
     """A model of :class:`transformers.AutoModelForImageTextToText` with its processor."""
 
-    family: ClassVar[str] = "transformers"
     tower_path: ClassVar[str] = ""
-    """Where it is in the model; looked for under the usual names where a family does not say."""
+    """Name of the tower in the model; where it is empty, the usual names are tried."""
     projector_path: ClassVar[str] = ""
-    """As ``tower_path``."""
+    """Name of the projector; as ``tower_path``."""
     encoder_class: ClassVar[type[ChatEncoder]] = ChatEncoder
 
     processor: Any
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        vision_tower: Path | None,
+    ) -> "TransformersVlm":
+        """See :class:`alignkd.models.vlm.Vlm`; the tower is always the checkpoint's own."""
+        del vision_tower
+        kind = str(config["model_type"])
+        if find_record(kind) is UNLISTED and kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            raise CheckpointError(
+                f"{folder}/config.json: model_type is {kind!r}, which is no vision-language model known here: alignkd models"
+                " lists those that are"
+            )
+        processor = load_processor(folder, kind)
+        # transformers raises many kinds of error on files that are missing or damaged.
+        with wrap_errors(CheckpointError, f"{folder}: the model cannot be read"):
+            model, found = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+        for what in ("missing_keys", "mismatched_keys"):
+            if names := sorted(map(str, found[what])):
+                raise CheckpointError(f"{folder}: the weights have {what.replace('_', ' ')}: {', '.join(names[:4])}")
+        model.eval().to(device)
+        vlm = cls(model, processor.tokenizer, folder, processor)
+        vlm.check()
+        return vlm
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -47,7 +85,7 @@ class TransformersVlm(Vlm):
 
     @property
     def image_token_id(self) -> int:
-        """The id that each vision token's place has."""
+        """The id that stands for one vision token."""
         config = self.model.config
         found = getattr(config, "image_token_id", None)
         return int(found if found is not None else config.image_token_index)
@@ -64,12 +102,12 @@ class TransformersVlm(Vlm):
 
     @property
     def tower(self) -> nn.Module:
-        """Kept frozen."""
+        """The vision tower, under the name of its family or a usual one."""
         return self._part(self.tower_path, _TOWERS)
 
     @property
     def projector(self) -> nn.Module:
-        """Between tower and language model."""
+        """The projector, under the name of its family or a usual one."""
         return self._part(self.projector_path, _PROJECTORS)
 
     def _part(self, path: str, usual: tuple[str, ...]) -> nn.Module:
@@ -88,7 +126,7 @@ class TransformersVlm(Vlm):
 
     @property
     def end_token_ids(self) -> list[int]:
-        """Those of its generation settings, and the tokenizer's."""
+        """The end tokens of its generation settings, and the tokenizer's."""
         found = self.model.generation_config.eos_token_id
         ids = {*(found if isinstance(found, list) else [found]), self.tokenizer.eos_token_id}
         return sorted(int(token) for token in ids if token is not None)
@@ -115,57 +153,66 @@ class TransformersVlm(Vlm):
         size: tuple[int, int],
         tokens: int,
     ) -> list[np.ndarray]:
-        """A family that does not know gives no place."""
+        """No coordinates, where a family does not say more."""
         return [region_without_coordinates(index, tokens)]
 
     def check(self) -> None:
-        """Refuse a model that the contract does not fit, before any data is read.
+        """Refuse a model that does not fulfil the contract, before any data is read.
 
         Raises:
-            ValueError: names what is missing, or what is wrong with its prompts.
+            CheckpointError: names what is missing, or what is wrong with its prompts.
         """
-        missing = [part for part, there in self._parts().items() if not there]
+        kind = self.model.config.model_type
+        with wrap_errors(CheckpointError, f"{self.folder}: a model of type {kind!r} lacks what Align-KD needs"):
+            missing = [part for part, there in self._parts().items() if not there]
         if missing:
-            kind = self.model.config.model_type
-            raise ValueError(f"{self.folder}: a model of type {kind!r} lacks {', '.join(missing)}: it cannot be aligned")
+            raise CheckpointError(f"{self.folder}: a model of type {kind!r} lacks {', '.join(missing)}: it is not supported")
+        self._check_prompts()
+
+    def _check_prompts(self) -> None:
+        """Make one prompt: the tokenizer, processor, template and settings are read here for the first time."""
         try:
-            assert len(self._grey.images)
-        except PromptError as error:
-            raise ValueError(f"{self.folder}: prompts of this model cannot be made: {error}") from error
+            prompt, _ = self._grey, self.end_token_ids
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{self.folder}: prompts of this model cannot be made: {str(error)[:300]}") from error
+        if not len(prompt.images):
+            raise CheckpointError(f"{self.folder}: its processor gives no pixel values for an image; is it another model's?")
 
     def _parts(self) -> dict[str, bool]:
-        """What the contract asks of a model, and whether it is there."""
+        """What the contract needs of a model, and whether it is there."""
         base = getattr(self.model, "model", None)
         takes = inspect.signature(base.forward).parameters if base is not None else {}
         layers = getattr(self.model.get_decoder(), "layers", None)
         ids = ("image_token_id", "image_token_index")
         return {
-            "an encoder of images that runs by itself": hasattr(base, "get_image_features") and "mm_encoder_outputs" in takes,
+            "an image encoder that runs alone": hasattr(base, "get_image_features") and "mm_encoder_outputs" in takes,
             f"a vision tower by one of the names {', '.join(_TOWERS)}": hasattr(self, "tower"),
             f"a projector by one of the names {', '.join(_PROJECTORS)}": hasattr(self, "projector"),
-            "self-attention in its first layer": layers is not None and hasattr(layers[0], "self_attn"),
-            "an id for the places of vision tokens": any(getattr(self.model.config, name, None) is not None for name in ids),
+            "self-attention in its first layer": layers is not None and len(layers) > 0 and hasattr(layers[0], "self_attn"),
+            "an id that stands for vision tokens": any(getattr(self.model.config, name, None) is not None for name in ids),
             "an output head": self.head is not None,
         }
 
     def encode_images(self, batch: Batch) -> Vision | None:
-        """Run the model's own encoder of images.
+        """Run the model's own image encoder.
 
         Raises:
-            ValueError: it gives more or fewer vision tokens than the processor wrote places for.
+            CheckpointError: it gives more or fewer vision tokens than the processor wrote placeholders.
         """
         if not batch.images.numel():
             return None
         given = {name: value for name, value in batch.image_inputs.items() if name in self._feature_inputs}
-        passed = self.model.model.get_image_features(pixel_values=self._pixels(batch), **given, return_dict=True)
-        tokens_MD = _flat(passed.pooler_output)
+        features = self.model.model.get_image_features(pixel_values=self._pixels(batch), **given, return_dict=True)
+        tokens_MD = _flat(features.pooler_output)
         if len(tokens_MD) != len(batch.vision_positions):
-            raise ValueError(
-                f"{self.folder}: the model gives {len(tokens_MD)} vision tokens where {len(batch.vision_positions)} places are"
+            raise CheckpointError(
+                f"{self.folder}: the model gives {len(tokens_MD)} vision tokens for {len(batch.vision_positions)} placeholders"
                 f" in the prompt (id {self.image_token_id}): the processor's settings (such as patch_size in"
                 " processor_config.json) or image_token_id in config.json are of another checkpoint"
             )
-        return Vision(tokens_MD, passed)
+        return Vision(tokens_MD, features)
 
     def decode(self, batch: Batch, vision: Vision | None, **kwargs: Any) -> torch.Tensor:
         """See :class:`alignkd.models.vlm.Vlm`."""
@@ -179,12 +226,12 @@ class TransformersVlm(Vlm):
         return hidden_BSD
 
     def zero_projector_loss(self) -> torch.Tensor:
-        """Of a grey image."""
+        """Computed from a grey image."""
         return self._encode_grey_image().tokens_MD.float().sum() * 0.0
 
     def _encode_grey_image(self) -> Vision:
-        vision = self.encode_images(self.batch_of([self._grey]).to(self.device))
-        assert vision is not None
+        vision = self.encode_images(self.collate([self._grey]).to(self.device))
+        assert vision is not None, "the batch has an image"
         return vision
 
     @cached_property
@@ -193,25 +240,21 @@ class TransformersVlm(Vlm):
         encoder = self.encoder(own, 2**20)
         return encoder.question([("human", "<image>\na"), ("gpt", "b")], [Image.new("RGB", (64, 64), (128, 128, 128))])
 
-    def batch_of(self, inputs: list[ModelInput]) -> Batch:
-        """Inputs of this family in one batch."""
-        return collate(inputs, tokens_per_placeholder=1, pad_token_id=self.pad_token_id, image_token_id=self.image_token_id)
-
     def generation_inputs(self, batch: Batch) -> Mapping[str, Any]:
         """See :class:`alignkd.models.vlm.Vlm`."""
         pixels = {"pixel_values": self._pixels(batch)} if batch.images.numel() else {}
         return {**pixels, **self._extra(batch)}
 
     def image_fingerprint(self) -> str:
-        """Of the image processor's settings."""
+        """Digest of the image processor's settings."""
         return fingerprint(self.processor.image_processor.to_dict())
 
     def template_fingerprint(self) -> str:
-        """Of the chat template."""
+        """Digest of the chat template."""
         return fingerprint(self.processor.chat_template)
 
     def save(self, folder: Path) -> None:
-        """With transformers' own means."""
+        """In the form of transformers."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
@@ -235,7 +278,7 @@ class TransformersVlm(Vlm):
 
 
 def _flat(features: Any) -> torch.Tensor:
-    """Features by image, however they come, to ``[M, D]``."""
+    """Features of all images, a tensor or nested lists of tensors, as ``[M, D]``."""
     if isinstance(features, torch.Tensor):
         return features.reshape(-1, features.shape[-1])
     return torch.cat([_flat(part) for part in features])

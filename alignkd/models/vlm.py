@@ -1,15 +1,17 @@
-"""The contract every family meets: what Align-KD needs of a vision-language model, and nothing more.
+"""The contract of every model family: what Align-KD needs of a vision-language model, and nothing more.
 
 Where its vision tokens stand, what the projector gives, the hidden states that the output head reads, which parts are frozen,
-how a conversation becomes ids and labels, and how it is saved. One implementation a family; see :mod:`alignkd.models.families`.
+how a conversation becomes ids and labels, and how it is loaded and saved. Each family in :mod:`alignkd.models.families`
+implements it; what can be said of a family without loading a model is in its record (:mod:`alignkd.models.registry`).
 
-Shapes: B samples, S positions, D width of the language model, M vision tokens of a whole batch, A answers.
+Shapes: B samples, S positions, D width of the language model, M vision tokens of a whole batch, N images, P patches,
+C tower width.
 """
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,13 +19,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from alignkd.inputs.batch import Batch
+from alignkd.errors import CheckpointError
+from alignkd.inputs.batch import Batch, Collator, ModelInput
 from alignkd.inputs.encoder import Encoder
+from alignkd.models.registry import FamilyRecord, find_record
 
 
 @dataclass(frozen=True)
 class Vision:
-    """Vision tokens of a batch's images, one after the other, ``[M, D]``; ``passed`` is what decoding needs besides."""
+    """Vision tokens of a batch's images, one after the other, ``[M, D]``; ``encoder_outputs`` is what else decoding needs."""
 
     tokens_MD: torch.Tensor
     encoder_outputs: Any = None
@@ -33,19 +37,53 @@ class Vision:
 class Vlm(ABC):
     """A loaded vision-language model with its tokenizer."""
 
-    family: ClassVar[str]
-    without_slice: ClassVar[str] = "slices are made of MobileVLM's parts alone so far"
-    """Why its targets cannot be recomputed from a slice of the teacher; empty where they can."""
-    one_image: ClassVar[str] = ""
-    """Why a sample may not have several images; empty where it may."""
-    without_coordinates: ClassVar[str] = ""
-    """Why its vision tokens lie nowhere in the image, so that only a model of the same family can be its student."""
     caches_tower: ClassVar[bool] = False
     """Whether batches may carry ready features of the frozen tower instead of pixel values."""
+    has_official_layout: ClassVar[bool] = False
+    """Whether it can be saved in the layout of its official release, too."""
 
     model: Any
     tokenizer: Any
     folder: Path
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        vision_tower: Path | None,
+    ) -> "Vlm":
+        """Load a checkpoint folder, of which ``config`` is the ``config.json``.
+
+        ``vision_tower``: folder of a tower that the checkpoint lacks.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or the files do not belong together.
+        """
+
+    @property
+    def record(self) -> FamilyRecord:
+        """What is said of its family in the registry."""
+        return find_record(self.model.config.model_type)
+
+    @property
+    def family(self) -> str:
+        """The family's name."""
+        return self.record.family
+
+    @property
+    def without_slice(self) -> str:
+        """Why its targets cannot be recomputed from a slice of the teacher; empty where they can."""
+        return self.record.without_slice
+
+    @property
+    def without_coordinates(self) -> str:
+        """Why its vision tokens have no coordinates in the image; empty where they have."""
+        return self.record.without_coordinates
 
     @property
     @abstractmethod
@@ -55,12 +93,12 @@ class Vlm(ABC):
     @property
     @abstractmethod
     def image_token_id(self) -> int:
-        """The id in ``input_ids`` of a place that vision tokens take."""
+        """The id in ``input_ids`` that vision tokens replace."""
 
     @property
     @abstractmethod
     def tokens_per_placeholder(self) -> int:
-        """Vision tokens that one such id becomes."""
+        """Vision tokens that replace one image token id."""
 
     @property
     @abstractmethod
@@ -84,10 +122,10 @@ class Vlm(ABC):
 
     @abstractmethod
     def encoder(self, template: str, max_length: int) -> Encoder:
-        """What makes inputs of samples.
+        """What turns samples into inputs.
 
         Raises:
-            ValueError: it does not know the template.
+            ConfigError: it does not know the template.
         """
 
     @abstractmethod
@@ -100,7 +138,7 @@ class Vlm(ABC):
 
     @abstractmethod
     def zero_projector_loss(self) -> torch.Tensor:
-        """Zero, with a zero gradient for the projector: of an image that no sample has."""
+        """Zero, with a zero gradient for the projector: computed from an image that belongs to no sample."""
 
     @abstractmethod
     def image_fingerprint(self) -> str:
@@ -109,6 +147,34 @@ class Vlm(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write model, tokenizer and preprocessing so that :func:`alignkd.models.loading.load_vlm` reads them."""
+
+    def save_official(self, folder: Path) -> None:
+        """Write it in the layout of its official release; for families with :attr:`has_official_layout`.
+
+        Raises:
+            CheckpointError: the family has no such layout.
+        """
+        raise CheckpointError(
+            f"{folder}: the family {self.family} ({self.folder}) has no official layout; save it in Hugging Face form"
+        )
+
+    @property
+    def collator(self) -> Collator:
+        """What makes batches of its inputs; small, and can be sent to worker processes."""
+        return Collator(self.tokens_per_placeholder, self.pad_token_id, self.image_token_id)
+
+    def collate(self, inputs: Sequence[ModelInput], *, pad_left: bool = False) -> Batch:
+        """Inputs in one batch, on the host; ``pad_left``: to generate from it."""
+        return self.collator(inputs, pad_left=pad_left)
+
+    def run_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features of the frozen tower: ``[N, 3, h, w] -> [N, P, C]``; for families with :attr:`caches_tower`."""
+        raise NotImplementedError(f"the family {self.family} has no tower features apart from its vision tokens")
+
+    @property
+    def tower_feature_shape(self) -> tuple[int, int]:
+        """P and C: patches and width of one image's tower features; for families with :attr:`caches_tower`."""
+        raise NotImplementedError(f"the family {self.family} has no tower features apart from its vision tokens")
 
     @property
     def default_template(self) -> str:
@@ -147,48 +213,48 @@ class Vlm(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device the model is on."""
         return self.model.device  # type: ignore[no-any-return]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of its weights."""
+        """Dtype of its weights."""
         return self.model.dtype  # type: ignore[no-any-return]
 
     @property
     def pad_token_id(self) -> int:
-        """What fills shorter samples of a batch; masked everywhere."""
+        """The id that pads shorter samples of a batch; masked everywhere."""
         found = self.tokenizer.pad_token_id
         return int(found if found is not None else self.tokenizer.eos_token_id or 0)
 
     @property
     def end_token_ids(self) -> list[int]:
-        """What ends an answer."""
+        """The ids that end an answer."""
         return [int(self.tokenizer.eos_token_id)]
 
     def answer_text(self, ids: list[int]) -> str:
-        """What generated ids say, without what ends an answer."""
+        """Text of generated ids, without what ends an answer."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text.strip()
 
     def freeze_tower(self) -> None:
-        """Keep the tower as it is: no gradients, evaluation mode; a projector inside of it is trained all the same."""
+        """Freeze the tower: no gradients, evaluation mode. A projector inside of it is still trained."""
         trained = [parameter for parameter in self.projector.parameters() if parameter.requires_grad]
         self.tower.requires_grad_(False).eval()
         for parameter in trained:
             parameter.requires_grad_(True)
 
     def generation_inputs(self, batch: Batch) -> Mapping[str, Any]:
-        """What ``model.generate`` takes besides ids and mask."""
+        """What ``model.generate`` takes in addition to ids and mask."""
         # A batch of text alone must not name pixel values at all: generation would send None through the tower.
         return {"pixel_values": batch.images.to(self.dtype)} if batch.images.numel() else {}
 
     def tokenizer_fingerprint(self, limit: int | None = None) -> str:
         """Digest of the vocabulary, the special tokens and the ids of a probe text.
 
-        ``limit``: of the ids below it alone, to compare a tokenizer with one that extends it. Then the padding token is left
-        out, which takes no part in targets, and so are special tokens in the probe text, around which tokenizers of one
-        vocabulary split otherwise.
+        ``limit``: only of the ids below it, to compare a tokenizer with one that extends it. Then the padding token is left
+        out, since no target depends on it, and so are special tokens in the probe text, since tokenizers of one vocabulary
+        split differently around them.
         """
         tokenizer, words = self.tokenizer, "A probe:  two spaces,\na line, caf\u00e9,"
         ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
@@ -202,7 +268,7 @@ class Vlm(ABC):
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def template_fingerprint(self) -> str:
-        """Digest of what a template's name does not say; empty where it says all."""
+        """Digest of the prompt template's text; empty where the template's name determines it."""
         return ""
 
     def weights_fingerprint(self) -> str:
@@ -211,14 +277,14 @@ class Vlm(ABC):
 
 
 def fingerprint(settings: Any) -> str:
-    """SHA-256 over plain settings."""
+    """SHA-256 of plain settings as JSON."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def module_fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a module's state, independent of file layout and device.
 
-    ``dtype``: what it would be were the module loaded in another dtype.
+    ``dtype``: as if the module had been loaded in that dtype.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):

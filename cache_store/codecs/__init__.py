@@ -1,7 +1,7 @@
-"""Quantisers: how one array of targets becomes the named parts that are stored, and how far the way back may stray.
+"""Codecs: one array of targets <-> the named parts that are stored. Most keep fewer bits and lose precision.
 
-A codec makes values smaller by keeping less of them. Squeezing the parts further, without loss, is the shard's work.
-Every codec states a worst-case error for each element, so cached training can be compared with online training.
+A codec reduces precision only; the shard format compresses the parts without loss. Each codec states its largest error
+per element (in its docstring and in docs/cache-format.md), so that cached training can be compared with online training.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from alignkd.cache_store.codecs.contract import Array, Codec, Layout, Shape
 from alignkd.cache_store.codecs.integers import Int4Blocks, Int8Rows
 from alignkd.cache_store.codecs.plain import Exact, Float16
 from alignkd.cache_store.codecs.probabilities import SquareRoot
+from alignkd.errors import ConfigError
 
 __all__ = ["CODECS", "Array", "Codec", "Layout", "Shape", "get_codec"]
 
@@ -24,7 +25,11 @@ CODECS: dict[str, Codec] = {
 
 
 def get_codec(name: str) -> Codec:
-    """The codec called ``name``; ValueError that lists the known ones."""
+    """The codec of this name.
+
+    Raises:
+        ConfigError: unknown name; the message lists the known ones.
+    """
     if name not in CODECS:
-        raise ValueError(f"unknown codec {name!r}: expected one of {', '.join(sorted(CODECS))}")
+        raise ConfigError(f"unknown codec {name!r}: expected one of {', '.join(sorted(CODECS))}")
     return CODECS[name]

@@ -1,4 +1,4 @@
-"""Codecs of float32 as small signed integers, made for vision tokens: a scale for each token, or for each block of one."""
+"""float32 as small signed integers, for vision tokens: one scale per token, or per block of 64 of its values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from alignkd.cache_store.codecs.contract import (
     Array,
     Layout,
     Shape,
+    little_endian,
     require_at_most,
     require_finite,
     require_float32,
     require_rows,
     round_up_to_float16,
-    stored,
 )
-from alignkd.cache_store.codecs.nibbles import pack, packed_shape, unpack
+from alignkd.cache_store.codecs.nibbles import pack_nibbles, packed_shape, unpack_nibbles
 
 INT8_MAX = 127
 INT4_MAX = 7
@@ -28,16 +28,23 @@ BLOCK = 64
 
 
 class Int8Rows:
-    """float32 as symmetric int8 with one float32 scale for each vector along the last axis: an error of scale / 2."""
+    """float32 as symmetric int8, with one float32 scale per vector along the last axis.
+
+    Error: at most scale / 2 (and the rounding of float32); a scale is 1/127 of the vector's largest absolute value.
+    """
 
     def layout(self, shape: Shape, dtype: np.dtype[Any]) -> Layout:
-        """``codes`` like the array, ``scales`` without its last axis."""
+        """``codes`` have the shape of the array, ``scales`` lack its last axis."""
         require_float32("int8-rows", dtype)
         require_rows("int8-rows", shape)
-        return {"codes": (shape, np.dtype(np.int8)), "scales": (shape[:-1], stored(np.dtype(np.float32)))}
+        return {"codes": (shape, np.dtype(np.int8)), "scales": (shape[:-1], little_endian(np.dtype(np.float32)))}
 
     def encode(self, array: Array) -> dict[str, Array]:
-        """Rounded to nearest; ValueError for NaN and infinities."""
+        """Round to nearest.
+
+        Raises:
+            ConfigError: NaN or infinities.
+        """
         _, dtype = self.layout(array.shape, array.dtype)["scales"]
         require_finite("int8-rows", array)
         scales = self._scales(array)
@@ -53,56 +60,51 @@ class Int8Rows:
         decoded: Array = parts["codes"].reshape(shape) * scales[..., None]
         return decoded
 
-    def error_bound(self, array: Array) -> NDArray[np.float64]:
-        """Half a step, plus what float32 adds when it rounds scale, quotient and product, subnormal scales included."""
-        scales = self._scales(array).astype(np.float64)[..., None]
-        return scales * (0.5 + INT8_MAX * 2.0**-22) + 2.0**-142
-
     @staticmethod
     def _scales(array: Array) -> NDArray[np.float32]:
-        # Rounded down, so that 127 * scale never passes the largest value of the row, and so never overflows.
+        # Rounded down, so that 127 * scale is never above the largest value of the row, and never overflows.
         exact = np.abs(array, dtype=np.float64).max(axis=-1, initial=0) / INT8_MAX
         scales = np.asarray(exact, dtype=np.float32)
         return np.where(scales > exact, np.nextafter(scales, np.float32(0)), scales)
 
 
 class Int4Blocks:
-    """float32 as symmetric integers of -7 to 7, two a byte, one float16 scale for 64 values along the last axis.
+    """float32 as symmetric integers from -7 to 7, two per byte, with one float16 scale per 64 values along the last axis.
 
-    The error is scale / 2, the scale a seventh of the block's largest value, rounded up. The last block may be shorter.
+    Error: at most scale / 2 (and the rounding of float32); a scale is 1/7 of the block's largest absolute value, rounded up.
+    The last block may be shorter.
     """
 
     def layout(self, shape: Shape, dtype: np.dtype[Any]) -> Layout:
-        """``codes`` half as long in the last axis, ``scales`` a 64th as long, both rounded up."""
+        """The last axis of ``codes`` is half as long as the array's, that of ``scales`` 1/64 as long, both rounded up."""
         require_float32("int4-blocks", dtype)
         require_rows("int4-blocks", shape)
         return {
             "codes": (packed_shape(shape), np.dtype(np.uint8)),
-            "scales": ((*shape[:-1], -(-shape[-1] // BLOCK)), stored(np.dtype(np.float16))),
+            "scales": ((*shape[:-1], -(-shape[-1] // BLOCK)), little_endian(np.dtype(np.float16))),
         }
 
     def encode(self, array: Array) -> dict[str, Array]:
-        """Rounded to nearest; ValueError for NaN, infinities and |x| > 7 * 65504."""
+        """Round to nearest.
+
+        Raises:
+            ConfigError: NaN, infinities, or values beyond 7 * 65504.
+        """
         _, dtype = self.layout(array.shape, array.dtype)["scales"]
         require_finite("int4-blocks", array)
         require_at_most("int4-blocks", INT4_MAX * FLOAT16_MAX, array)
         scales = self._scales(array)
         codes = np.rint(array / self._spread(_divisors(scales).astype(np.float32), array.shape)).astype(np.int8)
-        # Of the two's complement the low half: so a zero is a zero, in padding too.
-        return {"codes": pack((codes & 15).astype(np.uint8)), "scales": scales.astype(dtype, copy=False)}
+        # The low half of the two's complement: so the code of zero is zero, and padding decodes to zero.
+        return {"codes": pack_nibbles((codes & 15).astype(np.uint8)), "scales": scales.astype(dtype, copy=False)}
 
     def decode(self, parts: Mapping[str, Array], shape: Shape) -> Array:
         """float32 [shape]."""
         scales_shape, _ = self.layout(shape, np.dtype(np.float32))["scales"]
         scales = parts["scales"].astype(np.float32).reshape(scales_shape)
-        codes = (unpack(parts["codes"], shape) ^ 8).astype(np.int8) - np.int8(8)
+        codes = (unpack_nibbles(parts["codes"], shape) ^ 8).astype(np.int8) - np.int8(8)
         decoded: Array = codes * self._spread(scales, shape)
         return decoded
-
-    def error_bound(self, array: Array) -> NDArray[np.float64]:
-        """Half a step, plus what float32 adds when it rounds the quotient, or a scale too small for it to zero."""
-        scales = self._spread(self._scales(array).astype(np.float64), array.shape)
-        return scales * (0.5 + INT4_MAX * 2.0**-22) + 2.0**-147
 
     @staticmethod
     def _scales(array: Array) -> NDArray[np.float16]:
@@ -118,5 +120,5 @@ class Int4Blocks:
 
 
 def _divisors(scales: Array) -> Array:
-    # Where everything is zero the scale is zero: dividing by one instead keeps the codes zero.
+    # If all values are zero, so is the scale; dividing by one instead keeps the codes zero.
     return np.where(scales > 0, scales, scales.dtype.type(1))

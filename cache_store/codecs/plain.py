@@ -1,4 +1,4 @@
-"""Codecs without a scale: values as they are, or rounded to float16."""
+"""Codecs without a scale: values unchanged, or rounded to float16."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from alignkd.cache_store.codecs.contract import (
     FLOAT16_MAX,
     Array,
     Layout,
     Shape,
+    little_endian,
     require_at_most,
     require_finite,
     require_float32,
-    stored,
 )
+from alignkd.errors import ConfigError
 
 
 class Exact:
-    """Integers and floats as they are."""
+    """Integers and floats, unchanged. Error: 0."""
 
     def layout(self, shape: Shape, dtype: np.dtype[Any]) -> Layout:
-        """One part, like the array."""
+        """One part, ``values``, with the shape and dtype of the array."""
         if dtype.kind not in "iuf" or dtype.itemsize > 8:
-            raise ValueError(f"codec 'exact' stores integers and floats of up to 8 bytes, not {dtype}")
-        return {"values": (shape, stored(dtype))}
+            raise ConfigError(f"codec 'exact' stores integers and floats of up to 8 bytes, not {dtype}")
+        return {"values": (shape, little_endian(dtype))}
 
     def encode(self, array: Array) -> dict[str, Array]:
         """The array itself, in the stored byte order."""
@@ -35,25 +35,25 @@ class Exact:
         return {"values": array.astype(dtype, copy=False)}
 
     def decode(self, parts: Mapping[str, Array], shape: Shape) -> Array:
-        """A copy, so that a caller who writes into it does not write into the shard."""
+        """A copy, so that a caller who writes into it does not change the shard."""
         values = parts["values"]
         return values.astype(values.dtype.newbyteorder("=")).reshape(shape)
 
-    def error_bound(self, array: Array) -> NDArray[np.float64]:
-        """Zero."""
-        return np.zeros((1,) * array.ndim)
-
 
 class Float16:
-    """float32 rounded to float16: a relative error of 2^-11, and 2^-25 absolute near zero."""
+    """float32 rounded to float16. Error: at most max(2^-11 |x|, 2^-25)."""
 
     def layout(self, shape: Shape, dtype: np.dtype[Any]) -> Layout:
-        """One part, half as wide."""
+        """One part, ``values``, with the shape of the array."""
         require_float32("float16", dtype)
-        return {"values": (shape, stored(np.dtype(np.float16)))}
+        return {"values": (shape, little_endian(np.dtype(np.float16)))}
 
     def encode(self, array: Array) -> dict[str, Array]:
-        """Rounded to nearest; ValueError for NaN, infinities and |x| > 65504, which float16 cannot hold."""
+        """Round to nearest.
+
+        Raises:
+            ConfigError: NaN, infinities, or values beyond 65504, which float16 cannot hold.
+        """
         _, dtype = self.layout(array.shape, array.dtype)["values"]
         require_finite("float16", array)
         require_at_most("float16", FLOAT16_MAX, array)
@@ -62,7 +62,3 @@ class Float16:
     def decode(self, parts: Mapping[str, Array], shape: Shape) -> Array:
         """float32 [shape]."""
         return parts["values"].astype(np.float32).reshape(shape)
-
-    def error_bound(self, array: Array) -> NDArray[np.float64]:
-        """Half a unit in the last place: of the value where float16 is normal, of the smallest step below that."""
-        return np.maximum(np.abs(array, dtype=np.float64) * 2.0**-11, 2.0**-25)

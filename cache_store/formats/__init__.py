@@ -1,1 +1,1 @@
-"""Shards as bytes: Zarr and WebDataset."""
+"""Shard formats: a shard <-> the bytes of one object, as Zarr or as WebDataset."""

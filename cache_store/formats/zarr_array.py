@@ -1,6 +1,6 @@
-"""One array as a Zarr array (format 3) that is one Zarr shard: its metadata, its bytes, and the way back.
+"""One array <-> a Zarr array (format 3) that is one Zarr shard: its metadata and its bytes.
 
-Needs zarr 3 when it is used, not when it is imported.
+zarr is imported when an array is written, not before: reading does not need it.
 """
 
 from __future__ import annotations
@@ -12,23 +12,12 @@ from typing import Any
 import numpy as np
 
 from alignkd.cache_store.codecs import Array, Shape
+from alignkd.cache_store.errors import CorruptShardError
 from alignkd.cache_store.formats.encoding import CLEVEL, CNAME, check_frame, decompress_into, dump_json
-from alignkd.cache_store.rows.shard import CorruptShardError
 
 CHUNK_BYTES = 4 << 20
 
 _INDEX_ENTRY_BYTES, _CRC_BYTES = 16, 4
-
-
-def require_zarr_3() -> None:
-    """ValueError without zarr 3, which Python 3.10 cannot have."""
-    try:
-        from zarr.codecs import ShardingCodec  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "the zarr format needs Python 3.11 or newer (zarr 3); "
-            "use --format webdataset, or alignkd cache convert on a newer Python"
-        ) from error
 
 
 def group_json(attributes: Mapping[str, Any]) -> bytes:
@@ -37,13 +26,13 @@ def group_json(attributes: Mapping[str, Any]) -> bytes:
 
 
 def array_json(shape: Shape, dtype: np.dtype[Any]) -> bytes:
-    """Metadata of an array, spelt here and not by zarr, so that they do not change with the version of zarr."""
+    """Metadata of an array. Written here and not by zarr, so that they do not change with zarr's version."""
     chunk, outer = _chunks(shape, dtype)
     little = {"name": "bytes", "configuration": {"endian": "little"}}
-    squeezed = {"cname": CNAME, "clevel": CLEVEL, "shuffle": "shuffle", "typesize": dtype.itemsize, "blocksize": 0}
+    compression = {"cname": CNAME, "clevel": CLEVEL, "shuffle": "shuffle", "typesize": dtype.itemsize, "blocksize": 0}
     sharding = {
         "chunk_shape": chunk,
-        "codecs": [little if dtype.itemsize > 1 else {"name": "bytes"}, {"name": "blosc", "configuration": squeezed}],
+        "codecs": [little if dtype.itemsize > 1 else {"name": "bytes"}, {"name": "blosc", "configuration": compression}],
         "index_codecs": [little, {"name": "crc32c"}],
         "index_location": "end",
     }
@@ -63,18 +52,18 @@ def array_json(shape: Shape, dtype: np.dtype[Any]) -> bytes:
 
 
 def shard_name(shape: Shape) -> str:
-    """Where the one shard of an array lies, relative to the array. An array without elements has none."""
+    """Name of an array's one shard, relative to the array. An array without elements has no shard."""
     return "/".join(("c", *("0" for _ in shape)))
 
 
 def decoded_bytes(shape: Shape, dtype: np.dtype[Any]) -> int:
-    """Bytes that the chunks of an array take once they are decompressed."""
+    """Bytes of an array's chunks after decompression."""
     _, outer = _chunks(shape, dtype)
     return math.prod(outer) * dtype.itemsize
 
 
 def encode(values: Array) -> bytes:
-    """The shard of an array."""
+    """The bytes of an array's shard."""
     import zarr
     from zarr.codecs import BloscCodec
 
@@ -88,7 +77,7 @@ def encode(values: Array) -> bytes:
         shards=outer,
         compressors=BloscCodec(cname=CNAME, clevel=CLEVEL, shuffle="shuffle", typesize=values.dtype.itemsize),
         fill_value=0,
-        # A chunk that is missing is then a chunk that was lost.
+        # So a missing chunk is always a lost chunk.
         config={"write_empty_chunks": True},
     )
     array[...] = values
@@ -96,23 +85,26 @@ def encode(values: Array) -> bytes:
 
 
 def decode(data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Array:
-    """The array in its shard; CorruptShardError, before anything is decompressed, where the shard is not laid out for it.
+    """The array in the bytes of its shard.
 
-    The frames are decompressed into place here: through zarr itself, whose stores are asynchronous, a shard of many
-    small arrays takes twice as long to open.
+    Frames are decompressed here and not by zarr: its stores are asynchronous, and a shard of many small arrays would take
+    twice as long to open.
+
+    Raises:
+        CorruptShardError: the bytes do not have the layout of this array (checked before decompressing), or are damaged.
     """
     chunk, outer = _chunks(shape, dtype)
     nbytes = math.prod(chunk) * dtype.itemsize
     values = np.empty(outer, dtype)
-    places = values.reshape(-1).view(np.uint8).reshape(-1, nbytes)
-    for frame, place in zip(_frames(data, outer[0] // chunk[0], nbytes), places, strict=True):
-        decompress_into(frame, place)
+    targets = values.reshape(-1).view(np.uint8).reshape(-1, nbytes)
+    for frame, target in zip(_frames(data, outer[0] // chunk[0], nbytes), targets, strict=True):
+        decompress_into(frame, target)
     return values[: shape[0]]
 
 
 def _chunks(shape: Shape, dtype: np.dtype[Any]) -> tuple[Shape, Shape]:
-    """Shape of a chunk and of the shard: as few chunks as there can be, of one size, cut along the first axis."""
-    # Zarr knows no chunk of size zero.
+    """Shape of a chunk and of the shard: as few chunks as possible, of equal size, cut along the first axis."""
+    # Zarr has no chunks of size zero.
     rows, *others = (max(size, 1) for size in shape)
     row_bytes = math.prod(others) * dtype.itemsize
     length = -(-rows // -(-rows * row_bytes // CHUNK_BYTES))
@@ -120,7 +112,11 @@ def _chunks(shape: Shape, dtype: np.dtype[Any]) -> tuple[Shape, Shape]:
 
 
 def _frames(data: bytes, count: int, nbytes: int) -> list[memoryview]:
-    """The Blosc frames of all chunks; CorruptShardError unless ``data`` is these, in order, and the index that says so."""
+    """The Blosc frames of all chunks.
+
+    Raises:
+        CorruptShardError: ``data`` is not exactly these frames in order, followed by an index that says so.
+    """
     index_at = len(data) - count * _INDEX_ENTRY_BYTES - _CRC_BYTES
     if index_at < 0:
         raise CorruptShardError(f"found {len(data)} bytes for {count} chunks and their index")

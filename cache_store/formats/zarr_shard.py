@@ -1,18 +1,18 @@
-"""One shard as one object: a Zarr group (format 3) in a zip archive whose members are stored as they are.
+"""One shard as one object: a Zarr group (format 3) in a zip archive of uncompressed members.
 
-One object is one rename on a disk and one PUT on an object store, and is read whole, then verified, then decoded:
+One object is one rename on a file system and one PUT on an object store. It is read whole, then verified, then decoded:
 
-    _index                uint8 [bytes]       JSON [[key, sample_id, image_sha256], ...]
+    _index                uint8 [bytes]         JSON [[key, sample_id, image_sha256], ...]
     FIELD/                attributes: dims, dtype (decoded), codec, per_image
-    FIELD/value_of_row    int32 [rows]        of a per-image field only: which value a row has; else row i has value i
+    FIELD/value_of_row    int32 [rows]          per-image fields only: the value that each row has; else row i has value i
     FIELD/shape           int32 [values, ndim]  decoded shape of each value
-    FIELD/PART            [elements]          a part of the codec, the values one after the other
-    FIELD/PART_offsets    int64 [values + 1]  value j is PART[PART_offsets[j] : PART_offsets[j + 1]], flat
+    FIELD/PART            [elements]            one part of the codec; the values follow each other
+    FIELD/PART_offsets    int64 [values + 1]    value j is PART[PART_offsets[j] : PART_offsets[j + 1]], flat
 
-Rows with the same non-empty image_sha256 have one value of a per-image field; values are numbered as they first occur.
+Rows with the same non-empty image_sha256 share one value of a per-image field; values are numbered as they first occur.
 
-A shard may come from a stranger. Nothing is unpickled and nothing is extracted: metadata have to be byte for byte what this
-module writes, the members have to be exactly the expected ones, and sizes are compared before anything is decompressed.
+A shard may come from a stranger. Nothing is unpickled or extracted. Metadata must be byte for byte what this module writes,
+the members must be exactly the expected ones, and sizes are compared before anything is decompressed.
 """
 
 from __future__ import annotations
@@ -28,29 +28,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignkd.cache_store.codecs import Array, Shape
-from alignkd.cache_store.formats.encoding import check_budget, check_shapes, describe, dump_json
+from alignkd.cache_store.errors import CorruptShardError
+from alignkd.cache_store.formats.encoding import check_budget, check_ids, check_shapes, dump_json, field_metadata
 from alignkd.cache_store.formats.zarr_array import (
     array_json,
     decode,
     decoded_bytes,
     encode,
     group_json,
-    require_zarr_3,
     shard_name,
 )
-from alignkd.cache_store.rows.shard import (
-    ColumnShard,
-    CorruptShardError,
-    RowId,
-    Shard,
-    check_ids,
-    empty_layout,
-    first_rows,
-    join,
-    part_offsets,
-    values_of_rows,
-)
+from alignkd.cache_store.rows.encode import to_column_shard
+from alignkd.cache_store.rows.layout import empty_layout, first_rows, part_offsets, values_of_rows
+from alignkd.cache_store.rows.row import RowId
+from alignkd.cache_store.rows.shard import ColumnShard, Shard
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
+from alignkd.errors import wrap_errors
 
 NAME = "zarr"
 SUFFIX = ".zarr.zip"
@@ -62,11 +55,10 @@ _BYTE, _SIZE, _OFFSET = np.dtype("u1"), np.dtype("<i4"), np.dtype("<i8")
 
 def write_shard(shard: Shard) -> bytes:
     """The bytes of a shard: the same rows give the same bytes, with the same zarr and numcodecs."""
-    require_zarr_3()
     files = {"zarr.json": group_json({})}
     for field in shard.spec.fields:
-        files[f"{field.name}/zarr.json"] = group_json(describe(field))
-    for name, values in _arrays(join(shard.spec, shard)):
+        files[f"{field.name}/zarr.json"] = group_json(field_metadata(field))
+    for name, values in _arrays(to_column_shard(shard.spec, shard)):
         files[f"{name}/zarr.json"] = array_json(values.shape, values.dtype)
         if values.size:
             files[f"{name}/{shard_name(values.shape)}"] = encode(values)
@@ -74,22 +66,22 @@ def write_shard(shard: Shard) -> bytes:
 
 
 def read_shard(spec: CacheSpec, data: bytes) -> Shard:
-    """The shard in ``data``; CorruptShardError where it is none, or holds other than ``spec`` says."""
-    require_zarr_3()
-    try:
+    """The shard in ``data``.
+
+    Raises:
+        CorruptShardError: ``data`` is not a shard, or does not match ``spec``.
+    """
+    # Bytes from a stranger may break zip, JSON, zarr and Blosc in any way.
+    with wrap_errors(CorruptShardError, "not a readable shard"):
         return _read(spec, _Members(_unzip(data)))
-    except CorruptShardError:
-        raise
-    except Exception as error:  # bytes from a stranger may break zip, JSON, zarr and Blosc in any way
-        raise CorruptShardError(f"not a readable shard: {error!r}") from error
 
 
 def audit(data: bytes, shard: Shard) -> None:
-    """Nothing: ``read_shard`` has compared all there is."""
+    """Nothing to do: ``read_shard`` has checked everything."""
 
 
 def field_bytes(spec: CacheSpec, data: bytes) -> dict[str, int]:
-    """Bytes that each field takes in ``data``, compressed, metadata included."""
+    """Compressed bytes of each field in ``data``, metadata included."""
     sizes = {field.name: 0 for field in spec.fields}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for member in archive.infolist():
@@ -115,7 +107,7 @@ def _read(spec: CacheSpec, members: _Members) -> ColumnShard:
     ids = check_ids(json.loads(members.array(_INDEX, (members.length(_INDEX),), _BYTE).tobytes()))
     shapes, parts = {}, {}
     for field in spec.fields:
-        members.require(f"{field.name}/zarr.json", group_json(describe(field)))
+        members.require(f"{field.name}/zarr.json", group_json(field_metadata(field)))
         values = _read_values(members, field, ids)
         shapes[field.name] = members.array(f"{field.name}/shape", (values, len(field.dims)), _SIZE)
         parts[field.name] = _read_parts(members, field, shapes[field.name])
@@ -124,7 +116,7 @@ def _read(spec: CacheSpec, members: _Members) -> ColumnShard:
 
 
 def _read_values(members: _Members, field: FieldSpec, ids: Sequence[RowId]) -> int:
-    """How many values a field has."""
+    """Number of values of a field."""
     expected = values_of_rows(field, ids)
     if field.per_image:
         found = members.array(f"{field.name}/value_of_row", (len(ids),), _SIZE)
@@ -146,33 +138,33 @@ def _read_parts(members: _Members, field: FieldSpec, shapes: NDArray[np.int32]) 
 
 
 class _Members:
-    """The files of a group, taken one by one, an array only after what it declares was found right."""
+    """The files of a group, taken one by one; an array is decoded only after its metadata were checked."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
         self.claimed = 0
 
     def take(self, name: str) -> bytes:
-        """A file; CorruptShardError where there is none."""
+        """A file; CorruptShardError if it is missing."""
         if name not in self.files:
             raise CorruptShardError(f"member {name!r} is missing")
         return self.files.pop(name)
 
     def require(self, name: str, expected: bytes) -> None:
-        """CorruptShard unless a file holds what is ``expected``."""
+        """CorruptShardError unless a file is exactly ``expected``."""
         found = self.take(name)
         if found != expected:
             raise CorruptShardError(f"member {name!r}: found {_shorten(found)}, expected {_shorten(expected)}")
 
     def length(self, name: str) -> int:
-        """How long a 1-D array says it is."""
+        """The declared length of a 1-D array."""
         (length,) = json.loads(self.files[f"{name}/zarr.json"])["shape"]
         if not isinstance(length, int) or length < 0:
             raise CorruptShardError(f"array {name!r} declares a length of {length!r}")
         return length
 
     def array(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> Array:
-        """An array; CorruptShardError unless it has this shape and dtype, and fits into what a shard may hold."""
+        """An array; CorruptShardError unless it has this shape and dtype, and the shard stays below MAX_SHARD_BYTES."""
         self.require(f"{name}/zarr.json", array_json(shape, dtype))
         if math.prod(shape) == 0:
             return np.empty(shape, dtype)
@@ -185,13 +177,13 @@ class _Members:
             raise CorruptShardError(f"array {name!r}: {error}") from error
 
     def refuse_rest(self) -> None:
-        """CorruptShard if there are files that belong to nothing taken."""
+        """CorruptShardError if files are left that were not taken."""
         if self.files:
             raise CorruptShardError(f"{len(self.files)} unexpected members, first {min(self.files)!r}")
 
 
 def _zip(files: Mapping[str, bytes]) -> bytes:
-    """An archive of ``files`` by name, without anything that depends on when or where it was written."""
+    """A zip archive of ``files``, sorted by name, the same wherever and whenever it is written."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(files):
@@ -209,7 +201,7 @@ def _unzip(data: bytes) -> dict[str, bytes]:
         if not stored or sum(member.file_size for member in members) > len(data):
             raise CorruptShardError("the archive declares more bytes than it has")
         if len({member.filename for member in members}) < len(members):
-            raise CorruptShardError("the archive holds a member twice")
+            raise CorruptShardError("the archive has a member twice")
         return {member.filename: archive.read(member) for member in members}
 
 

@@ -1,1 +1,1 @@
-"""What makes a cache safe: manifest, plan, commit, read, verify, repair."""
+"""What keeps a cache consistent: manifest, plan and commit records; write, read, verify, repair and convert a cache."""

@@ -1,4 +1,4 @@
-"""``cache.json``: what a cache holds, in which shard format, after which plan, with which tensors kept once.
+"""``cache.json``: the fields of a cache, its fingerprint, shard format, plan and tensors.
 
 A cache exists when this file does.
 """
@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignkd.cache_store.formats.registry import get_format
-from alignkd.cache_store.protocol.plan import Plan
+from alignkd.cache_store.protocol.plan import Plan, check_summary
 from alignkd.cache_store.protocol.tensors import TensorEntry
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
-from alignkd.cache_store.storage.contract import Storage
+from alignkd.cache_store.storage import Storage
+from alignkd.errors import AlignkdError, CacheError, wrap_errors
 
 NAME = "cache.json"
 FORMAT_VERSION = 3
@@ -23,7 +24,7 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True)
 class Manifest:
-    """The spec of every row, the shard format by name, the summary of the plan (``Plan.summary``), and tensors by name."""
+    """Fields and fingerprint, the name of the shard format, the summary of the plan (``Plan.summary``), tensors by name."""
 
     spec: CacheSpec
     shard_format: str
@@ -31,7 +32,7 @@ class Manifest:
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Readable JSON, keys sorted, with its own checksum: equal manifests are equal bytes."""
+        """Readable JSON with its own checksum; keys are sorted, so equal manifests are equal bytes."""
         content = {
             "format_version": FORMAT_VERSION,
             "shard_format": self.shard_format,
@@ -43,46 +44,49 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """The manifest of ``to_json``; ValueError for another version, and where a single character differs."""
-        try:
+        """The manifest in the text of :meth:`to_json`.
+
+        Raises:
+            CacheError: another format version, not a manifest, or a single character differs from what was written.
+        """
+        with wrap_errors(CacheError, "not the manifest of a cache"):
             content = json.loads(text)
             version = content["format_version"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"not the description of a cache: {error!r}") from error
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"found cache format {version!r}, expected {FORMAT_VERSION}: "
-                "read it with the alignkd that wrote it, or write a new cache"
-            )
-        try:
-            checksum = content.pop("sha256")
-            if checksum != _checksum(content):
-                raise ValueError("its checksum does not match: the file is damaged")
-            fields = tuple(FieldSpec(**entry) for entry in content["fields"])
+            if version != FORMAT_VERSION:
+                raise CacheError(
+                    f"found cache format {version!r}, expected {FORMAT_VERSION}:"
+                    " read it with the alignkd that wrote it, or write a new cache"
+                )
+            if content.pop("sha256") != _checksum(content):
+                raise CacheError("its checksum does not match: the file is damaged")
             get_format(content["shard_format"])
+            check_summary(content["plan"])
+            fields = tuple(FieldSpec(**entry) for entry in content["fields"])
             tensors = {name: TensorEntry(name, **entry) for name, entry in content["tensors"].items()}
             manifest = cls(CacheSpec(fields, content["fingerprint"]), content["shard_format"], content["plan"], tensors)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"not the description of a cache: {error!r}") from error
-        if manifest.to_json() != text:
-            raise ValueError("it is not what it was written as: the file is damaged")
-        return manifest
+            if manifest.to_json() != text:
+                raise CacheError("it differs from what alignkd writes: the file is damaged")
+            return manifest
 
     def load_plan(self, storage: Storage) -> Plan:
-        """The plan; ValueError where it is missing or damaged."""
+        """The plan; CacheError if it is missing or damaged."""
         return Plan.load(storage, self.plan)
 
 
 def read_manifest(storage: Storage) -> Manifest:
-    """What ``cache.json`` says; ValueError where there is none, and where it is damaged."""
+    """The manifest of a cache.
+
+    Raises:
+        CacheError: there is no cache, or its manifest is damaged.
+    """
     try:
         data = storage.read(NAME)
     except FileNotFoundError as error:
-        raise ValueError(f"no cache at {storage.url}: {_found(storage)}, expected {NAME}; run alignkd cache-teacher") from error
+        raise CacheError(f"no cache at {storage.url}: {_found(storage)}, expected {NAME}; run alignkd cache-teacher") from error
     try:
         return Manifest.from_json(data.decode())
-    except ValueError as error:
-        raise ValueError(f"{storage.url}/{NAME}: {error}. Restore it from a copy, or write a new cache") from error
+    except (AlignkdError, UnicodeDecodeError) as error:
+        raise CacheError(f"{storage.url}/{NAME}: {error}. Restore it from a copy, or write a new cache") from error
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

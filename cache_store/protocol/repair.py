@@ -1,21 +1,25 @@
-"""Make a damaged cache whole again: drop what is bad, so that the next ``cache-teacher`` rebuilds it; sweep strays."""
+"""Repair a damaged cache: remove what is damaged, so that the next ``cache-teacher`` rebuilds it, and sweep strays."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from alignkd.cache_store.protocol.store import open_store
 from alignkd.cache_store.protocol.verify import Problem, verify
-from alignkd.cache_store.storage.open_storage import open_storage
+from alignkd.cache_store.storage import open_storage
+from alignkd.errors import CacheError
+
+_log = logging.getLogger(__name__)
 
 MIN_AGE_S = 3600.0
-"""Strays younger than this may belong to a worker that is about to commit them."""
+"""Younger strays may belong to a worker that is about to commit them."""
 
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What was wrong, which objects were removed, and how many shards are to be done (again)."""
+    """The problems, the removed objects, and the number of shards without a record."""
 
     problems: list[Problem]
     removed: list[str]
@@ -23,19 +27,21 @@ class RepairReport:
 
 
 def repair(url: str | Path, *, min_age_s: float = MIN_AGE_S) -> RepairReport:
-    """Audit a cache and remove every object that is part of a problem, then strays older than ``min_age_s``.
+    """Verify a cache, then remove every object of a problem, and strays older than ``min_age_s``.
 
-    ValueError, and nothing removed, where there is no cache, or where its manifest, plan or tensors are damaged: those
-    cannot be rebuilt from the rest.
+    Raises:
+        CacheError: there is no cache; or its manifest, plan or tensors are damaged, which cannot be rebuilt from the rest.
+            Then nothing is removed.
     """
     storage = open_storage(url)
     problems = verify(url).problems
     lost = [problem for problem in problems if problem.beyond_repair]
     if lost:
-        raise ValueError("\n".join(map(str, lost)))
+        raise CacheError("\n".join(map(str, lost)))
     removed = []
     for name in dict.fromkeys(name for problem in problems for name in problem.objects):
         storage.delete(name)
+        _log.info("removed %s", name)
         removed.append(name)
     store = open_store(url)
     removed += store.sweep(min_age_s=min_age_s)

@@ -1,8 +1,8 @@
-"""A cache being written: its manifest, its plan, and which shards are still to do.
+"""Write a cache: its manifest, its plan, and its shards, one after the other.
 
-1. ``CacheStore.create_or_open`` freezes spec and plan, or refuses where they differ from what is there.
-2. ``pending`` says which shards have no record; ``commit_shard`` writes one of them, whole.
-3. ``status`` adds up what the records say.
+1. ``CacheStore.create_or_open`` freezes spec and plan. It refuses a cache whose spec or plan differs.
+2. ``pending`` lists the shards without a record; ``commit_shard`` writes one of them, whole.
+3. ``status`` adds up the records.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import time
 import zlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,90 +18,24 @@ from typing import Any
 
 from alignkd.cache_store.formats.registry import get_format
 from alignkd.cache_store.protocol import manifest
-from alignkd.cache_store.protocol.commit import (
-    CommitRecord,
-    commit,
-    committed_numbers,
-    object_name,
-    read_record,
-    read_records,
-    record_name,
-    sweep,
-)
+from alignkd.cache_store.protocol.commit import commit, read_record, read_records, sweep
 from alignkd.cache_store.protocol.manifest import Manifest, read_manifest
+from alignkd.cache_store.protocol.names import RUNS, committed_numbers, object_name, record_name
 from alignkd.cache_store.protocol.plan import Plan
+from alignkd.cache_store.protocol.record import CommitRecord
+from alignkd.cache_store.protocol.status import Status
 from alignkd.cache_store.protocol.tensors import Tensors, TensorSource, sweep_orphans, write_tensors
+from alignkd.cache_store.rows.encode import EncodedRow, concatenate_rows, encode_row
 from alignkd.cache_store.rows.row import Rejected, Row
-from alignkd.cache_store.rows.shard import EncodedRow, Shard, encode_row, pack
+from alignkd.cache_store.rows.shard import Shard
 from alignkd.cache_store.rows.spec import CacheSpec, check_fingerprint, check_spec
-from alignkd.cache_store.storage.contract import Storage
-from alignkd.cache_store.storage.open_storage import open_storage
-
-RUNS = "runs"
-
-
-@dataclass(frozen=True)
-class Status:
-    """How far a cache is. Bytes are those stored; ``decoded_bytes_by_field`` is what the values take in memory.
-
-    What several rows share is counted once. ``tensor_bytes`` are those of the tensors kept once per cache, and
-    ``records`` are the commit records by number: who finished which shard, and when.
-    """
-
-    shards: int
-    samples: int
-    records: Mapping[int, CommitRecord]
-    tensor_bytes: int = 0
-
-    @property
-    def shards_done(self) -> int:
-        """Committed shards."""
-        return len(self.records)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every planned shard is committed."""
-        return self.shards_done == self.shards
-
-    @property
-    def samples_done(self) -> int:
-        """Rows of all committed shards."""
-        return sum(record.rows for record in self.records.values())
-
-    @property
-    def rejected(self) -> tuple[Rejected, ...]:
-        """Rejected samples of all committed shards."""
-        return tuple(sample for record in self.records.values() for sample in record.rejected)
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all shards, and of the tensors kept once."""
-        return sum(record.bytes for record in self.records.values()) + self.tensor_bytes
-
-    @property
-    def bytes_by_field(self) -> dict[str, int]:
-        """Stored bytes of each field."""
-        return _add([record.bytes_by_field for record in self.records.values()])
-
-    @property
-    def decoded_bytes_by_field(self) -> dict[str, int]:
-        """Bytes of each field's decoded values."""
-        return _add([record.decoded_bytes_by_field for record in self.records.values()])
-
-    @property
-    def seconds(self) -> float:
-        """Time that making all rows took, summed over workers."""
-        return sum(record.seconds for record in self.records.values())
-
-    @property
-    def tokens(self) -> int:
-        """Positions that went through the teacher."""
-        return sum(record.tokens for record in self.records.values())
+from alignkd.cache_store.storage import Storage, open_storage
+from alignkd.errors import CacheError
 
 
 @dataclass(frozen=True)
 class CacheStore:
-    """A cache that is there, open for writing."""
+    """An existing cache, open for writing."""
 
     storage: Storage
     manifest: Manifest
@@ -110,7 +43,7 @@ class CacheStore:
 
     @property
     def url(self) -> str:
-        """Where it lies."""
+        """Where the cache is."""
         return self.storage.url
 
     @property
@@ -120,27 +53,29 @@ class CacheStore:
 
     @property
     def tensors(self) -> Tensors:
-        """What is kept once for all rows, by name; each is read when it is asked for."""
+        """What is stored once for all rows, by name; each tensor is read when it is accessed."""
         return Tensors(self.storage, self.manifest.tensors)
 
     @classmethod
     def create_or_open(
         cls, url: str | Path, spec: CacheSpec, plan: Plan, *, shard_format: str, tensors: TensorSource = dict
     ) -> CacheStore:
-        """Start a cache with this plan, or go on with the one that is there; any number of workers may do so at once.
+        """Start a cache with this plan, or continue the existing one; any number of workers may do so at once.
 
-        ``tensors`` are kept once for all rows, in dtypes of ``tensors.DTYPES``; where they are dear to make, it is a
-        function that gives them, called only if there is no cache yet. A cache that is there keeps its own, which are
-        not compared with these (two calibrations differ in their last bits): encode rows with ``CacheStore.tensors``.
+        ``tensors`` are stored once for all rows, in dtypes of ``tensors.DTYPES``. If they are expensive to make, pass a
+        function that returns them: it is called only if there is no cache yet. An existing cache keeps its own tensors. They
+        are not compared with these, since two calibrations differ in their last bits: encode rows with ``CacheStore.tensors``.
 
-        FingerprintMismatchError where spec, plan or format differ from those at ``url``; ValueError for a folder with
-        commits but without ``cache.json``.
+        Raises:
+            FingerprintMismatchError: spec, plan or format differ from those of the cache at ``url``.
+            CacheError: the cache is damaged, or has committed shards but no ``cache.json``.
+            ConfigError: an unknown format, or a URL that cannot be opened.
         """
         storage = open_storage(url)
         wanted = Manifest(spec, get_format(shard_format).NAME, plan.summary())
         if storage.size(manifest.NAME) is None:
             if committed_numbers(storage):
-                raise ValueError(f"{url} has committed shards but no {manifest.NAME}: restore it, or write to another --cache")
+                raise CacheError(f"{url} has committed shards but no {manifest.NAME}: restore it, or write to another --cache")
             started = _start(storage, wanted, plan, tensors)
             if started is not None:
                 return cls(storage, started, plan)
@@ -153,7 +88,7 @@ class CacheStore:
         return sorted(set(range(self.plan.shards)) - set(committed_numbers(self.storage)))
 
     def committed(self, number: int) -> bool:
-        """Whether a shard has its record by now."""
+        """Whether a shard has a record by now."""
         return self.storage.size(record_name(number)) is not None
 
     def commit_shard(
@@ -166,16 +101,19 @@ class CacheStore:
         tokens: int = 0,
         worker: str = "",
     ) -> CommitRecord:
-        """Write shard ``number`` and return its record; the one that is there already, if another worker was faster.
+        """Write shard ``number`` and return its record, or the existing record if another worker was faster.
 
         ``rows`` and ``rejected`` together are the planned samples of the shard, in any order; rows are stored in the
-        order of the plan. ValueError that names the sample for values that do not fit the spec, or both samples where
-        a per-image field has two shapes for one image.
+        order of the plan.
+
+        Raises:
+            CacheError: a row does not match the spec (names the sample), or a per-image field has two shapes for one image
+                (names both samples).
         """
         order = {key: i for i, key in enumerate(self.plan.keys_of(number))}
         encoded = [row if isinstance(row, EncodedRow) else encode_row(self.spec, row) for row in rows]
         assert sorted(order) == sorted([row.id.key for row in encoded] + [sample.key for sample in rejected])
-        packed = pack(self.spec, sorted(encoded, key=lambda row: order[row.id.key]))
+        shard = concatenate_rows(self.spec, sorted(encoded, key=lambda row: order[row.id.key]))
         record = CommitRecord(
             number=number,
             object="",
@@ -184,16 +122,16 @@ class CacheStore:
             sha256="",
             rows=len(rows),
             rejected=tuple(sorted(rejected, key=lambda sample: order[sample.key])),
-            decoded_bytes_by_field=packed.decoded_bytes(),
+            decoded_bytes_by_field=shard.decoded_bytes(),
             seconds=round(seconds, 3),
             tokens=tokens,
             finished=round(time.time(), 3),
             worker=worker,
         )
-        return self.commit_packed(record, packed)
+        return self.commit_encoded(record, shard)
 
-    def commit_packed(self, record: CommitRecord, shard: Shard) -> CommitRecord:
-        """Write a shard that is already encoded; ``record`` says everything about it but what its object is."""
+    def commit_encoded(self, record: CommitRecord, shard: Shard) -> CommitRecord:
+        """Write an encoded shard. ``record`` needs no name, sizes and checksums of the object: they are filled in."""
         if self.committed(record.number):
             return read_record(self.storage, record.number)
         shard_format = get_format(self.manifest.shard_format)
@@ -209,39 +147,44 @@ class CacheStore:
         return complete if commit(self.storage, complete, data) else read_record(self.storage, record.number)
 
     def write_run(self, run: Mapping[str, Any]) -> str:
-        """Keep the configuration and versions of a run as ``runs/HASH.json``; its name proves its content."""
+        """Store the configuration and versions of a run as ``runs/HASH.json``; the name has the hash of the content."""
         data = (json.dumps(run, indent=2, sort_keys=True, default=str) + "\n").encode()
         name = f"{RUNS}/{hashlib.sha256(data).hexdigest()[:16]}.json"
         self.storage.write(name, data)
         return name
 
     def sweep(self, *, min_age_s: float) -> list[str]:
-        """Remove what crashes left behind; see ``commit.sweep`` for ``min_age_s`` with many workers."""
+        """Remove what crashes left; returns the names. See :func:`alignkd.cache_store.protocol.commit.sweep`."""
         swept = sweep(self.storage, min_age_s=min_age_s)
         return swept + sweep_orphans(self.storage, self.manifest.tensors, min_age_s=min_age_s)
 
     def status(self) -> Status:
-        """What all records say; CorruptRecordError where one is damaged."""
+        """What all records say; CorruptRecordError if one is damaged."""
         tensor_bytes = sum(entry.bytes for entry in self.manifest.tensors.values())
         return Status(self.plan.shards, self.plan.samples, read_records(self.storage), tensor_bytes)
 
 
 def open_store(url: str | Path) -> CacheStore:
-    """The cache at ``url``; ValueError where there is none, or where its manifest or plan cannot be read."""
+    """The cache at ``url``.
+
+    Raises:
+        CacheError: there is no cache, or its manifest or plan is damaged.
+        ConfigError: a URL that cannot be opened.
+    """
     storage = open_storage(url)
     found = read_manifest(storage)
     return CacheStore(storage, found, found.load_plan(storage))
 
 
 def _start(storage: Storage, wanted: Manifest, plan: Plan, tensors: TensorSource) -> Manifest | None:
-    """The manifest, written; None where another worker was first."""
+    """Write tensors, plan and manifest; returns the manifest, or None if another worker was first."""
     values = tensors if isinstance(tensors, Mapping) else tensors()
-    # Making them may have taken minutes.
+    # Another worker may have written the manifest meanwhile: making tensors can take minutes.
     if storage.size(manifest.NAME) is not None:
         return None
     complete = replace(wanted, tensors=write_tensors(storage, values))
     plan.write(storage)
-    # Last, and only if no other worker was first: a cache exists when this object does.
+    # Last, and only if no other worker was first: a cache exists when its manifest does.
     return complete if storage.write(manifest.NAME, complete.to_json().encode()) else None
 
 
@@ -251,13 +194,6 @@ def _check_same(found: Manifest, wanted: Manifest, *, cache: str) -> None:
 
 
 def _comparable(manifest: Manifest) -> dict[str, Any]:
-    """Which sample is in which shard, and in which format: not where the planner found the samples."""
+    """Which sample is in which shard, and the format; not where the planner found the samples."""
     plan = {name: manifest.plan[name] for name in ("samples", "shard_samples")}
     return {"format": manifest.shard_format, "plan": plan | {"keys": manifest.plan["arrays"]["keys"]}}
-
-
-def _add(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
-    return dict(total)

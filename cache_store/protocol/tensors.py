@@ -1,14 +1,15 @@
-"""Tensors kept once per cache: what all of its rows need in order to be read, such as the teacher's output head.
+"""Tensors stored once per cache, because every row needs them to be read: the teacher's output head, for example.
 
-1. Before ``cache.json``, each is written as ``tensors/NAME-HASH.npy``, under a name that proves its bytes.
-2. ``cache.json`` lists them. Of several runs that start a cache at once, one writes it; what the others wrote is orphaned.
-3. ``Tensors`` reads one when it is asked for. The head of an object has to be, to the byte, what is written for the dtype and
-   shape in ``cache.json``: nothing that a file says of itself is believed, and nothing is unpickled.
+1. Before ``cache.json``, each tensor is written as ``tensors/NAME-HASH.npy``, with the hash of its bytes in the name.
+2. ``cache.json`` lists them. If several runs start a cache at once, one of them writes it; the others' tensors are orphans.
+3. ``Tensors`` reads a tensor when it is asked for. Nothing that a file says about itself is believed: its header must be byte
+   for byte what follows from the dtype and shape in ``cache.json``, and nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,40 +19,34 @@ from typing import Any
 import numpy as np
 
 from alignkd.cache_store.codecs import Array
+from alignkd.cache_store.errors import DamagedTensorError, MissingTensorError
 from alignkd.cache_store.protocol.commit import put
-from alignkd.cache_store.storage.contract import TEMPORARY, Storage
+from alignkd.cache_store.protocol.names import TENSORS
+from alignkd.cache_store.storage import Storage
+from alignkd.cache_store.storage.contract import TEMPORARY
+from alignkd.errors import CacheError
 
-FOLDER = "tensors"
+_log = logging.getLogger(__name__)
+
 DTYPES = ("|u1", "|i1", "<u2", "<i4", "<f2", "<f4")
-"""What a tensor may be; the bits of bfloat16 are kept as ``<u2``."""
+"""The dtypes of tensors; the bits of bfloat16 are stored as ``<u2``."""
 
 TensorSource = Mapping[str, Array] | Callable[[], Mapping[str, Array]]
 
 _NAME = re.compile(r"[a-z][a-z0-9_.]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_OBJECT = re.compile(rf"{FOLDER}/{_NAME.pattern}-([0-9a-f]{{12}})\.npy")
+_OBJECT = re.compile(rf"{TENSORS}/{_NAME.pattern}-([0-9a-f]{{12}})\.npy")
 _MAGIC = b"\x93NUMPY\x01\x00"
 _ALIGNED = 64
-_MAX_DIMS = 8
-
-
-class DamagedTensorError(ValueError):
-    """A tensor whose object is missing, or not what the manifest says."""
-
-
-class MissingTensorError(KeyError, ValueError):
-    """A name that no tensor of the cache has; the message says which there are."""
-
-    def __str__(self) -> str:
-        # KeyError would show the message in quotes.
-        return str(self.args[0])
+_MAX_DIMS, _MAX_ELEMENTS = 8, 1 << 48
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What ``cache.json`` says of a tensor; ``bytes`` and ``sha256`` are those of its object, header included.
+    """What ``cache.json`` says about a tensor; ``bytes`` and ``sha256`` are those of its object, header included.
 
-    ValueError for what no tensor can be.
+    Raises:
+        CacheError: no tensor can have such an entry.
     """
 
     name: str
@@ -62,28 +57,30 @@ class TensorEntry:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
-        _require_kept(self.name, self.dtype, self.shape)
+        _require_storable(self.name, self.dtype, self.shape)
         if self.bytes != len(_header(self.dtype, self.shape)) + math.prod(self.shape) * np.dtype(self.dtype).itemsize:
-            raise ValueError(f"tensor {self.name!r}: {self.bytes} bytes are not those of {self.dtype} {list(self.shape)}")
+            raise CacheError(f"tensor {self.name!r}: {self.bytes} bytes are not those of {self.dtype} {list(self.shape)}")
         if not _SHA256.fullmatch(self.sha256):
-            raise ValueError(f"tensor {self.name!r}: found sha256 {self.sha256!r}, expected 64 hex characters")
+            raise CacheError(f"tensor {self.name!r}: found sha256 {self.sha256!r}, expected 64 hex characters")
 
     @property
     def object(self) -> str:
         """Name of its object, relative to the cache."""
-        return f"{FOLDER}/{self.name}-{self.sha256[:12]}.npy"
+        return f"{TENSORS}/{self.name}-{self.sha256[:12]}.npy"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it, under its name."""
+        """The entry for JSON; its name is the key."""
         return {"dtype": self.dtype, "shape": list(self.shape), "bytes": self.bytes, "sha256": self.sha256}
 
 
 class Tensors(Mapping[str, Array]):
-    """The tensors of a cache by name, read-only arrays.
+    """The tensors of a cache, by name: read-only arrays.
 
-    Each is read, and compared with its sha256, whenever it is asked for: they may be large, so that whoever needs one
-    twice holds on to it. MissingTensorError (a ValueError) for other names, DamagedTensorError where the object is not what the
-    manifest says.
+    A tensor is read and verified at every access, and not cached, since it may be large: keep it if you need it twice.
+
+    Raises:
+        MissingTensorError: the cache has no tensor of this name.
+        DamagedTensorError: the tensor's object does not match the manifest.
     """
 
     def __init__(self, storage: Storage, entries: Mapping[str, TensorEntry]) -> None:
@@ -91,8 +88,8 @@ class Tensors(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         if name not in self.entries:
-            there = ", ".join(self.entries) or "none"
-            raise MissingTensorError(f"the cache at {self.storage.url} keeps no tensor {name!r}, it keeps: {there}")
+            existing = ", ".join(self.entries) or "none"
+            raise MissingTensorError(f"the cache at {self.storage.url} has no tensor {name!r}, it has: {existing}")
         return read_tensor(self.storage, self.entries[name])
 
     def __contains__(self, name: object) -> bool:
@@ -106,12 +103,20 @@ class Tensors(Mapping[str, Array]):
 
 
 def write_tensors(storage: Storage, tensors: Mapping[str, Array]) -> dict[str, TensorEntry]:
-    """Write each tensor as an object of its own, one at a time; ValueError for a name or dtype that is not kept."""
+    """Write each tensor as one object, one after the other.
+
+    Raises:
+        CacheError: a name, dtype or shape that a tensor cannot have.
+    """
     return {name: _write(storage, name, tensors[name]) for name in sorted(tensors)}
 
 
 def read_tensor(storage: Storage, entry: TensorEntry) -> Array:
-    """A read-only array over the bytes of its object; DamagedTensorError, before it is read where its size tells already."""
+    """A tensor as a read-only array over the bytes of its object.
+
+    Raises:
+        DamagedTensorError: the object is missing, or does not match ``entry``. A wrong size is found before reading.
+    """
     check_size(storage, entry)
     data, header = storage.read(entry.object), _header(entry.dtype, entry.shape)
     if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -123,7 +128,7 @@ def read_tensor(storage: Storage, entry: TensorEntry) -> Array:
 
 
 def check_size(storage: Storage, entry: TensorEntry) -> None:
-    """DamagedTensor where its object is missing, or of another size."""
+    """DamagedTensorError if the tensor's object is missing or has another size."""
     found = storage.size(entry.object)
     if found != entry.bytes:
         raise _damaged(
@@ -132,14 +137,14 @@ def check_size(storage: Storage, entry: TensorEntry) -> None:
 
 
 def unlisted(storage: Storage, entries: Mapping[str, TensorEntry]) -> list[str]:
-    """What lies among the tensors without being one of the cache's, temporaries aside."""
+    """What lies in the tensors' folder but is not in the manifest, except temporary files."""
     listed = {entry.object for entry in entries.values()}
-    names = [f"{FOLDER}/{name}" for name in storage.names(FOLDER) if not name.startswith(TEMPORARY)]
+    names = [f"{TENSORS}/{name}" for name in storage.names(TENSORS) if not name.startswith(TEMPORARY)]
     return [name for name in names if name not in listed]
 
 
 def is_orphan(storage: Storage, name: str) -> bool:
-    """Whether an unlisted object is a tensor that another run wrote: its name proves its bytes."""
+    """Whether an unlisted object is a tensor of another run: then the hash in its name is that of its bytes."""
     match = _OBJECT.fullmatch(name)
     try:
         return match is not None and hashlib.sha256(storage.read(name)).hexdigest()[:12] == match[1]
@@ -148,19 +153,20 @@ def is_orphan(storage: Storage, name: str) -> bool:
 
 
 def sweep_orphans(storage: Storage, entries: Mapping[str, TensorEntry], *, min_age_s: float) -> list[str]:
-    """Remove tensors that runs left which were too late to write the manifest, or crashed before; returns their names."""
+    """Remove tensors of runs that crashed, or that another run was faster than; returns their names."""
     names = [name for name in unlisted(storage, entries) if _OBJECT.fullmatch(name)]
     old = [name for name in names if not min_age_s or storage.age_s(name) >= min_age_s]
     for name in old:
         storage.delete(name)
+        _log.info("swept %s: the manifest does not list it", name)
     return old
 
 
 def _write(storage: Storage, name: str, array: Array) -> TensorEntry:
-    # Little-endian, one value after the other; no copy where it is so already.
+    # Little-endian and contiguous; no copy if it is so already.
     stored = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
     dtype, shape = stored.dtype.str, stored.shape
-    _require_kept(name, dtype, shape)
+    _require_storable(name, dtype, shape)
     header, values = _header(dtype, shape), stored.reshape(-1).view(np.uint8).data
     digest = hashlib.sha256(header)
     digest.update(values)
@@ -169,18 +175,19 @@ def _write(storage: Storage, name: str, array: Array) -> TensorEntry:
     return entry
 
 
-def _require_kept(name: str, dtype: str, shape: tuple[int, ...]) -> None:
-    """ValueError for a name, dtype or shape that no tensor of a cache has."""
+def _require_storable(name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """CacheError for a name, dtype or shape that a tensor cannot have."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"tensor {name!r}: expected lower-case letters, digits, _ and ., a letter first")
+        raise CacheError(f"tensor {name!r}: expected lower-case letters, digits, _ and ., beginning with a letter")
     if dtype not in DTYPES:
-        raise ValueError(f"tensor {name!r}: found dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
-    if len(shape) > _MAX_DIMS or not all(type(size) is int and 0 <= size < 1 << 48 for size in shape):
-        raise ValueError(f"tensor {name!r}: found shape {shape!r}, expected up to {_MAX_DIMS} sizes")
+        raise CacheError(f"tensor {name!r}: found dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+    sizes = all(type(size) is int and size >= 0 for size in shape)
+    if len(shape) > _MAX_DIMS or not sizes or math.prod(max(size, 1) for size in shape) >= _MAX_ELEMENTS:
+        raise CacheError(f"tensor {name!r}: found shape {shape!r}, expected up to {_MAX_DIMS} sizes")
 
 
 def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The head of a .npy file (version 1.0), spelt here and not by numpy, so that it does not change with its version."""
+    """The header of a .npy file (version 1.0). Written here and not by numpy, so that it does not change with its version."""
     text = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode()
     text += b" " * (-(len(_MAGIC) + 2 + len(text) + 1) % _ALIGNED) + b"\n"
     return _MAGIC + len(text).to_bytes(2, "little") + text

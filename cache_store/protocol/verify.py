@@ -1,4 +1,4 @@
-"""Audit a cache: every record, every shard, every row; and one digest that says what it holds."""
+"""Verify a cache: every record, every shard, every row; and one digest of its content."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignkd.cache_store.protocol.commit import (
-    CommitRecord,
-    CorruptRecordError,
+from alignkd.cache_store.errors import CorruptRecordError, CorruptShardError, DamagedTensorError
+from alignkd.cache_store.protocol.commit import read_record
+from alignkd.cache_store.protocol.names import (
+    PLAN,
+    RUNS,
     committed_numbers,
     foreign_names,
     name_hash,
     object_names,
-    read_record,
     record_name,
     shard_number,
     temporary_names,
 )
-from alignkd.cache_store.protocol.plan import FOLDER as PLAN
+from alignkd.cache_store.protocol.open_shard import open_shard, row_keys
 from alignkd.cache_store.protocol.plan import plan_objects
-from alignkd.cache_store.protocol.reader import open_shard, row_keys
-from alignkd.cache_store.protocol.store import RUNS, CacheStore, open_store
-from alignkd.cache_store.protocol.tensors import DamagedTensorError, check_size, is_orphan, read_tensor, unlisted
-from alignkd.cache_store.rows.shard import CorruptShardError, Shard
+from alignkd.cache_store.protocol.record import CommitRecord
+from alignkd.cache_store.protocol.store import CacheStore, open_store
+from alignkd.cache_store.protocol.tensors import check_size, is_orphan, read_tensor, unlisted
+from alignkd.cache_store.rows.shard import Shard
 from alignkd.cache_store.storage.contract import TEMPORARY
 
 _SHOWN = 3
@@ -33,9 +34,9 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong: in words, the objects that ``repair`` removes, in that order, and the keys of the samples touched.
+    """A message, the objects that ``repair`` removes, in this order, and the keys of the affected samples.
 
-    ``beyond_repair``: every sample needs the objects and nothing in the cache can rebuild them, so they are not removed.
+    ``beyond_repair``: every sample needs the objects, and nothing in the cache can rebuild them; they are not removed.
     """
 
     message: str
@@ -52,12 +53,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What an audit found.
+    """The result of an audit.
 
-    ``rows`` and ``rejected`` count samples of shards without a problem. Planned shards that are not done yet are no
-    problem, nor are ``strays``: temporaries and objects that no record names, left by a crash or about to be
-    committed. ``content_sha256`` is the same for every cache that holds the same rows and tensors, however they are
-    sharded, ordered, compressed or formatted; "" after a quick audit.
+    ``rows`` and ``rejected`` count samples of shards without a problem. Planned shards without a record are not a problem.
+    ``strays`` are not one either: temporary files, and objects that no record names, left by a crash or about to be
+    committed. ``content_sha256`` is the same for every cache with the same rows and tensors, whatever its shards, their
+    order, compression or format; "" after a quick audit.
     """
 
     problems: list[Problem]
@@ -75,10 +76,10 @@ class VerifyReport:
 
 
 def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None] | None = None) -> VerifyReport:
-    """Audit the cache at ``url``; quick compares records and sizes alone.
+    """Audit the cache at ``url``; ``quick`` compares only records and sizes. ``on_shard`` is called after each shard.
 
-    ``on_shard`` is called after each committed shard. ValueError where there is no cache, or where its manifest or plan
-    is damaged, without which nothing else can be judged.
+    Raises:
+        CacheError: there is no cache, or its manifest or plan is damaged, which everything else is compared with.
     """
     store = open_store(url)
     objects = object_names(store.storage)
@@ -95,7 +96,7 @@ def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None]
             digests.extend(_audit(store, record, quick))
             sound.append(record)
         except (CorruptRecordError, CorruptShardError, FileNotFoundError) as error:
-            # Which object a damaged record names nobody knows.
+            # Which object a damaged record named is unknown.
             known = [recorded[number]] if number in recorded else [n for n in objects if shard_number(n) == number]
             problems.append(_damaged(store, number, known, str(error)))
         if on_shard is not None:
@@ -115,11 +116,11 @@ def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None]
 
 
 def row_digest(shard: Shard, i: int) -> bytes:
-    """Key and sha256 of what row ``i`` holds: names, dtypes, codecs, shapes and encoded bytes of its fields."""
+    """The key of row ``i`` and a sha256 of its names, dtypes, codecs, shapes and encoded bytes."""
     key, encoded = shard.ids[i].key, shard.encoded(i)
     fields = sorted(shard.spec.fields, key=lambda field: field.name)
-    described = [[f.name, f.dtype, f.codec, shard.shape(f.name, i), sorted(encoded[f.name])] for f in fields]
-    digest = hashlib.sha256(json.dumps([*shard.ids[i], described]).encode())
+    metadata = [[f.name, f.dtype, f.codec, shard.shape(f.name, i), sorted(encoded[f.name])] for f in fields]
+    digest = hashlib.sha256(json.dumps([*shard.ids[i], metadata]).encode())
     for field in fields:
         for part in sorted(encoded[field.name]):
             digest.update(encoded[field.name][part].tobytes())
@@ -127,13 +128,13 @@ def row_digest(shard: Shard, i: int) -> bytes:
 
 
 def _tensor_digests(store: CacheStore) -> Iterator[bytes]:
-    """Of each tensor, by name: a cache with other tensors holds something else."""
+    """One digest per tensor, by name: with other tensors the same rows mean something else."""
     for name, entry in sorted(store.manifest.tensors.items()):
         yield hashlib.sha256(json.dumps([name, entry.to_dict()], sort_keys=True).encode()).digest()
 
 
 def _audit(store: CacheStore, record: CommitRecord, quick: bool) -> list[bytes]:
-    """Digests of a shard's rows, none after a quick look; CorruptShardError where anything is not as record and plan say."""
+    """Digests of a shard's rows (none if ``quick``); CorruptShardError if it does not match its record and the plan."""
     keys = row_keys(store.plan, record)
     if quick:
         found = store.storage.size(record.object)
@@ -145,7 +146,7 @@ def _audit(store: CacheStore, record: CommitRecord, quick: bool) -> list[bytes]:
 
 
 def _audit_rows(shard: Shard) -> Iterator[bytes]:
-    """Digests of all rows; CorruptShardError where one does not decode to what the spec says."""
+    """Digests of all rows; CorruptShardError if a row does not decode to the shape and dtype of its fields."""
     for i in range(len(shard)):
         row = shard.row(i)
         for field in shard.spec.fields:
@@ -157,15 +158,15 @@ def _audit_rows(shard: Shard) -> Iterator[bytes]:
 
 def _damaged(store: CacheStore, number: int, objects: list[str], message: str) -> Problem:
     keys = store.plan.keys_of(number) if number < store.plan.shards else []
-    # The record goes first: a shard without one is merely not done.
+    # The record first: without it, the shard is simply not done.
     return Problem(message, (record_name(number), *objects), tuple(keys))
 
 
 def _is_stray(store: CacheStore, name: str, recorded: Mapping[int, str]) -> bool:
-    """Whether an object without a record is what a worker leaves that is killed between object and record.
+    """Whether an object without a record may be from a worker that was killed between object and record.
 
-    Where another worker has committed the shard since, only an object that its own name proves, and that is no copy of
-    a committed one, can be that.
+    If another worker has committed the shard since, then only an object whose bytes have the hash in its name, and which is
+    not a copy of a committed one.
     """
     number = shard_number(name)
     if number is None or number >= store.plan.shards:
@@ -183,7 +184,7 @@ def _loose(store: CacheStore, name: str) -> Problem | None:
         return None
     if number >= store.plan.shards:
         return Problem(f"{name}: a shard that is not in the plan of {store.plan.shards} shards", (name,))
-    return Problem(f"{name}: a second object of shard {number}: no worker left it, it is a copy or damaged", (name,))
+    return Problem(f"{name}: a second object of shard {number}: a copy, or damaged", (name,))
 
 
 def _foreign(store: CacheStore, orphans: list[str]) -> list[Problem]:
@@ -209,7 +210,7 @@ def _damaged_runs(store: CacheStore) -> Iterator[Problem]:
     for name in store.storage.names(RUNS):
         path = f"{RUNS}/{name}"
         if not name.startswith(TEMPORARY) and not _is_run(store, path):
-            yield Problem(f"{path}: a run's configuration that is damaged, or foreign; no row depends on it", (path,))
+            yield Problem(f"{path}: not a run's configuration, or a damaged one; no row depends on it", (path,))
 
 
 def _is_run(store: CacheStore, path: str) -> bool:

@@ -1,1 +1,1 @@
-"""What a row and a shard are, in memory."""
+"""Rows and shards in memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from alignkd.cache_store.codecs import Array, Shape
 from alignkd.cache_store.rows.spec import FieldSpec
@@ -17,7 +18,7 @@ class Row:
     """The targets of one sample.
 
     ``key`` is 32 lower-case hex characters (16 bytes). ``image_sha256`` is 64 of them, or "" without an image.
-    ``values`` holds every field of the spec; what a sample lacks is an array of size zero, as [H, 0, 0].
+    ``values`` has every field of the spec; a target that a sample does not have is an array of size zero, as [H, 0, 0].
     """
 
     key: str
@@ -26,11 +27,19 @@ class Row:
     values: Mapping[str, Array]
 
 
+class RowId(NamedTuple):
+    """The sample that a row belongs to; see :class:`Row`."""
+
+    key: str
+    sample_id: str
+    image_sha256: str
+
+
 @dataclass(frozen=True)
 class EncodedField:
-    """One field of one row, not decoded: the ``parts`` of the field's codec, in shape; ``shape`` is the decoded one.
+    """One field of one row, not decoded: the ``parts`` of its codec, reshaped; ``shape`` is the decoded shape.
 
-    The parts may be views into a shard: they are not to be written into.
+    The parts may be views into a shard: do not write into them.
     """
 
     field: FieldSpec

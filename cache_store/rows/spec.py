@@ -1,4 +1,4 @@
-"""What a cache holds, and what its targets were made from: two settings that differ never share a cache."""
+"""The fields of a cache, and the fingerprint of its settings: targets of different settings never share a cache."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from alignkd.cache_store.codecs import get_codec
+from alignkd.cache_store.errors import FingerprintMismatchError
+from alignkd.errors import ConfigError
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _SHOWN = 64
@@ -19,17 +21,16 @@ _ABSENT = object()
 _Path = tuple[str, ...]
 
 
-class FingerprintMismatchError(ValueError):
-    """The cache was written with other settings than the ones asked for."""
-
-
 @dataclass(frozen=True)
 class FieldSpec:
-    """One ragged array that every row holds.
+    """One ragged array that every row has.
 
-    ``dims`` names its axes ("H", "T", "V"), one size each in every row; ``dtype`` is the numpy name of the decoded
-    values; ``codec`` is a name in ``codecs.CODECS``. ValueError where the three do not fit together. The values of a
-    ``per_image`` field depend on the row's images alone, and a shard stores them once for all rows of the same images.
+    ``dims`` names its axes ("H", "T", "V"), whose sizes differ from row to row; ``dtype`` is the numpy name of the decoded
+    values; ``codec`` is a name in ``codecs.CODECS``. The values of a ``per_image`` field depend on the row's images alone:
+    a shard stores them once for all rows with the same images.
+
+    Raises:
+        ConfigError: a bad name, or a codec that cannot store such arrays.
     """
 
     name: str
@@ -40,12 +41,14 @@ class FieldSpec:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise ValueError(f"field name {self.name!r}: expected lower-case letters, digits and _, a letter first")
+            raise ConfigError(f"field name {self.name!r}: expected lower-case letters, digits and _, beginning with a letter")
         object.__setattr__(self, "dims", tuple(self.dims))
+        if not all(isinstance(dim, str) for dim in self.dims) or not isinstance(self.per_image, bool):
+            raise ConfigError(f"field {self.name!r}: expected names of dimensions, and true or false for per_image")
         try:
             get_codec(self.codec).layout((0,) * len(self.dims), self.numpy_dtype)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"field {self.name!r}: {error}") from error
+        except (SyntaxError, TypeError, ValueError) as error:  # numpy's own where it does not know the dtype
+            raise ConfigError(f"field {self.name!r}: {error}") from error
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -55,7 +58,11 @@ class FieldSpec:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The fields of every row, and ``fingerprint``: a JSON-able mapping of everything that determines the targets."""
+    """The fields of every row, and ``fingerprint``: everything that determines the targets, as a mapping that fits in JSON.
+
+    Raises:
+        ConfigError: two fields of one name, or a fingerprint that JSON cannot hold.
+    """
 
     fields: tuple[FieldSpec, ...]
     fingerprint: Mapping[str, Any]
@@ -65,10 +72,10 @@ class CacheSpec:
         object.__setattr__(self, "fingerprint", plain_json(self.fingerprint))
         names = [field.name for field in self.fields]
         if len(set(names)) < len(names):
-            raise ValueError(f"field names must differ, found {', '.join(names)}")
+            raise ConfigError(f"field names must differ, found {', '.join(names)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """A mapping for JSON."""
         return {
             "fields": [{**asdict(field), "dims": list(field.dims)} for field in self.fields],
             "fingerprint": self.fingerprint,
@@ -76,13 +83,17 @@ class CacheSpec:
 
 
 def check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], *, cache: str) -> None:
-    """Raise FingerprintMismatchError that names every differing key with both values; ``cache`` is named in the message."""
-    theirs, ours = dict(_leaves(found)), dict(_leaves(wanted))
-    pairs = {key: (theirs.get(key, _ABSENT), ours.get(key, _ABSENT)) for key in sorted({**theirs, **ours})}
+    """Compare the fingerprint of the cache at ``cache`` with the wanted one.
+
+    Raises:
+        FingerprintMismatchError: they differ; names each key that differs with both values.
+    """
+    has, wants = dict(_leaves(found)), dict(_leaves(wanted))
+    pairs = {key: (has.get(key, _ABSENT), wants.get(key, _ABSENT)) for key in sorted({**has, **wants})}
     lines = [
-        f"  {'.'.join(key)}: cache has {_shorten(has)}, wanted {_shorten(wants)}"
-        for key, (has, wants) in pairs.items()
-        if not _same(has, wants)
+        f"  {'.'.join(key)}: cache has {_shorten(there)}, wanted {_shorten(asked)}"
+        for key, (there, asked) in pairs.items()
+        if not _same(there, asked)
     ]
     if not lines:
         return
@@ -93,7 +104,7 @@ def check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], *, ca
 
 
 def check_spec(found: CacheSpec, wanted: CacheSpec, *, cache: str) -> None:
-    """``check_fingerprint`` over fields (in any order) and fingerprint together."""
+    """:func:`check_fingerprint` for the fields, in any order, and the fingerprint together."""
     check_fingerprint(_comparable(found), _comparable(wanted), cache=cache)
 
 
@@ -111,7 +122,7 @@ def _leaves(tree: Mapping[str, Any], path: _Path = ()) -> Iterator[tuple[_Path, 
 
 
 def _same(a: Any, b: Any) -> bool:
-    # 1 and 1.0 are one setting; 1 and True are two.
+    # 1 and 1.0 are the same setting; 1 and True are not.
     return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
 
 
@@ -121,15 +132,19 @@ def _shorten(value: Any) -> str:
     text = json.dumps(value, sort_keys=True)
     if len(text) <= _SHOWN:
         return text
-    # Two long values may begin and end alike; their digests do not.
+    # Two long values may begin alike; their digests differ.
     return f"{text[: _SHOWN - 16]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
 def plain_json(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy as JSON would give it back: tuples become lists. ValueError for what JSON cannot hold."""
+    """A deep copy, as it comes back from JSON: tuples become lists.
+
+    Raises:
+        ConfigError: JSON cannot hold it.
+    """
     try:
         copy = json.loads(json.dumps(dict(mapping), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"settings hold only what JSON can: {error}") from error
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ConfigError(f"settings must fit in JSON: {error}") from error
     assert isinstance(copy, dict)
     return copy

@@ -3,18 +3,17 @@
 from typing import Protocol
 
 TEMPORARY = ".tmp-"
-
+"""Names of temporary files begin with this."""
 
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-"""What an operating system says of a name that is not there."""
-
-
-class StorageError(OSError):
-    """An object could not be read or written; the message says which, why, and what to do."""
+"""What an operating system raises for a name that does not exist."""
 
 
 class Storage(Protocol):
-    """Objects by name (``shards/x.tar``) below one root. FileNotFoundError for a name that is not there."""
+    """Objects by name (``shards/x.tar``) below one root.
+
+    A name that does not exist raises FileNotFoundError; any other failure raises StorageError.
+    """
 
     url: str
 
@@ -23,21 +22,21 @@ class Storage(Protocol):
         ...
 
     def write(self, name: str, data: bytes) -> bool:
-        """Write an object that was not there, whole or not at all; False, and nothing written, where it was there."""
+        """Write a new object, whole or not at all. If the name exists, write nothing and return False."""
         ...
 
     def names(self, folder: str) -> list[str]:
-        """Names of the objects in a folder, without the folder; none where there is no folder. Sorted."""
+        """Names of the objects in a folder, sorted, without the folder. Empty if the folder does not exist."""
         ...
 
     def size(self, name: str) -> int | None:
-        """Bytes of an object; None where it is not there."""
+        """Size of an object in bytes; None if it does not exist."""
         ...
 
     def age_s(self, name: str) -> float:
-        """Seconds since an object was written; 0 where it is gone or nobody knows."""
+        """Seconds since an object was written; 0 if it does not exist or the storage does not know."""
         ...
 
     def delete(self, name: str) -> None:
-        """Remove an object; nothing where it is not there."""
+        """Remove an object; does nothing if it does not exist."""
         ...

@@ -1,14 +1,18 @@
 """Objects at an fsspec URL."""
 
 import contextlib
+import logging
 import os
 import random
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from alignkd.cache_store.storage.contract import MISSING, StorageError
+from alignkd.cache_store.errors import StorageError
+from alignkd.cache_store.storage.contract import MISSING
+from alignkd.errors import ConfigError
 
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _S3_CONFIG = {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}
@@ -18,7 +22,7 @@ class RemoteStorage:
     """Objects at an fsspec URL (``s3://``, ``gs://``, ``memory://`` ...).
 
     Options such as an endpoint or timeouts come from fsspec's own configuration (``FSSPEC_S3_ENDPOINT_URL``,
-    ``FSSPEC_S3_CONFIG_KWARGS='{"read_timeout": 60}'``, or a file in ``~/.config/fsspec``). It holds no connection across a
+    ``FSSPEC_S3_CONFIG_KWARGS='{"read_timeout": 60}'``, or a file in ``~/.config/fsspec``). No connection is kept across a
     fork or a pickle.
     """
 
@@ -35,13 +39,13 @@ class RemoteStorage:
 
     def read(self, name: str) -> bytes:
         """All bytes of an object."""
-        return bytes(self._again("read", name, lambda fs, path: fs.cat_file(path)))
+        return bytes(self._retry("read", name, lambda fs, path: fs.cat_file(path)))
 
     def write(self, name: str, data: bytes) -> bool:
-        """Write an object that was not there; see :class:`Storage`."""
+        """Write a new object; False if the name exists."""
 
         def put(fs: Any, path: str) -> bool:
-            # Not every store heeds the condition below; fs.exists would take a 500 for "no".
+            # Some stores ignore mode="create" below. fs.exists would take a 500 for "no".
             with contextlib.suppress(*MISSING):
                 fs.info(path)
                 return False
@@ -49,82 +53,102 @@ class RemoteStorage:
                 fs.pipe_file(path, data, mode="create")
             except FileExistsError:
                 return False
-            except (NotImplementedError, TypeError):  # a store that knows no such condition
+            except (NotImplementedError, TypeError):  # a store without conditional writes
                 fs.pipe_file(path, data)
             return True
 
         try:
-            return self._again("write", name, put)
+            return self._retry("write", name, put)
         except MISSING as error:
             raise StorageError(f"cannot write {self.url}/{name}: {error}. Create the bucket or folder first") from error
 
     def names(self, folder: str) -> list[str]:
         """Names in a folder."""
 
-        def listed(fs: Any, path: str) -> list[str]:
+        def list_names(fs: Any, path: str) -> list[str]:
             try:
                 entries = fs.ls(path, detail=False)
             except MISSING:
                 return []
             return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.rstrip("/") != path.rstrip("/")})
 
-        return self._again("list", folder, listed)
+        return self._retry("list", folder, list_names)
 
     def size(self, name: str) -> int | None:
-        """Bytes of an object; None where it is not there."""
+        """Size of an object in bytes; None if it does not exist."""
         try:
-            info = self._again("look at", name, lambda fs, path: fs.info(path))
+            info = self._retry("look at", name, lambda fs, path: fs.info(path))
         except FileNotFoundError:
             return None
         return int(info["size"]) if info.get("type") == "file" else None
 
     def age_s(self, name: str) -> float:
         """Seconds since an object was written."""
-        try:
-            modified = self._again("look at", name, lambda fs, path: fs.modified(path))
-        except (FileNotFoundError, NotImplementedError):
-            return 0.0
-        return time.time() - float(modified.timestamp())
+
+        def modified(fs: Any, path: str) -> float | None:
+            try:
+                return float(fs.modified(path).timestamp())
+            except (FileNotFoundError, NotImplementedError):
+                return None
+
+        written = self._retry("look at", name, modified)
+        return 0.0 if written is None else time.time() - written
 
     def delete(self, name: str) -> None:
         """Remove an object."""
         with contextlib.suppress(FileNotFoundError):
-            self._again("delete", name, lambda fs, path: fs.rm_file(path))
+            self._retry("delete", name, lambda fs, path: fs.rm_file(path))
 
-    def _again(self, deed: str, name: str, do: Callable[[Any, str], _T]) -> _T:
-        for attempt in range(self.attempts):
+    def _retry(self, action: str, name: str, do: Callable[[Any, str], _T]) -> _T:
+        url = f"{self.url}/{name}"
+        for attempt in range(1, self.attempts + 1):
             try:
                 fs, root = self._filesystem()
                 fs.invalidate_cache()
                 return do(fs, f"{root}/{name}" if name else root)
-            except (*MISSING, NotImplementedError):
+            except (*MISSING, ConfigError):
                 raise
+            except NotImplementedError as error:
+                raise StorageError(f"cannot {action} {url}: this kind of storage does not support it ({error})") from error
             except PermissionError as error:
-                raise StorageError(
-                    f"cannot {deed} {self.url}/{name}: {error}. Check the credentials and their rights"
-                ) from error
+                raise StorageError(f"cannot {action} {url}: {error}. Check the credentials and their rights") from error
             except Exception as error:
-                # Each store's client has errors of its own; what is not a refusal may pass.
-                if attempt + 1 == self.attempts:
+                # Each store's client has errors of its own. Whatever is not handled above may pass.
+                message = f"cannot {action} {url}, tried {attempt} times: {type(error).__name__}: {error}"
+                if attempt == self.attempts:
                     raise StorageError(
-                        f"cannot {deed} {self.url}/{name}, tried {self.attempts} times: {type(error).__name__}: {error}."
-                        " Nothing is half-written; run the same command again when the store answers"
+                        f"{message}. Nothing is half-written; run the same command again when the store answers"
                     ) from error
-                time.sleep(self.first_wait_s * 2**attempt * random.uniform(0.5, 1.5))
+                wait_s = self.first_wait_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+                _log.warning("%s; retry %d of %d in %.1f s", message, attempt, self.attempts - 1, wait_s)
+                time.sleep(wait_s)
         raise AssertionError("the last attempt returns or raises")
 
     def _filesystem(self) -> tuple[Any, str]:
+        """The file system, opened once a process, and the path of the cache in it."""
         if self._opened is None or self._opened[0] != os.getpid():
-            import fsspec
-
-            try:
-                fs, root = fsspec.core.url_to_fs(self.url, skip_instance_cache=True, **_options(self.url))
-            except (ImportError, ValueError) as error:
-                raise ValueError(f"--cache {self.url}: {error}") from error
-            if _is_s3(self.url):
-                fs.retries = 1
+            fs, root = _open(self.url)
             self._opened = (os.getpid(), fs, root.rstrip("/"))
         return self._opened[1], self._opened[2]
+
+
+def _open(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    if "://" not in url:  # a URL that ended in slashes only
+        raise ConfigError(f"--cache {url}//: found no folder in this URL, expected one, as in memory://folder")
+    try:
+        fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, **_options(url))
+    except OSError as error:
+        raise StorageError(f"cannot open --cache {url}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # each file system checks its options in its own way
+        raise ConfigError(
+            f"cannot open --cache {url}: {type(error).__name__}: {error}. Expected a folder, or a URL of a kind that fsspec"
+            " knows and whose package is installed (s3:// needs s3fs, gs:// needs gcsfs)"
+        ) from error
+    if _is_s3(url):
+        fs.retries = 1
+    return fs, root
 
 
 def _is_s3(url: str) -> bool:
@@ -132,7 +156,7 @@ def _is_s3(url: str) -> bool:
 
 
 def _options(url: str) -> dict[str, Any]:
-    """Asking again is :class:`RemoteStorage`'s alone: botocore and s3fs on top would ask a dead store 300 times."""
+    """Only :class:`RemoteStorage` retries: with botocore and s3fs on top, a dead store would be asked 300 times."""
     if not _is_s3(url):
         return {}
     from fsspec.config import conf

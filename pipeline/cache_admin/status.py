@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from alignkd.cache_store.protocol.store import CacheStore, Status
+from alignkd.cache_store.protocol.status import Status
+from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.pipeline.config.cache_layout import logit_width
 
 RECENT_S = 600.0

@@ -1,6 +1,6 @@
 """One sample to one model input: text to ids and labels, images to pixel values (or ready tower features).
 
-What cannot be prepared is a :class:`SampleError`: the caller names it, counts it and stops when there are too many.
+A sample that cannot be prepared is a :class:`SampleError`: the caller names it, counts it and stops when there are too many.
 """
 
 import hashlib
@@ -10,21 +10,17 @@ from typing import Any
 
 from PIL import Image
 
+from alignkd.errors import SampleError
 from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.encoder import Encoder, Planned
-from alignkd.inputs.prompts import PromptError
 from alignkd.models.encoders.images import ImageError, decode_image, image_size, read_image_bytes
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.data.samples import Sample
 
 
-class SampleError(ValueError):
-    """This sample cannot be used; the message says why."""
-
-
 @dataclass(frozen=True)
 class Prepared:
-    """A model input, and the SHA-256 of its images' files ("" without images)."""
+    """A model input, the SHA-256 of its image files ("" without images), and whether text was cut off."""
 
     input: ModelInput
     image_sha256: str
@@ -50,26 +46,26 @@ class Preparer:
         return cls(encoder, Path(image_root or "."))
 
     def __call__(self, sample: Sample) -> Prepared:
-        """Prepare one sample.
+        """Prepare one sample: its text is tokenised once, and each image file is opened once.
 
         Raises:
-            SampleError: an image cannot be read, or no answer token is left to learn from.
+            SampleError: an image cannot be read, or no supervised token is left.
         """
-        return self.with_images(sample, self.text(sample))
+        check_text(sample)
+        images, digest = self.load_images(sample.images)
+        made, truncated = self.encoder.encode(sample.turns, images)
+        return Prepared(made, digest, truncated)
 
     def text(self, sample: Sample) -> Planned:
-        """The first half: how long it is, and its ids and labels where they do not depend on its images.
+        """The first half: its length, and its ids and labels where they do not depend on its images.
 
         Raises:
-            SampleError: no answer token is left to learn from, an image lies beyond the maximum length, or its size is needed
+            SampleError: no supervised token is left, an image lies beyond the maximum length, or the size of an image is needed
                 and cannot be read.
         """
         check_text(sample)
         sizes = [self._size(reference) for reference in sample.images] if self.encoder.needs_sizes else []
-        try:
-            return self.encoder.plan(sample.turns, len(sample.images), sizes)
-        except PromptError as error:
-            raise SampleError(str(error)) from error
+        return self.encoder.plan(sample.turns, len(sample.images), sizes)
 
     def with_images(self, sample: Sample, text: Planned) -> Prepared:
         """The second half: its images.
@@ -78,10 +74,7 @@ class Preparer:
             SampleError: an image cannot be read, or the sample cannot be used with it.
         """
         images, digest = self.load_images(sample.images)
-        try:
-            made, truncated = self.encoder.finish(sample.turns, text, images)
-        except PromptError as error:
-            raise SampleError(str(error)) from error
+        made, truncated = self.encoder.finish(sample.turns, text, images)
         return Prepared(made, digest, truncated)
 
     def question(self, sample: Sample) -> ModelInput:
@@ -92,10 +85,7 @@ class Preparer:
         """
         check_text(sample)
         images, _ = self.load_images(sample.images)
-        try:
-            return self.encoder.question(sample.turns, images)
-        except PromptError as error:
-            raise SampleError(str(error)) from error
+        return self.encoder.question(sample.turns, images)
 
     def load_images(self, references: tuple[str, ...]) -> tuple[list[Any], str]:
         """A sample's images as the encoder takes them (or features ``[P, C]`` each), and their SHA-256.
@@ -111,7 +101,7 @@ class Preparer:
         return [values for _, values in loaded], together
 
     def pictures(self, sample: Sample) -> list[Image.Image]:
-        """A sample's images as they are.
+        """A sample's images, decoded and otherwise unchanged.
 
         Raises:
             SampleError: one cannot be read.
@@ -148,10 +138,10 @@ class Preparer:
 
 
 def check_text(sample: Sample) -> None:
-    """Refuse text that no tokenizer takes.
+    """Reject text that no tokenizer takes.
 
     Raises:
-        SampleError: half of a surrogate pair, which JSON can escape but UTF-8 cannot hold.
+        SampleError: it holds half of a surrogate pair, which JSON can escape but UTF-8 cannot encode.
     """
     try:
         for _, text in sample.turns:

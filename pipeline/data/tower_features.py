@@ -8,9 +8,10 @@ from contextlib import suppress
 
 import torch
 
+from alignkd.errors import SampleError
 from alignkd.models.encoders.placeholder import Picture
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.data.preparer import Preparer, SampleError
+from alignkd.pipeline.data.preparer import Preparer
 
 IMAGES_AT_ONCE = 64
 
@@ -29,7 +30,7 @@ def tower_features(vlm: Vlm, preparer: Preparer, references: Sequence[str]) -> d
                 loaded[reference] = preparer.load_images((reference,))
         if loaded:
             pixels = torch.stack([images[0].values for images, _ in loaded.values()]).to(vlm.device)
-            encoded = vlm.model.model.run_tower(pixels).cpu()
+            encoded = vlm.run_tower(pixels).cpu()
             for (reference, (images, digest)), values in zip(loaded.items(), encoded, strict=True):
                 features[reference] = (digest, Picture(values.clone(), images[0].size))
     return features

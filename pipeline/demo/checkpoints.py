@@ -7,9 +7,10 @@ import sentencepiece
 from transformers import CLIPVisionModel, LlamaConfig
 
 from alignkd.inputs.prompts import SYSTEM
+from alignkd.models.checkpoints.tokenizer_files import load_tokenizer
 from alignkd.models.encoders.images import ImagePreprocessor
 from alignkd.models.families.mobilevlm import MobileVlmFamily
-from alignkd.models.loading import load_tokenizer, save_vlm
+from alignkd.models.loading import save_vlm
 from alignkd.models.modules.mobilevlm import MobileVlm, MobileVlmConfig
 from alignkd.pipeline.config.demo import LanguageModelSize
 from alignkd.pipeline.data.easy_vqa import Question

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from alignkd.inputs.batch import ModelInput, collate
+from alignkd.errors import SampleError
+from alignkd.inputs.batch import ModelInput
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.evaluate import EvaluateConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
-from alignkd.pipeline.data.preparer import Preparer, SampleError
+from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.data.samples import Sample, SampleFile
 from alignkd.pipeline.data.tower_features import tower_features
@@ -105,13 +106,8 @@ def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects:
 @torch.inference_mode()
 def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
     """Greedy answers of a batch."""
-    batch = collate(
-        questions,
-        tokens_per_placeholder=vlm.tokens_per_placeholder,
-        pad_token_id=vlm.pad_token_id,
-        image_token_id=vlm.image_token_id,
-        pad_left=True,  # so that generation goes on from the prompt
-    ).to(vlm.device)
+    # Padded on the left, so that generation continues the prompt.
+    batch = vlm.collate(questions, pad_left=True).to(vlm.device)
     output = vlm.model.generate(
         input_ids=batch.input_ids_BS,
         attention_mask=batch.attention_mask_BS.long(),

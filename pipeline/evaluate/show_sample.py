@@ -9,12 +9,12 @@ import torch
 from torch.nn import functional
 
 from alignkd.capture.attention import capture, enable_capture
-from alignkd.inputs.batch import collate, expand
+from alignkd.errors import SampleError
 from alignkd.inputs.prompts import IGNORE
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.show import ShowConfig
-from alignkd.pipeline.data.preparer import Prepared, Preparer, SampleError
+from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.data.samples import Sample, SampleFile
 from alignkd.pipeline.figures.attention import attention_figure, save_figure
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
@@ -86,12 +86,7 @@ def find_sample(samples: SampleFile, sample_id: str | None) -> Sample:
 def captured_arrays(vlm: Vlm, prepared: Prepared) -> dict[str, np.ndarray]:
     """One forward pass over one sample; float32 arrays."""
     given = prepared.input
-    batch = collate(
-        [given],
-        tokens_per_placeholder=vlm.tokens_per_placeholder,
-        pad_token_id=vlm.pad_token_id,
-        image_token_id=vlm.image_token_id,
-    ).to(vlm.device)
+    batch = vlm.collate([given]).to(vlm.device)
     captured = capture(vlm, batch)
     logits_AN = vlm.head(captured.hidden_AD).float()
     assert captured.attention_BHTV is not None
@@ -109,7 +104,7 @@ def captured_arrays(vlm: Vlm, prepared: Prepared) -> dict[str, np.ndarray]:
 def token_table(vlm: Vlm, prepared: Prepared) -> list[dict[str, Any]]:
     """Each id with its position, piece, where it stands (before or after the image) and whether it is supervised."""
     given = prepared.input
-    layout = expand(given.input_ids, given.labels, vlm.tokens_per_placeholder, vlm.image_token_id)
+    layout = vlm.collator.expand(given)
     table, position, seen = [], 0, False
     for token, label in zip(given.input_ids.tolist(), given.labels.tolist(), strict=True):
         is_image = token == vlm.image_token_id

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from alignkd.cache_store.protocol.reader import CacheReader, MissingRowError
+from alignkd.cache_store.errors import CorruptShardError, MissingRowError
+from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.rows.row import EncodedField
-from alignkd.cache_store.rows.shard import CorruptShardError
-from alignkd.inputs.batch import ModelInput, collate
+from alignkd.errors import SampleError
+from alignkd.inputs.batch import ModelInput
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.cross_model import LAYOUT, CrossModelMap, TargetMask, with_masks
 from alignkd.pipeline.cache_io.logits import logit_fields, settings_of
 from alignkd.pipeline.cache_io.targets import collate_targets
 from alignkd.pipeline.config.cache_layout import attention_field, attention_layer
-from alignkd.pipeline.data.preparer import Prepared, Preparer, SampleError
+from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.data.samples import Sample, SampleFile
 from alignkd.pipeline.feeding.order import SHARDS_OPEN
@@ -78,8 +79,7 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         across: CrossModelMap | None = None,
     ) -> None:
         self.samples, self.preparer, self.reader, self.across = samples, preparer, reader, across
-        self.tokens_per_placeholder = student.tokens_per_placeholder
-        self.image_token_id, self.pad_token_id = student.image_token_id, student.pad_token_id
+        self.collator = student.collator
         self.fields = [attention_field(layer) for layer in attention_layers] if "attention" in needs else []
         self.fields += ["vision_tokens"] if "vision" in needs else []
         if "logits" in needs:
@@ -158,7 +158,7 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
                 return self._across(sample, prepared, self.across)
             row = self.reader.row(sample.key, {"input_ids", "labels"})
             stored = self.reader.encoded_fields(sample.key, self.fields)
-            check_row(sample, prepared, row, stored, self.tokens_per_placeholder, self.image_token_id)
+            check_row(sample, prepared, row, stored, self.collator)
         except SampleError as error:
             return FailedSample(sample.key, sample.id or sample.key, str(error), fatal=False)
         except (MisalignedRowError, CorruptShardError) as error:
@@ -191,12 +191,7 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         failures = [item for item in items if isinstance(item, FailedSample)]
         if not good:
             return SharedMemoryBatch(batch=None, targets=None, failures=failures, ids=[])
-        batch = collate(
-            [item.input for item in good],
-            tokens_per_placeholder=self.tokens_per_placeholder,
-            pad_token_id=self.pad_token_id,
-            image_token_id=self.image_token_id,
-        )
+        batch = self.collator([item.input for item in good])
         targets = Targets()
         if self.fields:
             targets = collate_targets([item.stored for item in good], batch)

@@ -45,9 +45,8 @@ def cache_tower_features(vlm: Vlm, data: TrainingSet, *, limit_bytes: int) -> No
     if not vlm.caches_tower:
         raise ValueError(f"--cache-tower-features does not serve the family {vlm.family}; leave it out")
     references = sorted({reference for i in range(len(data)) for reference in data.sample(i).images})
-    vision = vlm.model.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    needed = len(references) * patches * vision.hidden_size * vlm.model.dtype.itemsize
+    patches, width = vlm.tower_feature_shape
+    needed = len(references) * patches * width * vlm.dtype.itemsize
     if needed > limit_bytes:
         raise ValueError(
             f"--cache-tower-features needs {needed / 2**30:.1f} GiB for {len(references):,} images, more than the"

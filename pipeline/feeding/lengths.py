@@ -12,8 +12,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from alignkd.cache_store.storage.local import LocalStorage
+from alignkd.errors import SampleError
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.data.preparer import SampleError
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.runtime.progress import bar
 from alignkd.pipeline.runtime.signals import leave_signals_to_parent

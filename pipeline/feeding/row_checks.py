@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from alignkd.cache_store.rows.row import EncodedField, Row
-from alignkd.inputs.prompts import IMAGE_TOKEN_ID
+from alignkd.inputs.batch import Collator, Layout
 from alignkd.pipeline.config.cache_layout import attention_layer
 from alignkd.pipeline.data.preparer import Prepared
 from alignkd.pipeline.data.samples import Sample
@@ -20,10 +20,11 @@ def check_row(
     prepared: Prepared,
     row: Row,
     stored: Mapping[str, EncodedField],
-    tokens_per_placeholder: int,
-    image_token_id: int = IMAGE_TOKEN_ID,
+    collator: Collator,
 ) -> None:
     """Compare a row, and what of it is ``stored`` undecoded, with the sample as this run prepared it.
+
+    ``collator``: the student's.
 
     Raises:
         MisalignedRowError: token ids, labels, images, or the number of vision tokens or text rows differ; names the sample and
@@ -36,7 +37,7 @@ def check_row(
         found = "its labels differ: the template is not the cache's"
     else:
         check_images(sample, prepared, row)
-        found = _misshapen(prepared.input.input_ids, stored, tokens_per_placeholder, image_token_id)
+        found = _misshapen(collator.expand(prepared.input), stored)
     if found is not None:
         raise MisalignedRowError(f"sample {sample.id!r} does not match its row in the cache: {found}")
 
@@ -54,13 +55,9 @@ def check_images(sample: Sample, prepared: Prepared, row: Row) -> None:
         )
 
 
-def _misshapen(
-    input_ids: np.ndarray, stored: Mapping[str, EncodedField], tokens_per_placeholder: int, image_token_id: int
-) -> str | None:
+def _misshapen(layout: Layout, stored: Mapping[str, EncodedField]) -> str | None:
     """What is wrong with the number of vision tokens or text rows."""
-    images = np.flatnonzero(input_ids == image_token_id)
-    columns = len(images) * tokens_per_placeholder
-    rows = len(input_ids) - int(images[0]) - len(images) if len(images) else 0
+    rows, columns = len(layout.text_rows), len(layout.vision_columns)
     if "vision_tokens" in stored and (held := stored["vision_tokens"].shape[0]) != columns:
         return f"it holds {held} vision tokens where the student has {columns}"
     for name in (name for name in stored if attention_layer(name) is not None):

@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def run_record(command: str, configuration: dict[str, Any]) -> dict[str, Any]:
     return {
         "command": command,
         "arguments": sys.argv[1:],
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "configuration": configuration,
         "versions": versions(),
     }

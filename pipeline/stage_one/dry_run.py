@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from alignkd.cache_store.formats.registry import get_format
+from alignkd.cache_store.rows.encode import concatenate_rows, encode_row
 from alignkd.cache_store.rows.row import Rejected, Row
-from alignkd.cache_store.rows.shard import encode_row, pack
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 from alignkd.capture.teacher_slice import check_sliceable, slice_config, slice_sizes
 from alignkd.pipeline.cache_admin.status import dense_bytes
@@ -98,7 +98,7 @@ def _try(stage: StageOne, chosen: Sequence[int]) -> tuple[list[Row], list[Reject
 def sizes(spec: CacheSpec, made: Sequence[Row], format_name: str) -> dict[str, float]:
     """Stored bytes a sample of each field, and of the rest of a shard."""
     shard_format = get_format(format_name)
-    data = shard_format.write_shard(pack(spec, [encode_row(spec, row) for row in made]))
+    data = shard_format.write_shard(concatenate_rows(spec, [encode_row(spec, row) for row in made]))
     found = shard_format.field_bytes(spec, data)
     found["index"] = len(data) - sum(found.values())
     return {name: size / len(made) for name, size in found.items()}

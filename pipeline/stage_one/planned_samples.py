@@ -5,7 +5,7 @@ from pathlib import Path
 from alignkd.cache_store.protocol.manifest import NAME as MANIFEST
 from alignkd.cache_store.protocol.manifest import read_manifest
 from alignkd.cache_store.protocol.plan import Plan
-from alignkd.cache_store.storage.open_storage import open_storage
+from alignkd.cache_store.storage import open_storage
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.data.samples import DataError, SampleFile
 

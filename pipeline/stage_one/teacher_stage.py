@@ -18,7 +18,8 @@ from alignkd.cache_store.rows.row import Rejected
 from alignkd.cache_store.rows.spec import CacheSpec
 from alignkd.capture.attention import enable_capture
 from alignkd.capture.teacher_slice import check_sliceable
-from alignkd.inputs.batch import Batch, collate
+from alignkd.errors import SampleError
+from alignkd.inputs.batch import Batch
 from alignkd.inputs.prompts import check_template
 from alignkd.losses.layers import find_teacher_layers
 from alignkd.models.loading import load_vlm
@@ -30,7 +31,7 @@ from alignkd.pipeline.cache_io.teacher_slice import check_alignment, slice_array
 from alignkd.pipeline.config.cache_layout import SLICED
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.targets import TargetSettings
-from alignkd.pipeline.data.preparer import Prepared, Preparer, SampleError
+from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 from alignkd.pipeline.runtime.progress import bar
@@ -219,12 +220,7 @@ class StageOne:
 
     def collate(self, ready: Sequence[tuple[PlannedSample, Prepared]]) -> Batch:
         """Pad inputs into one batch on the host."""
-        batch = collate(
-            [prepared.input for _, prepared in ready],
-            tokens_per_placeholder=self.teacher.tokens_per_placeholder,
-            pad_token_id=self.teacher.pad_token_id,
-            image_token_id=self.teacher.image_token_id,
-        )
+        batch = self.teacher.collate([prepared.input for _, prepared in ready])
         return batch.pin_memory() if self.teacher.device.type == "cuda" else batch
 
     def run(self, ready: ReadyBatch) -> TeacherOutput:

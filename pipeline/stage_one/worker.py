@@ -15,8 +15,8 @@ from typing import Any
 
 from alignkd.cache_store.protocol.repair import MIN_AGE_S
 from alignkd.cache_store.protocol.store import CacheStore
+from alignkd.cache_store.rows.encode import EncodedRow, encode_row
 from alignkd.cache_store.rows.row import Rejected
-from alignkd.cache_store.rows.shard import EncodedRow, encode_row
 from alignkd.pipeline.cache_admin.status import status_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.data.rejected_samples import RejectedSamples

@@ -22,7 +22,6 @@ from alignkd.capture.layer_pairs import needed_layers
 from alignkd.capture.online_teacher import OnlineTeacher
 from alignkd.inputs.prompts import check_template
 from alignkd.losses.recipes import describe, term_weights
-from alignkd.models.families.mobilevlm import MobileVlmFamily
 from alignkd.models.loading import load_vlm, save_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective, TargetSource, TeacherShape
@@ -350,7 +349,7 @@ class _Run:
                 if self.config.lora:
                     merge_lora(self.peft_model, out / "adapter")
                 save_vlm(student, out / "student")
-                if isinstance(student, MobileVlmFamily):
+                if student.has_official_layout:
                     save_vlm(student, out / "student-official", official=True)
                 figures["student"] = str(out / "student")
                 (out / "result.json").write_text(json.dumps(figures, indent=2) + "\n")

@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from alignkd.cache_store.protocol.commit import CommitRecord
 from alignkd.cache_store.protocol.plan import Plan
+from alignkd.cache_store.protocol.record import CommitRecord
 from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.cache_store.protocol.tensors import TensorSource
 from alignkd.cache_store.rows.row import Rejected, Row
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
-from alignkd.cache_store.storage.contract import Storage
+from alignkd.cache_store.storage import Storage, open_storage
 from alignkd.cache_store.storage.local import LocalStorage
-from alignkd.cache_store.storage.open_storage import open_storage
 
 SPEC = CacheSpec(
     fields=(

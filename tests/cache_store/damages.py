@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from cache_samples import all_names, flip, overwrite
 
-from alignkd.cache_store.protocol.commit import object_names, read_record, record_name
-from alignkd.cache_store.storage.contract import Storage
+from alignkd.cache_store.protocol.commit import read_record
+from alignkd.cache_store.protocol.names import object_names, record_name
+from alignkd.cache_store.storage import Storage
 
 # Shard that is touched (None: no shard), name that the message has to hold, and what is done.
 Damage = tuple[int | None, str, Callable[[Storage], None]]

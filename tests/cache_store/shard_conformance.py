@@ -14,12 +14,16 @@ from cache_samples import SPEC, key_of, make_row, make_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from reference.codec_errors import error_bound
 
 from alignkd.cache_store.codecs import get_codec
+from alignkd.cache_store.errors import CorruptShardError
 from alignkd.cache_store.formats import encoding
+from alignkd.cache_store.formats.contract import ShardFormat
 from alignkd.cache_store.formats.registry import get_format
-from alignkd.cache_store.rows.row import Row
-from alignkd.cache_store.rows.shard import ColumnShard, CorruptShardError, RowId, Shard, ShardFormat, encode_row, pack
+from alignkd.cache_store.rows.encode import concatenate_rows, encode_row
+from alignkd.cache_store.rows.row import Row, RowId
+from alignkd.cache_store.rows.shard import ColumnShard, Shard
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 
 
@@ -80,7 +84,7 @@ def first_of_image(images: Sequence[str], i: int) -> int:
 
 
 def packed(spec: CacheSpec, rows: Sequence[Row]) -> Shard:
-    return pack(spec, [encode_row(spec, row) for row in rows])
+    return concatenate_rows(spec, [encode_row(spec, row) for row in rows])
 
 
 def values_of(shard: Shard) -> list[tuple[str, bytes]]:
@@ -110,7 +114,7 @@ class ShardConformance:
         for field in spec.fields:
             was, now = written.values[field.name], read.values[field.name]
             assert (now.shape, now.dtype) == (was.shape, was.dtype)
-            assert (np.abs(now.astype("f8") - was.astype("f8")) <= get_codec(field.codec).error_bound(was)).all()
+            assert (np.abs(now.astype("f8") - was.astype("f8")) <= error_bound(field.codec, was)).all()
 
     @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
     @given(rows=any_rows())

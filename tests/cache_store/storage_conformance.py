@@ -8,9 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from cache_samples import in_process
 
+from alignkd.cache_store.storage import Storage, open_storage, read_all
 from alignkd.cache_store.storage import remote as storage_module
-from alignkd.cache_store.storage.contract import Storage
-from alignkd.cache_store.storage.open_storage import open_storage, read_all
 
 BYTES = bytes(range(256)) * 400
 

@@ -6,13 +6,12 @@ import pytest
 from cache_samples import all_names, commit, contents, flip, full_cache, key_of, make_store
 
 from alignkd.cache_store.codecs import get_codec
-from alignkd.cache_store.protocol.commit import object_names
+from alignkd.cache_store.errors import CorruptShardError, FingerprintMismatchError
 from alignkd.cache_store.protocol.convert import convert, other_format
+from alignkd.cache_store.protocol.names import object_names
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import open_store
 from alignkd.cache_store.protocol.verify import verify
-from alignkd.cache_store.rows.shard import CorruptShardError
-from alignkd.cache_store.rows.spec import FingerprintMismatchError
 
 
 def data_of(storage) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ import pytest
 from cache_flips import Damage, is_found, random_damages, small_cache
 from cache_samples import all_names
 
-from alignkd.cache_store.storage.open_storage import open_storage
+from alignkd.cache_store.storage import open_storage
 
 
 @pytest.fixture(scope="module", params=["zarr", "webdataset"])

@@ -11,10 +11,10 @@ from cache_samples import FASTER, SPEC, all_names, flip, key_of, keys_array, mak
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignkd.cache_store.errors import FingerprintMismatchError
 from alignkd.cache_store.protocol.manifest import FORMAT_VERSION, Manifest
 from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.protocol.store import CacheStore, open_store
-from alignkd.cache_store.rows.spec import FingerprintMismatchError
 
 MANIFEST = Manifest(SPEC, "zarr", plan_of().summary())
 
@@ -80,7 +80,7 @@ def test_a_plan_that_cannot_be_one_is_refused(keys, shard_samples, message):
 
 
 def test_extras_have_one_entry_a_sample():
-    with pytest.raises(ValueError, match="one entry a sample"):
+    with pytest.raises(ValueError, match="one entry per sample"):
         Plan(keys_array(3), 2, {}, {"place": np.arange(2)})
 
 
@@ -104,7 +104,7 @@ def test_another_format_version_is_refused_with_the_way_out():
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", "1", '{"format_version": 3}'])
 def test_what_is_no_manifest_is_refused(text):
-    with pytest.raises(ValueError, match="not the description of a cache"):
+    with pytest.raises(ValueError, match="not the manifest of a cache"):
         Manifest.from_json(text)
 
 

@@ -6,13 +6,13 @@ import pytest
 from cache_samples import all_names, contents, fill, flip, full_cache, make_store
 from damages import DAMAGES
 
-from alignkd.cache_store.protocol.commit import object_names, record_name
+from alignkd.cache_store.errors import StorageError
+from alignkd.cache_store.protocol.names import object_names, record_name
 from alignkd.cache_store.protocol.repair import MIN_AGE_S, repair
 from alignkd.cache_store.protocol.store import open_store
 from alignkd.cache_store.protocol.verify import verify
-from alignkd.cache_store.storage.contract import StorageError
+from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.storage.local import LocalStorage
-from alignkd.cache_store.storage.open_storage import open_storage
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from cache_samples import SPEC
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec, FingerprintMismatchError, check_fingerprint, check_spec
+from alignkd.cache_store.errors import FingerprintMismatchError
+from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec, check_fingerprint, check_spec
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
 NAMES = st.text("abc", max_size=2)

@@ -14,9 +14,9 @@ import pytest
 from cache_samples import in_process
 from storage_conformance import SharedStorageConformance, StorageConformance
 
-from alignkd.cache_store.storage.contract import StorageError
+from alignkd.cache_store.errors import StorageError
+from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.storage.local import LocalStorage
-from alignkd.cache_store.storage.open_storage import open_storage
 from alignkd.cache_store.storage.remote import RemoteStorage
 
 
@@ -130,7 +130,7 @@ def test_a_file_that_may_not_grow_so_large_leaves_nothing(tmp_path):
 
 FULL_DISK = """
 import sys
-from alignkd.cache_store.storage.contract import StorageError
+from alignkd.cache_store.errors import StorageError
 from alignkd.cache_store.storage.local import LocalStorage
 storage = LocalStorage(sys.argv[1])
 assert storage.write("first", bytes(40_000))

@@ -43,12 +43,12 @@ def a_row(i: int, image: str) -> Row:
 
 
 @pytest.mark.parametrize(
-    ("needs", "version", "shard_format", "reader"),
-    [("zarr", "3", zarr_shard, "read_zarr"), ("webdataset", "0.2", webdataset_shard, "read_webdataset")],
+    ("needs", "shard_format", "reader"),
+    [("zarr", zarr_shard, "read_zarr"), ("webdataset", webdataset_shard, "read_webdataset")],
     ids=["zarr", "webdataset"],
 )
-def test_a_stranger_reads_every_row_of_every_codec_by_the_document(tmp_path, needs, version, shard_format, reader):
-    pytest.importorskip(needs, minversion=version)
+def test_a_stranger_reads_every_row_of_every_codec_by_the_document(tmp_path, needs, shard_format, reader):
+    pytest.importorskip(needs)
     shard = packed(SPEC, [a_row(i, image) for i, image in enumerate(["a", "", "b", "a", "", "b", "a"])])
     path = tmp_path / f"shard{shard_format.SUFFIX}"
     path.write_bytes(shard_format.write_shard(shard))

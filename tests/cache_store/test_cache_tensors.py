@@ -32,25 +32,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from alignkd.cache_store.errors import DamagedTensorError, FingerprintMismatchError, MissingTensorError
 from alignkd.cache_store.protocol.convert import convert
 from alignkd.cache_store.protocol.manifest import Manifest
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.repair import repair
 from alignkd.cache_store.protocol.store import CacheStore, open_store
-from alignkd.cache_store.protocol.tensors import (
-    DTYPES,
-    DamagedTensorError,
-    MissingTensorError,
-    TensorEntry,
-    Tensors,
-    read_tensor,
-    write_tensors,
-)
+from alignkd.cache_store.protocol.tensors import DTYPES, TensorEntry, Tensors, read_tensor, write_tensors
 from alignkd.cache_store.protocol.verify import verify
-from alignkd.cache_store.rows.spec import CacheSpec, FingerprintMismatchError
-from alignkd.cache_store.storage.contract import Storage
+from alignkd.cache_store.rows.spec import CacheSpec
+from alignkd.cache_store.storage import Storage, open_storage
 from alignkd.cache_store.storage.local import LocalStorage
-from alignkd.cache_store.storage.open_storage import open_storage
 
 OTHER = {name: array + 1 for name, array in TENSORS.items()}
 
@@ -141,12 +133,12 @@ def test_a_cache_without_tensors_has_none(tmp_path):
 
 def test_a_name_that_is_not_kept_is_told_with_those_that_are(tmp_path):
     tensors = make_store(tmp_path, tensors=TENSORS).tensors
-    with pytest.raises(ValueError, match=r"keeps no tensor 'tail', it keeps: head, slice\.weight") as caught:
+    with pytest.raises(ValueError, match=r"has no tensor 'tail', it has: head, slice\.weight") as caught:
         tensors["tail"]
     assert isinstance(caught.value, MissingTensorError)
     assert str(caught.value).startswith("the cache at")
     assert (tensors.get("tail"), "tail" in tensors, "head" in tensors, len(tensors)) == (None, False, True, 2)
-    with pytest.raises(ValueError, match="it keeps: none"):
+    with pytest.raises(ValueError, match="it has: none"):
         make_store(tmp_path / "empty").tensors["head"]
 
 
@@ -387,7 +379,7 @@ def test_an_entry_that_no_tensor_can_have_is_refused(name, change):
 
     if name == "x":
         assert Manifest.from_json(text(ENTRY)).tensors["x"] == TensorEntry("x", **ENTRY)
-    with pytest.raises(ValueError, match=r"tensor|not the description of a cache"):
+    with pytest.raises(ValueError, match=r"tensor|not the manifest of a cache"):
         Manifest.from_json(text({**ENTRY, **change}))
 
 

@@ -21,14 +21,14 @@ from cache_samples import (
 )
 from damages import DAMAGES
 
+from alignkd.cache_store.errors import CorruptShardError
 from alignkd.cache_store.formats import webdataset_shard
-from alignkd.cache_store.protocol.commit import object_name, object_names, record_name
+from alignkd.cache_store.protocol.names import object_name, object_names, record_name
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.cache_store.protocol.verify import Problem, verify
-from alignkd.cache_store.rows.shard import CorruptShardError
+from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.storage.local import LocalStorage
-from alignkd.cache_store.storage.open_storage import open_storage
 
 # Another value means that caches written before can no longer be compared: raise FORMAT_VERSION.
 CONTENT_SHA256 = "a869aa34925ff7d208acd4be9105a3139a93a821c9fc9f1e171da93e3405983a"

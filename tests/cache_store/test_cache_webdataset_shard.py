@@ -13,9 +13,9 @@ import pytest
 from cache_samples import SPEC, key_of, make_rows
 from shard_conformance import ShardConformance, packed
 
+from alignkd.cache_store.errors import CorruptShardError
 from alignkd.cache_store.formats import webdataset_shard
 from alignkd.cache_store.rows.row import Row
-from alignkd.cache_store.rows.shard import CorruptShardError
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 
 Index = dict[str, Any]

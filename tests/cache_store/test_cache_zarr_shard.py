@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -14,12 +13,10 @@ import pytest
 from cache_samples import SPEC, key_of, make_rows
 from shard_conformance import ShardConformance, packed
 
+from alignkd.cache_store.errors import CorruptShardError
 from alignkd.cache_store.formats import webdataset_shard, zarr_array, zarr_shard
 from alignkd.cache_store.rows.row import Row
-from alignkd.cache_store.rows.shard import CorruptShardError
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
-
-pytest.importorskip("zarr", minversion="3")
 
 Files = dict[str, bytes]
 
@@ -157,13 +154,3 @@ def test_shards_of_one_format_become_shards_of_the_other_and_back():
     as_zarr, as_tar = zarr_shard.write_shard(rows), webdataset_shard.write_shard(rows)
     assert webdataset_shard.write_shard(zarr_shard.read_shard(SPEC, as_zarr)) == as_tar
     assert zarr_shard.write_shard(webdataset_shard.read_shard(SPEC, as_tar)) == as_zarr
-
-
-def test_without_zarr_3_the_way_out_is_named(monkeypatch):
-    data, rows = written(), packed(SPEC, make_rows(1))
-    monkeypatch.setitem(sys.modules, "zarr.codecs", None)
-    with pytest.raises(ValueError, match=r"needs Python 3\.11 or newer .* --format webdataset"):
-        zarr_shard.write_shard(rows)
-    with pytest.raises(ValueError, match=r"needs Python 3\.11 or newer") as caught:
-        zarr_shard.read_shard(SPEC, data)
-    assert not isinstance(caught.value, CorruptShardError)

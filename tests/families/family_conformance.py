@@ -19,7 +19,7 @@ from PIL import Image
 from plain_transformers import forward, plain_inputs, plain_model
 
 from alignkd.capture.attention import Captured, capture, enable_capture, first_attention
-from alignkd.inputs.batch import Batch, ModelInput, collate
+from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.inputs.prompts import IGNORE
 from alignkd.inputs.regions import boxes, tokens_of
 from alignkd.losses.recipes import get_recipe
@@ -37,19 +37,13 @@ ATTENDED = ("out_proj.weight", "o_proj.weight", "projection_layer.weight", "attn
 
 def prepared(vlm: Vlm, conversation: Conversation) -> ModelInput:
     encoder = vlm.encoder(vlm.default_template, LENGTH)
-    planned = encoder.plan(conversation.turns, len(conversation.sizes), conversation.sizes)
-    made, truncated = encoder.finish(conversation.turns, planned, [encoder.load(image) for image in conversation.images])
+    made, truncated = encoder.encode(conversation.turns, [encoder.load(image) for image in conversation.images])
     assert not truncated
     return made
 
 
 def batch_of(vlm: Vlm, inputs: list[ModelInput]) -> Batch:
-    return collate(
-        inputs,
-        tokens_per_placeholder=vlm.tokens_per_placeholder,
-        pad_token_id=vlm.pad_token_id,
-        image_token_id=vlm.image_token_id,
-    )
+    return vlm.collate(inputs)
 
 
 def captured_of(vlm: Vlm, conversation: Conversation) -> tuple[Captured, Batch]:
@@ -389,12 +383,11 @@ class FamilyConformance:
             pytest.skip("its placeholders count, as in its training code")
         encoder = vlm.encoder(vlm.default_template, LENGTH)
         whole = prepared(vlm, BYTES)
-        planned = encoder.plan(BYTES.turns, 1, BYTES.sizes)
         images = [encoder.load(image) for image in BYTES.images]
         text = int((whole.input_ids != vlm.image_token_id).sum())
         first = int(np.flatnonzero(whole.labels != IGNORE)[0])
         # So short that one answer token is left.
         short = vlm.encoder(vlm.default_template, text - (len(whole.input_ids) - first) + 1)
-        made, truncated = short.finish(BYTES.turns, planned, images)
+        made, truncated = short.encode(BYTES.turns, images)
         assert truncated
         assert made.labels.tolist() == whole.labels.tolist()[: first + 1]

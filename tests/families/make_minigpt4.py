@@ -14,7 +14,8 @@ from make_mobilevlm_v1 import copy_tokenizer
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alignkd.models.loading import load_tokenizer, load_vlm, save_vlm
+from alignkd.models.checkpoints.tokenizer_files import load_tokenizer
+from alignkd.models.loading import load_vlm, save_vlm
 
 QUERIES = 4
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from alignkd.inputs.batch import collate
 from alignkd.inputs.prompts import IGNORE
 from alignkd.losses.recipes import get_recipe
 from alignkd.models.loading import load_vlm
@@ -37,7 +36,7 @@ def made(vlm, turns, images=1):
 
 
 def batch_of(vlm, inputs):
-    return collate(inputs, tokens_per_placeholder=1, pad_token_id=vlm.pad_token_id, image_token_id=vlm.image_token_id)
+    return vlm.collate(inputs)
 
 
 def seen(vlm, inputs):

@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from alignkd.capture.attention import capture
 from alignkd.capture.teacher_slice import TeacherSlice, slice_config, slice_tensors
-from alignkd.inputs.batch import collate
 from alignkd.losses.recipes import get_recipe
 from alignkd.models.loading import load_vlm, save_vlm
 from alignkd.models.modules.ldpv1 import LdpV1Projector
@@ -79,11 +78,11 @@ def test_the_projector_gives_the_values_of_the_restatement(official):
             torch.testing.assert_close(one, restated(state, expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("width", "squeezed"), [(2048, 512), (2560, 640), (40, 16), (16, 8)])
-def test_a_quarter_of_the_channels_is_squeezed_to_as_mobilenets_round(width, squeezed):
+@pytest.mark.parametrize(("width", "reduced"), [(2048, 512), (2560, 640), (40, 16), (16, 8)])
+def test_a_quarter_of_the_channels_is_rounded_as_mobilenets_round(width, reduced):
     with torch.device("meta"):
         projector = LdpV1Projector(8, width)
-    assert projector.state_dict()["model.mb_block.1.block.1.fc1.weight"].shape == (squeezed, width, 1, 1)
+    assert projector.state_dict()["model.mb_block.1.block.1.fc1.weight"].shape == (reduced, width, 1, 1)
 
 
 def test_clips_576_patches_become_144_vision_tokens():
@@ -121,7 +120,7 @@ def test_its_slice_gives_the_targets_of_the_whole_teacher(official):
     vlm = load_vlm(official[0])
     encoder = vlm.encoder("v1", 512)
     made, _ = encoder.finish(TURNS, encoder.plan(TURNS, 1), [encoder.load(_picture())])
-    batch = collate([made], tokens_per_placeholder=16, pad_token_id=0)
+    batch = vlm.collate([made])
     whole = TeacherSlice(slice_config(vlm.model), slice_tensors(vlm, tower=True))
     with torch.no_grad():
         expected = capture(vlm, batch)

@@ -134,7 +134,7 @@ def test_settings_of_another_checkpoint_are_told_by_their_places_of_vision_token
     path = copied / "processor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "patch_size": 16}))
     vlm = load_vlm(copied)
-    with pytest.raises(ValueError, match=r"model gives 16 vision tokens where 4 places are in the prompt.*patch_size"):
+    with pytest.raises(ValueError, match=r"model gives 16 vision tokens for 4 placeholders in the prompt.*patch_size"):
         vlm.encode_images(batch_of(vlm, [prepared(vlm, ONE)]))
 
 
@@ -149,7 +149,7 @@ def test_a_processor_that_does_not_tell_where_it_writes_images_is_refused(writte
         return outputs
 
     monkeypatch.setattr(processor, "__call__", silent)
-    with pytest.raises(ValueError, match="does not tell where in the text it puts vision tokens"):
+    with pytest.raises(ValueError, match="does not say where in the text it puts vision tokens"):
         load_vlm(written("llava"))
 
 

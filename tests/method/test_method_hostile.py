@@ -262,7 +262,7 @@ def test_a_configuration_that_is_no_object_is_refused(folder, text, message):
         ({"mm_vision_tower": ...}, "names no mm_vision_tower"),
         ({"mm_vision_tower": "google/siglip"}, "'google/siglip' is not a local folder.*--vision-tower"),
         ({"vocab_size": 500}, "lm_head.weight is|embed_tokens.weight is"),
-        ({"hidden_size": 32}, r"do not fit the configuration: .* is \(.*\), expected \("),
+        ({"hidden_size": 32}, r"do not match the configuration: .* is \(.*\), expected \("),
         ({"num_hidden_layers": 3}, r"the weights lack model\.language_model\.layers\.2"),
         ({"num_hidden_layers": 1}, r"the weights also hold model\.language_model\.layers\.1"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import GOLDEN, IMAGE
 
 from alignkd.inputs.prompts import IGNORE, TEMPLATES, PromptError, encode_conversation, encode_question, tokenize_with_images
-from alignkd.models.loading import load_tokenizer
+from alignkd.models.checkpoints.tokenizer_files import load_tokenizer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

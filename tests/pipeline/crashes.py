@@ -13,11 +13,10 @@ from pathlib import Path
 from tiny_runs import IMAGES, TEACHER
 from warm_door import Running, WarmDoor
 
-from alignkd.cache_store.protocol.commit import CorruptRecordError
+from alignkd.cache_store.errors import CorruptRecordError, CorruptShardError
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import open_store
 from alignkd.cache_store.protocol.verify import verify
-from alignkd.cache_store.rows.shard import CorruptShardError
 
 _START = 0.5
 """Share of an undisturbed run's time before the first shard."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference.codec_errors import error_bound
 from tiny_runs import (
     GOLDEN,
     GOLDEN_SAMPLES,
@@ -24,7 +25,6 @@ from tiny_runs import (
     write_data,
 )
 
-from alignkd.cache_store.codecs import get_codec
 from alignkd.targets.logits.kept import logprob_error
 
 VALUES = dict(np.load(GOLDEN / "golden.npz"))
@@ -154,7 +154,7 @@ def test_show_and_inspect_save_arrays_that_agree(door, tmp_path, cache, data):
             np.testing.assert_array_equal(a[field], b[field])
         for field, codec in (("attention_HTV", "sqrt8"), ("vision_tokens_VD", "int8-rows")):
             assert b[field].dtype == np.float32
-            assert (np.abs(a[field] - b[field]) <= get_codec(codec).error_bound(a[field]) + 1e-5).all()
+            assert (np.abs(a[field] - b[field]) <= error_bound(codec, a[field]) + 1e-5).all()
         logits = a["answer_logits_AN"].astype(np.float64)
         logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         kept = np.take_along_axis(logprobs, b["topk_ids_AK"], axis=1)

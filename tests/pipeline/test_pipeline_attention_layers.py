@@ -22,9 +22,9 @@ from tiny_runs import (
     write_cache,
 )
 
+from alignkd.cache_store.errors import FingerprintMismatchError
 from alignkd.cache_store.protocol.convert import convert
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.rows.spec import FingerprintMismatchError
 from alignkd.capture.attention import capture
 from alignkd.cli import main
 from alignkd.inputs.batch import collate

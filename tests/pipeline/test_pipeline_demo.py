@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from alignkd.models.loading import load_tokenizer, load_vlm
+from alignkd.models.checkpoints.tokenizer_files import load_tokenizer
+from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import module_fingerprint
 from alignkd.pipeline.config.demo import LanguageModelSize, TowerTraining
 from alignkd.pipeline.data.easy_vqa import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tiny_runs import SAMPLES, TEACHER, copy_checkpoint, record, with_file, with_other_weights, write_cache, write_data
 
+from alignkd.cache_store.errors import FingerprintMismatchError
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.rows.spec import FingerprintMismatchError
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.targets.logits import LogitSettings
 

@@ -10,7 +10,9 @@ import torch
 from tiny_runs import GOLDEN_SAMPLES, IMAGES, SAMPLES, record, write_data
 
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.pipeline.data.preparer import Prepared, Preparer, SampleError
+from alignkd.errors import SampleError
+from alignkd.inputs.batch import Collator
+from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.data.samples import SampleFile, parse_sample
 from alignkd.pipeline.feeding.dataset import FailedSample, TrainingExample, TrainingSet
 from alignkd.pipeline.feeding.row_checks import MisalignedRowError, check_row
@@ -174,7 +176,7 @@ def test_other_token_ids_labels_or_vision_tokens_are_misaligned(student_vlm, cac
         CacheReader(cache).encoded_fields(sample.key, ["attention", "vision_tokens"]),
     )
     prepared = preparer(student_vlm)(sample)
-    check_row(sample, prepared, row, stored, 144)
+    check_row(sample, prepared, row, stored, Collator(144, 0))
 
     def changed(field):
         values = {"input_ids": prepared.input.input_ids.copy(), "labels": prepared.input.labels.copy()}
@@ -182,15 +184,15 @@ def test_other_token_ids_labels_or_vision_tokens_are_misaligned(student_vlm, cac
         return Prepared(type(prepared.input)(**values, images=prepared.input.images), prepared.image_sha256, truncated=False)
 
     with pytest.raises(MisalignedRowError, match=r"'cap0'.*token ids differ: the tokenizer"):
-        check_row(sample, changed("input_ids"), row, stored, 144)
+        check_row(sample, changed("input_ids"), row, stored, Collator(144, 0))
     with pytest.raises(MisalignedRowError, match=r"'cap0'.*labels differ: the template"):
-        check_row(sample, changed("labels"), row, stored, 144)
+        check_row(sample, changed("labels"), row, stored, Collator(144, 0))
     with pytest.raises(MisalignedRowError, match=r"'cap0'.*144 vision tokens where the student has 36"):
-        check_row(sample, prepared, row, stored, 36)
+        check_row(sample, prepared, row, stored, Collator(36, 0))
     heads, rows, columns = stored["attention"].shape
     fewer = {"attention": replace(stored["attention"], shape=(heads, rows - 1, columns))}
     with pytest.raises(MisalignedRowError, match=f"attention of {rows - 1} text rows to 144 .* student has {rows} and 144"):
-        check_row(sample, prepared, row, fewer, 144)
+        check_row(sample, prepared, row, fewer, Collator(144, 0))
 
 
 def test_a_sample_without_a_row_is_refused_by_name_with_the_cause(student_vlm, tmp_path, cache):

@@ -23,8 +23,8 @@ from tiny_runs import (
     write_data,
 )
 
+from alignkd.cache_store.errors import FingerprintMismatchError
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.rows.spec import FingerprintMismatchError
 from alignkd.cli import main
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm

@@ -25,10 +25,10 @@ from tiny_runs import (
     write_cache,
 )
 
+from alignkd.cache_store.errors import FingerprintMismatchError
 from alignkd.cache_store.protocol.convert import convert
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import open_store
-from alignkd.cache_store.rows.spec import FingerprintMismatchError
 from alignkd.capture.attention import capture
 from alignkd.pipeline.cache_io import teacher_slice as slice_io
 from alignkd.pipeline.config.targets import TargetSettings

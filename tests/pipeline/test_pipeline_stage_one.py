@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from reference.codec_errors import error_bound
 from tiny_runs import IMAGES, SAMPLES, record, run_record, stage_one_config, write_cache, write_data
 
-from alignkd.cache_store.codecs import get_codec
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import open_store
 from alignkd.pipeline.cache_admin.row import row_arrays
@@ -30,7 +30,7 @@ def log_softmax(logits):
 
 def assert_within(codec, cached, exact, slack):
     assert cached.shape == exact.shape
-    assert (np.abs(cached - exact) <= get_codec(codec).error_bound(exact.astype(np.float32)) + slack).all()
+    assert (np.abs(cached - exact) <= error_bound(codec, exact.astype(np.float32)) + slack).all()
 
 
 def test_every_row_is_what_capture_gives_for_its_sample_alone(teacher_vlm, data, cache):

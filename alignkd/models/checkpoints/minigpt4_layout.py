@@ -1,12 +1,12 @@
-"""MiniGPT-4 as it is released: four downloads that lie apart, which a small ``config.json`` brings together.
+"""MiniGPT-4 as it is released: four separate downloads, which a small ``config.json`` brings together.
 
 ``{"model_type": "minigpt4", "vicuna": FOLDER, "vision": FILE, "qformer": FILE, "projection": FILE}``, places relative to the
 folder: Vicuna in Hugging Face form, ``eva_vit_g.pth``, ``blip2_pretrained_flant5xxl.pth`` and ``pretrained_minigpt4_7b.pth``.
 ``vision_config``, ``qformer_config`` and ``num_query_tokens`` are those of the release where they are left out.
 
-1. Each file's tensors get transformers' names; what no file of its kind holds is refused by name.
-2. Later files go before earlier ones: a MiniGPT-4 checkpoint may hold its own queries, Q-Former or norm.
-3. All together must be the model's tensors, each of its shape.
+1. Each file's tensors get transformers' names; a tensor that does not belong in such a file is refused by name.
+2. Later files override earlier ones: a MiniGPT-4 checkpoint may hold its own queries, Q-Former or norm.
+3. Together they must be the model's tensors, each of its shape.
 """
 
 import re
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from transformers import Blip2QFormerConfig, Blip2VisionConfig, LlamaConfig
 
-from alignkd.models.checkpoints.mobilevlm_layout import build_model
-from alignkd.models.checkpoints.state_files import read_json, read_state, read_wrapped
+from alignkd.errors import CheckpointError, wrap_errors
+from alignkd.models.checkpoints.build import build_model
+from alignkd.models.checkpoints.state_files import read_state, read_wrapped
+from alignkd.models.config_files import check_sizes, integer, mapping, read_json
 from alignkd.models.modules.minigpt4 import MiniGpt4, MiniGpt4Config
 
 PLACES = ("vicuna", "vision", "qformer", "projection")
@@ -27,7 +29,7 @@ PLACES = ("vicuna", "vision", "qformer", "projection")
 
 @dataclass(frozen=True)
 class _Kind:
-    """How a file's names become transformers', and which of its tensors MiniGPT-4 has no use for."""
+    """How a file's names become transformers', and which of its tensors MiniGPT-4 does not use."""
 
     rules: tuple[tuple[str, str], ...]
     unused: str = r"(?!)"
@@ -71,7 +73,7 @@ _KINDS = {
 
 
 def is_official(config: dict[str, Any]) -> bool:
-    """Whether a ``config.json`` of MiniGPT-4 names files that lie apart, rather than being a saved model's own."""
+    """Whether a ``config.json`` of MiniGPT-4 names the files of its release, rather than being a saved model's own."""
     return "text_config" not in config
 
 
@@ -79,12 +81,12 @@ def vicuna_folder(folder: Path, config: dict[str, Any]) -> Path:
     """Where the language model and its tokenizer are.
 
     Raises:
-        ValueError: the configuration does not name all that belongs to MiniGPT-4.
+        CheckpointError: the configuration does not name all that belongs to MiniGPT-4.
     """
     if missing := [name for name in PLACES if not isinstance(config.get(name), str)]:
-        raise ValueError(
+        raise CheckpointError(
             f"{folder}/config.json: a MiniGPT-4 names {', '.join(PLACES)}; it lacks {', '.join(missing)}. The Llama 2 version"
-            " has no Q-Former and is not known here"
+            " has no Q-Former and is not supported"
         )
     return folder / str(config["vicuna"])
 
@@ -93,25 +95,46 @@ def read_released(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> M
     """The model, from the files that a configuration names.
 
     Raises:
-        ValueError: a file is missing or is another, or the weights do not fit.
+        CheckpointError: a file is missing or is another one, or the weights do not match the configuration.
     """
     vicuna = vicuna_folder(folder, config)
     text = read_json(vicuna / "config.json")
     if text.get("model_type") != "llama":
-        raise ValueError(f"{vicuna}/config.json: model_type is {text.get('model_type')!r}; Vicuna is 'llama'")
-    ours = MiniGpt4Config(
-        text_config=LlamaConfig(**text).to_dict(),
-        vision_config=Blip2VisionConfig(**config.get("vision_config", {})).to_dict(),
-        qformer_config=Blip2QFormerConfig(**config.get("qformer_config", {})).to_dict(),
-        num_query_tokens=int(config.get("num_query_tokens", 32)),
-    )
+        raise CheckpointError(f"{vicuna}/config.json: model_type is {text.get('model_type')!r}; Vicuna is 'llama'")
     state = _named("vicuna", vicuna, read_state(vicuna))
-    state |= _with_key_biases(_whole_tower(folder / config["vision"], ours.vision_config.num_hidden_layers))
-    for kind in ("qformer", "projection"):
-        path = folder / str(config[kind])
-        state |= _named(kind, path, read_wrapped(path))
+    ours = _to_config(folder / "config.json", config, text)
+    with wrap_errors(CheckpointError, f"{folder}: its files cannot be put together"):
+        state |= _with_key_biases(_whole_tower(folder / config["vision"], ours.vision_config.num_hidden_layers))
+        for kind in ("qformer", "projection"):
+            path = folder / str(config[kind])
+            state |= _named(kind, path, read_wrapped(path))
     model: MiniGpt4 = build_model(folder, ours, state, dtype, MiniGpt4)
     return model
+
+
+def read_own(folder: Path, dtype: torch.dtype) -> MiniGpt4:
+    """The model, from a folder that alignkd saved.
+
+    Raises:
+        CheckpointError: a file is missing, or the weights do not match the configuration.
+    """
+    with wrap_errors(CheckpointError, f"{folder}/config.json is not the configuration of a MiniGPT-4"):
+        saved = MiniGpt4Config.from_pretrained(folder, local_files_only=True)
+    model: MiniGpt4 = build_model(folder, saved, read_state(folder), dtype, MiniGpt4)
+    return model
+
+
+def _to_config(where: Path, config: dict[str, Any], text: dict[str, Any]) -> MiniGpt4Config:
+    check_sizes(text, where)
+    vision, qformer = (mapping(config, name, where) for name in ("vision_config", "qformer_config"))
+    queries = integer(config, "num_query_tokens", where, 32, 1, 4096)
+    with wrap_errors(CheckpointError, f"{where} is not the configuration of a MiniGPT-4"):
+        return MiniGpt4Config(
+            text_config=LlamaConfig(**text).to_dict(),
+            vision_config=Blip2VisionConfig(**vision).to_dict(),
+            qformer_config=Blip2QFormerConfig(**qformer).to_dict(),
+            num_query_tokens=queries,
+        )
 
 
 def _named(kind: str, path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -129,12 +152,12 @@ def _named(kind: str, path: Path, state: dict[str, torch.Tensor]) -> dict[str, t
             unknown.append(name)
     if unknown:
         more = " ..." if len(unknown) > 4 else ""
-        raise ValueError(f"{path} holds {', '.join(sorted(unknown)[:4])}{more}, which no {kind} file of MiniGPT-4 does")
+        raise CheckpointError(f"{path} holds {', '.join(sorted(unknown)[:4])}{more}, which no {kind} file of MiniGPT-4 holds")
     return renamed
 
 
 def _whole_tower(path: Path, layers: int) -> dict[str, torch.Tensor]:
-    """The tower's tensors without the blocks behind its last: the file has EVA's 40, BLIP-2 reads the 39th's output."""
+    """The tower's tensors without the blocks after its last: the file has EVA's 40, BLIP-2 reads the 39th's output."""
     blocks = re.compile(r"^blocks\.(\d+)\.")
     state = read_wrapped(path)
     kept = {k: v for k, v in state.items() if (found := blocks.match(k)) is None or int(found[1]) < layers}

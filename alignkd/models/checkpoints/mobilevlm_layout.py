@@ -2,16 +2,19 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig
 
+from alignkd.errors import CheckpointError, wrap_errors
+from alignkd.models.checkpoints.build import build_model
 from alignkd.models.checkpoints.clip_tower import find_tower, image_settings, tower_config
+from alignkd.models.checkpoints.preprocessor_files import read_settings
 from alignkd.models.checkpoints.state_files import read_state
+from alignkd.models.config_files import integer, short
 from alignkd.models.encoders.images import ImagePreprocessor
 from alignkd.models.modules.ldpv1 import ldpv1_grid
 from alignkd.models.modules.mobilevlm import PROJECTORS, MobileVlm, MobileVlmConfig
@@ -25,6 +28,20 @@ _TO_OFFICIAL = (
     (r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),
     (r"^model\.multi_modal_projector\.", "model.mm_projector."),
     (r"^model\.language_model\.", "model."),
+)
+_ALWAYS_WRITTEN = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "rms_norm_eps",
+    "hidden_act",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
 )
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
@@ -46,99 +63,98 @@ def read_official(
     """Build the model and its preprocessing from an official folder.
 
     Raises:
-        ValueError: an unknown projector or tower, or weights that do not fit the configuration.
+        CheckpointError: an unknown projector or tower, or weights that do not match the configuration.
     """
+    where = folder / "config.json"
     projector = official.get("mm_projector_type")
     if projector not in PROJECTORS:
-        raise ValueError(
-            f"{folder}/config.json: mm_projector_type is {projector!r}; known are 'ldpnet' (MobileVLM) and 'ldpnetv2'"
-            " (MobileVLM V2)"
+        raise CheckpointError(
+            f"{where}: mm_projector_type is {short(projector)}; known are 'ldpnet' (MobileVLM) and 'ldpnetv2' (MobileVLM V2)"
         )
     tower_name = official.get("mm_vision_tower") or official.get("vision_tower")
-    if not tower_name:
-        raise ValueError(f"{folder}/config.json names no mm_vision_tower; is this a text-only checkpoint?")
-    tower_folder = find_tower(str(tower_name), folder, vision_tower)
-    config = _to_config(folder, official, tower_config(str(tower_name), tower_folder))
+    if not isinstance(tower_name, str):
+        raise CheckpointError(f"{where} names no mm_vision_tower; is this a text-only checkpoint?")
+    tower_folder = find_tower(tower_name, folder, vision_tower)
+    config = _to_config(where, official, projector, tower_config(tower_name, tower_folder))
     state = {k: v for k, v in _rename(read_state(folder), _TO_OURS).items() if not _BUFFERS.search(k)}
     if not any(name.startswith("model.vision_tower.") for name in state):
-        state.update(_tower_state(folder, str(tower_name), tower_folder))
-    if config.text_config.tie_word_embeddings:
-        embeddings = state.get("model.language_model.embed_tokens.weight")
-        if embeddings is not None:
-            state.setdefault("lm_head.weight", embeddings)
-    model = build_model(folder, config, state, dtype)
+        state.update(_tower_state(folder, tower_name, tower_folder))
+    _tie_embeddings(config, state)
+    model = build_model(folder, config, state, dtype, MobileVlm)
     settings = image_settings(folder, tower_folder, int(config.vision_config.image_size))
     return model, ImagePreprocessor(settings, config.image_aspect_ratio)
 
 
-def _to_config(folder: Path, official: dict[str, Any], vision: Any) -> MobileVlmConfig:
-    dropped = (
-        "mm_",
-        "_name_or_path",
-        "model_type",
-        "architectures",
-        "transformers_version",
-        "image_",
-        "vision_",
-        "use_mm",
-    )
-    text = {k: v for k, v in official.items() if not k.startswith(dropped) and k not in ("torch_dtype", "dtype")}
+def read_own(folder: Path, dtype: torch.dtype) -> tuple[MobileVlm, ImagePreprocessor]:
+    """Build the model and its preprocessing from a folder that alignkd saved.
+
+    Raises:
+        CheckpointError: a file is missing, or the weights do not match the configuration.
+    """
+    with wrap_errors(CheckpointError, f"{folder}/config.json is not the configuration of a MobileVLM"):
+        config = MobileVlmConfig.from_pretrained(folder, local_files_only=True)
+        _check_feature_layer(folder / "config.json", config)
+    state = read_state(folder)
+    _tie_embeddings(config, state)
+    settings = read_settings(folder)
+    model = build_model(folder, config, state, dtype, MobileVlm)
+    return model, ImagePreprocessor(settings, config.image_aspect_ratio)
+
+
+def _tie_embeddings(config: MobileVlmConfig, state: dict[str, torch.Tensor]) -> None:
+    """Tied weights are saved once: give the output head its name, too."""
+    embeddings = state.get("model.language_model.embed_tokens.weight")
+    if config.tie_word_embeddings and embeddings is not None:
+        state.setdefault("lm_head.weight", embeddings)
+
+
+_NOT_TEXT = ("mm_", "_name_or_path", "model_type", "architectures", "transformers_version", "image_", "vision_", "use_mm")
+"""How keys of the official configuration begin that are not the language model's."""
+
+
+def _to_config(where: Path, official: dict[str, Any], projector: str, vision: CLIPVisionConfig) -> MobileVlmConfig:
     feature = official.get("mm_vision_select_feature", "patch")
     if feature != "patch":
-        raise ValueError(f"{folder}/config.json: mm_vision_select_feature is {feature!r}; LDP needs 'patch', a square")
-    projector = str(official["mm_projector_type"])
-    halved = ldpv1_grid(vision.image_size, vision.patch_size)
-    return MobileVlmConfig(
-        vision_config=vision.to_dict(),
-        text_config=LlamaConfig(**text).to_dict(),
-        vision_feature_layer=int(official.get("mm_vision_select_layer", -2)),
-        vision_feature_select_strategy="default",
-        projector_type=projector,
-        projector_grid=halved if projector == "ldpnet" else int(official.get("mm_projector_grid", 12)),
-        image_aspect_ratio=official.get("image_aspect_ratio") or "square",
-        tie_word_embeddings=bool(official.get("tie_word_embeddings", False)),
-    )
+        raise CheckpointError(f"{where}: mm_vision_select_feature is {short(feature)}; LDP needs 'patch', a square")
+    text = {k: v for k, v in official.items() if not k.startswith(_NOT_TEXT) and k not in ("torch_dtype", "dtype")}
+    layer = integer(official, "mm_vision_select_layer", where, -2, -1024, 1024)
+    grid = integer(official, "mm_projector_grid", where, 12, 1, 256)
+    with wrap_errors(CheckpointError, f"{where} is not the configuration of a MobileVLM"):
+        config = MobileVlmConfig(
+            vision_config=vision.to_dict(),
+            text_config=LlamaConfig(**text).to_dict(),
+            vision_feature_layer=layer,
+            vision_feature_select_strategy="default",
+            projector_type=projector,
+            projector_grid=ldpv1_grid(vision.image_size, vision.patch_size) if projector == "ldpnet" else grid,
+            image_aspect_ratio=official.get("image_aspect_ratio") or "square",
+            tie_word_embeddings=bool(official.get("tie_word_embeddings", False)),
+        )
+    _check_feature_layer(where, config)
+    return config
+
+
+def _check_feature_layer(where: Path, config: MobileVlmConfig) -> None:
+    """Refuse a layer that the tower does not have."""
+    states = int(config.vision_config.num_hidden_layers) + 1
+    if not -states <= config.vision_feature_layer < states:
+        raise CheckpointError(
+            f"{where}: the features are those of layer {config.vision_feature_layer}, but the vision tower has"
+            f" {states - 1} layers"
+        )
 
 
 def _tower_state(folder: Path, name: str, tower_folder: Path | None) -> dict[str, torch.Tensor]:
     if tower_folder is None:
-        raise ValueError(f"{folder} holds no tower weights and {name!r} is not a local folder; give it with --vision-tower")
+        raise CheckpointError(
+            f"{folder} holds no tower weights and {name!r} is not a local folder; give it with --vision-tower"
+        )
     state = read_state(tower_folder)
     towers = {re.sub(r"^vision_model\.", "", k): v for k, v in state.items() if k.startswith("vision_model.")}
     return {f"model.vision_tower.{k}": v for k, v in (towers or state).items() if not _BUFFERS.search(k)}
 
 
-def build_model(
-    folder: Path, config: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, kind: type[Any] = MobileVlm
-) -> Any:
-    """A model of a kind with exactly these weights.
-
-    Raises:
-        ValueError: a tensor is missing, is not the model's, or has another shape.
-    """
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in kind(config).state_dict().items()}
-    missing = sorted(set(expected) - set(state))
-    unexpected = sorted(set(state) - set(expected))
-    misshapen = [
-        f"{name} is {tuple(state[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    for what, names in (("lack", missing), ("also hold", unexpected), ("do not fit the configuration:", misshapen)):
-        if names:
-            raise ValueError(f"{folder}: the weights {what} {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-
-
-def write_official(
-    model: MobileVlm,
-    folder: Path,
-    *,
-    tower_name: str,
-    original: dict[str, Any] | None = None,
-    shard_name: str = "model",
-) -> None:
+def write_official(model: MobileVlm, folder: Path, *, original: dict[str, Any] | None = None) -> None:
     """Write config.json and weights in the official layout (safetensors), with the tower's configuration in ``clip/``.
 
     ``original`` is the configuration the model was read from; its unknown keys are kept.
@@ -147,7 +163,7 @@ def write_official(
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight")
-    save_file(_rename(state, _TO_OFFICIAL), folder / f"{shard_name}.safetensors", metadata={"format": "pt"})
+    save_file(_rename(state, _TO_OFFICIAL), folder / "model.safetensors", metadata={"format": "pt"})
     text = model.config.text_config.to_diff_dict()
     official = {
         **(original or {}),
@@ -159,7 +175,7 @@ def write_official(
         "mm_projector_type": model.config.projector_type,
         "mm_projector_grid": model.config.projector_grid,
         "mm_hidden_size": model.config.vision_config.hidden_size,
-        "mm_vision_tower": tower_name,
+        "mm_vision_tower": "./clip",
         "mm_vision_select_layer": model.config.vision_feature_layer,
         "mm_vision_select_feature": "patch",
         "image_aspect_ratio": model.config.image_aspect_ratio,
@@ -173,32 +189,5 @@ def write_official(
     scaled = rope.get("rope_type", "default") != "default"
     official["rope_scaling"] = {**rope, "type": rope["rope_type"]} if scaled else None
     (folder / "config.json").write_text(json.dumps(official, indent=2, sort_keys=True))
-
-
-_ALWAYS_WRITTEN = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "rms_norm_eps",
-    "hidden_act",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files as they are: a converted tokenizer is another tokenizer."""
-    for name in (
-        "tokenizer.model",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    ):
-        if (source / name).is_file() and source.resolve() != target.resolve():
-            shutil.copyfile(source / name, target / name)
+    (folder / "clip").mkdir(exist_ok=True)
+    (folder / "clip" / "config.json").write_text(model.config.vision_config.to_json_string())

@@ -1,12 +1,14 @@
 """Prompts through a model's own processor and chat template, with exact labels.
 
-1. The template renders the conversation, each turn's text between two marks, which are taken out again: so the characters of
+1. The template renders the conversation, each turn's text between two marks, which are removed again. So the characters of
    every turn are known, whatever the template adds, moves or strips.
-2. The processor prepares images, writes as many placeholders as each image has vision tokens, and splits the text; it tells
-   which characters each token covers, and by how much the placeholders moved them.
-3. A token is supervised where it covers characters of an answer, or closes its turn.
+2. The processor prepares images, writes as many placeholders as each image has vision tokens, and tokenises the text. It gives
+   the characters that each token covers, and how far the placeholders moved them.
+3. A token is supervised where it covers characters of an answer, or ends its turn.
 
-``v1``, LLaVA's own prompt, serves where a student of another make has it, or a checkpoint has no chat template.
+``v1``, LLaVA's own prompt, is for checkpoints without a chat template, and to match a model of another family that uses it.
+
+Shapes: L ids.
 """
 
 import re
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from alignkd.errors import CheckpointError
 from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.encoder import Planned
 from alignkd.inputs.prompts import IGNORE, IMAGE_TAG, SYSTEM, PromptError, Turns
@@ -28,21 +31,21 @@ from alignkd.inputs.spans import counted as counted_characters
 from alignkd.models.encoders.processors import load_processor
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-"""Unicode's non-characters: no text may hold them, so they mark without being mistaken."""
+"""Unicode non-characters: no text may hold them, so nothing else can be taken for a mark."""
 _ROLES = {"human": "user", "gpt": "assistant"}
 _TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 _TEXT = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets", *_TOKEN_INPUTS)
 
 
 class RegionsOf(Protocol):
-    """Where the vision tokens of an image lie."""
+    """Where the vision tokens of an image lie: see :mod:`alignkd.inputs.regions`."""
 
     def __call__(
         self, processor: Any, outputs: Mapping[str, Any], index: int, size: tuple[int, int], tokens: int
     ) -> list[np.ndarray]:
         """Regions of the ``index``-th image of a sample, of ``size`` (width, height) and with ``tokens`` vision tokens.
 
-        ``outputs``: what the processor gave for all images.
+        ``outputs``: the processor's, for all images.
         """
 
 
@@ -56,7 +59,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Processed:
-    """What the processor made: ids, the characters ``[L, 2]`` of each, and where placeholders moved the rendered text."""
+    """The processor's ids, the characters ``[L, 2]`` of each, and where placeholders moved the rendered text."""
 
     ids: np.ndarray
     offsets: np.ndarray
@@ -97,7 +100,7 @@ class ChatEncoder:
         self._closing = self._find_closing()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the processor behind: its class is made when it is loaded, and no other process knows it."""
+        """Without the processor: its class is made when it is loaded, and no other process knows it."""
         kept = ("folder", "model_type", "image_token_id", "image_inputs", "regions", "max_length", "template")
         return {name: getattr(self, name) for name in kept}
 
@@ -106,20 +109,25 @@ class ChatEncoder:
         self.__post_init__()
 
     def load(self, image: Image.Image) -> Image.Image:
-        """The image as it is."""
+        """The image unchanged: the processor prepares it."""
         return image
 
     def plan(self, turns: Turns, images: int, sizes: Sequence[tuple[int, int]] = ()) -> Planned:
-        """The length; ids wait for the images."""
+        """The length alone: the ids depend on the images."""
         rendered = self.render(turns, images)
         written = [self._written(size, len(sizes) > 1) for size in sizes]
         first, *rest = rendered.text.split(self.processor.image_token) if sizes else [rendered.text]
         text = first + "".join(image + after for (image, _), after in zip(written, rest, strict=True))
         ids = self.tokenizer(text, add_special_tokens=self._adds_start(rendered.text)).input_ids
-        return Planned(len(ids) + sum(left_out for _, left_out in written))
+        return Planned(len(ids) + sum(omitted for _, omitted in written))
 
     def finish(self, turns: Turns, planned: Planned, images: Sequence[Image.Image]) -> tuple[ModelInput, bool]:
-        """Ids, labels, pixel values and all else the model takes."""
+        """As :meth:`encode`: nothing of the plan is used again."""
+        del planned
+        return self.encode(turns, images)
+
+    def encode(self, turns: Turns, images: Sequence[Image.Image]) -> tuple[ModelInput, bool]:
+        """Ids, labels, pixel values and everything else that the model takes."""
         rendered = self.render(turns, len(images))
         processed = self.process(rendered, images)
         spans = self._spans(rendered, processed)
@@ -128,14 +136,14 @@ class ChatEncoder:
         return self._cut(processed, labels, spans, images)
 
     def question(self, turns: Turns, images: Sequence[Image.Image]) -> ModelInput:
-        """The prompt up to the last answer, with the template's own opening of it."""
+        """The prompt up to the last answer, with the template's own beginning of an answer."""
         if not turns or turns[-1][0] != "gpt":
             raise PromptError("the last turn must be the answer ('gpt') to compare with")
         processed = self.process(self.render(turns[:-1], len(images), opened=True), images)
         return self._input(processed, np.full_like(processed.ids, IGNORE), np.zeros((len(processed.ids), 2), np.int32), images)
 
     def render(self, turns: Turns, images: int, *, opened: bool = False) -> Rendered:
-        """The conversation as text; ``opened``: an answer is about to begin."""
+        """The conversation as text; ``opened``: followed by the beginning of an answer."""
         messages: list[dict[str, Any]] = []
         owners = []
         for number, (speaker, text) in enumerate(turns):
@@ -145,7 +153,7 @@ class ChatEncoder:
             answer = speaker == "gpt"
             pieces = text.split(IMAGE_TAG) if images else [text]
             if answer and len(pieces) > 1:
-                raise PromptError(f"turn {number} is an answer that holds an image, which no model here can learn to give")
+                raise PromptError(f"turn {number} is an answer that holds an image, which no model here can generate")
             for position, part in enumerate(pieces):
                 content += [{"type": "image"}] if position else []
                 part = part.strip()
@@ -155,24 +163,26 @@ class ChatEncoder:
                     content.append({"type": "text", "text": f"{_OPEN}{part}{end}{_CLOSE}"})
                     owners.append(number)
             messages.append({"role": _ROLES[speaker], "content": content})
-        shown = sum(part["type"] == "image" for message in messages for part in message["content"])
-        if shown != images:
-            raise PromptError(f"its text names {shown} images, the sample has {images}")
+        named = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if named != images:
+            raise PromptError(f"its text names {named} images, the sample has {images}")
         return self._unmark(self.apply_template(messages, opened=opened), owners)
 
     def apply_template(self, messages: list[dict[str, Any]], *, opened: bool) -> str:
-        """The template's text: of the model's own, or of LLaVA's ``v1``."""
+        """The text of the model's own template, or of LLaVA's ``v1``."""
         if self.template == "v1":
             return _as_v1(messages, self.processor.image_token, opened=opened)
         try:
             text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
-        except Exception as error:  # templates raise what they like
-            raise PromptError(f"the chat template refuses it: {str(error)[:200]}") from error
+        except Exception as error:  # a template may raise any error
+            raise PromptError(f"the chat template rejects it: {str(error)[:200]}") from error
+        if not isinstance(text, str):
+            raise PromptError(f"the chat template gives a {type(text).__name__}, expected text")
         return text
 
     def _check_part(self, part: str) -> None:
         if _OPEN in part or _CLOSE in part:
-            raise PromptError("its text holds U+FDD0 or U+FDD1, which are no characters")
+            raise PromptError("its text holds U+FDD0 or U+FDD1, which are not Unicode characters")
         found = next((token for token in self._specials if token in part), None)
         if found is not None:
             raise PromptError(f"its text holds the special token {found!r}, which the model would not read as text")
@@ -183,7 +193,8 @@ class ChatEncoder:
             if piece == _OPEN:
                 start = len(text)
             elif piece == _CLOSE:
-                assert start is not None
+                if start is None:
+                    raise PromptError("the chat template tears its texts apart")
                 parts.append((start, len(text)))
             else:
                 text += piece
@@ -192,14 +203,14 @@ class ChatEncoder:
         return Rendered(text, [(owner, *part) for owner, part in zip(owners, parts, strict=True)])
 
     def _find_closing(self) -> str:
-        """What ends an answer, where the template does not.
+        """What ends an answer, where the template does not end it.
 
         Raises:
-            ValueError: there is no chat template.
+            CheckpointError: there is no chat template.
         """
         if self.template == "chat" and self.processor.chat_template is None:
-            raise ValueError(
-                f"{self.folder} has no chat template, so it cannot be known how its prompts look: expected chat_template.jinja;"
+            raise CheckpointError(
+                f"{self.folder} has no chat template, so the form of its prompts is not known: expected chat_template.jinja;"
                 " copy that of the model's instruction-tuned release there, or use LLaVA's prompts with --template v1"
             )
         return "" if self._closes(self.render([("human", "a"), ("gpt", "b")], 0)) else str(self.tokenizer.eos_token)
@@ -209,7 +220,7 @@ class ChatEncoder:
         return any(rendered.text[rendered.parts[-1][2] :].lstrip().startswith(token) for token in self._specials)
 
     def _ends(self, rendered: Rendered) -> list[tuple[int, int, int]]:
-        """The parts, each with what closes it at once: for an answer, the end of its turn."""
+        """The parts, each with what directly follows it: for an answer, the end of its turn."""
         closed = bool(self._closing)
         return [
             (turn, start, end if closed and turn % 2 else end + self._end_of_turn(rendered.text[end:]))
@@ -217,7 +228,7 @@ class ChatEncoder:
         ]
 
     def _end_of_turn(self, rest: str) -> int:
-        """How many characters close a turn: its end token and special tokens right before it, or else one special token."""
+        """How many characters end a turn: its end token and special tokens directly before it, or else one special token."""
         space = len(rest) - len(rest.lstrip())
         tokens: list[str] = []
         while found := next((t for t in self._specials if rest.startswith(t, space + sum(map(len, tokens)))), ""):
@@ -227,7 +238,7 @@ class ChatEncoder:
         return space + len(tokens[0]) if tokens else 0
 
     def _adds_start(self, text: str) -> bool:
-        """Whether the tokenizer adds its start token: not where the template wrote one."""
+        """Whether the tokenizer should add its start token: not where the template wrote one."""
         start = self.tokenizer.bos_token
         return start is None or not text.startswith(start)
 
@@ -244,15 +255,15 @@ class ChatEncoder:
                 return_text_replacement_offsets=True,
                 **settings,
             )
-        except Exception as error:  # processors raise what they like
-            raise PromptError(f"the model's processor refuses it ({type(error).__name__}: {str(error)[:200]})") from error
+        except Exception as error:  # a processor may raise any error
+            raise PromptError(f"the model's processor rejects it ({type(error).__name__}: {str(error)[:200]})") from error
         if images and "text_replacement_offsets" not in outputs:
-            raise PromptError("the model's processor does not tell where in the text it puts vision tokens")
+            raise PromptError("the model's processor does not say where in the text it puts vision tokens")
         replaced = (outputs.get("text_replacement_offsets") or [[]])[0]
         token = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
         moved = [Moved(r["span"], r["new_span"], r["replacement"].count(token)) for r in replaced]
         if len(moved) != len(images):
-            raise PromptError(f"the model's processor tells of {len(moved)} places of images where it has put {len(images)}")
+            raise PromptError(f"the model's processor says where {len(moved)} images are, but it was given {len(images)}")
         ids, offsets = np.asarray(outputs["input_ids"][0]), np.asarray(outputs["offset_mapping"][0])
         return Processed(ids, offsets.reshape(-1, 2), moved, outputs)
 
@@ -269,7 +280,7 @@ class ChatEncoder:
     def _cut(
         self, processed: Processed, labels: np.ndarray, spans: np.ndarray, images: Sequence[Image.Image]
     ) -> tuple[ModelInput, bool]:
-        """Text beyond the maximum length is cut off; vision tokens do not count."""
+        """Cut off text beyond the maximum length; vision tokens do not count."""
         vision = processed.ids == self.image_token_id
         length = int(np.searchsorted((~vision).cumsum(), self.max_length, side="right"))
         truncated = length < len(processed.ids)
@@ -306,9 +317,9 @@ class ChatEncoder:
         )
 
     def _write_image(self, size: tuple[int, int], several: bool) -> tuple[str, int]:
-        """What the processor writes for an image of this size, with one vision token of each run, and how many are left out.
+        """What the processor writes for an image of this size, one vision token for each run of them; and how many are omitted.
 
-        ``several``: for one of several images, which some models show in fewer tokens.
+        ``several``: for one of several images, for which some models use fewer tokens.
         """
         images = 2 if several else 1
         rendered = self.render([("human", f"{IMAGE_TAG * images}\na"), ("gpt", "b")], images)
@@ -320,7 +331,7 @@ class ChatEncoder:
 
 
 def _as_v1(messages: Sequence[Mapping[str, Any]], image_token: str, *, opened: bool) -> str:
-    """Messages as LLaVA 1.5 was trained with them; an answer's end token is not the template's affair."""
+    """Messages in the form that LLaVA 1.5 was trained with; the answer's text holds its end token already."""
     text = f"{SYSTEM} "
     for message in messages:
         parts = [f"{image_token}\n" if part["type"] == "image" else part["text"] for part in message["content"]]
@@ -330,7 +341,7 @@ def _as_v1(messages: Sequence[Mapping[str, Any]], image_token: str, *, opened: b
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:
-    """All of them, the longest first: a tokenizer names only some (Gemma's end of a turn has no name)."""
+    """All special tokens, the longest first: a tokenizer names only some of them (Gemma's end of a turn has no name)."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted(added | set(map(str, tokenizer.all_special_tokens)), key=len, reverse=True)
 
@@ -340,9 +351,9 @@ def _tensor(value: Any) -> torch.Tensor:
 
 
 def _before(edge_L: np.ndarray, processed: Processed, longest: int) -> np.ndarray:
-    """Characters of the processor's text, as characters of the rendered text it was made of.
+    """Characters of the processor's text, as characters of the rendered text.
 
-    What a placeholder became lies where the placeholder was, and nowhere beyond.
+    The text that replaced a placeholder lies where the placeholder was.
     """
     before_L = edge_L.copy()
     for moved in processed.moved:

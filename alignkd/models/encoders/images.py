@@ -1,6 +1,6 @@
-"""Images to pixel values, as the model's own training code does it.
+"""Images to pixel values, as the model's own training code makes them.
 
-Files are other people's data: decoding is bounded in pixels, and anything unreadable is an :class:`ImageError`.
+Image files are other people's data: decoding is bounded in pixels, and any unreadable file is an :class:`ImageError`.
 """
 
 import hashlib
@@ -16,12 +16,14 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from alignkd.errors import CheckpointError, SampleError, wrap_errors
 from alignkd.inputs.regions import SquareMode
 
 MAX_IMAGE_PIXELS = 64_000_000
-"""An image larger than this (8,000 x 8,000) is refused before it is decoded."""
+"""An image larger than this (8,000 x 8,000) is rejected before it is decoded."""
 MAX_IMAGE_BYTES = 256 * 2**20
-
+_MAX_SIDE = 4096
+"""The largest size that preprocessing may give an image; CLIP's is 336."""
 
 _DECISIVE = (
     "do_convert_rgb",
@@ -36,14 +38,10 @@ _DECISIVE = (
     "image_mean",
     "image_std",
 )
-"""The settings that change pixel values, defaults included: how a file spells them does not matter."""
+"""The settings that change pixel values, defaults included: how a file writes them does not matter."""
 
 
-def _plain(value: Any) -> Any:
-    return dict(value) if hasattr(value, "keys") else {k: v for k, v in vars(value).items() if v is not None}
-
-
-class ImageError(ValueError):
+class ImageError(SampleError):
     """An image file is missing, too large or cannot be decoded."""
 
 
@@ -51,19 +49,25 @@ class ImageError(ValueError):
 class ImagePreprocessor:
     """Pad to a square with the mean colour (or leave the shape), then CLIP's resize, crop, rescale and normalise.
 
-    ``settings`` are CLIP's ``preprocessor_config.json`` fields. The PIL implementation is named explicitly because the
+    ``settings`` are the fields of CLIP's ``preprocessor_config.json``. The PIL implementation is named explicitly because the
     values must not depend on whether torchvision is installed.
+
+    Raises:
+        CheckpointError: the settings are not those of a CLIP image processor.
     """
 
     settings: dict[str, Any]
     aspect_ratio: str
 
     def __post_init__(self) -> None:
-        # Dropping "image_processor_type" and friends leaves the arguments that the processor itself takes.
+        # Without "image_processor_type" and the like, these are the arguments that the processor itself takes.
         known = {k: v for k, v in self.settings.items() if not k.endswith("_type") and not k.startswith("_")}
-        processor = CLIPImageProcessorPil(**known)
-        object.__setattr__(self, "_processor", processor)
-        object.__setattr__(self, "_table_CL", _table(processor))
+        with wrap_errors(CheckpointError, "the settings in preprocessor_config.json are not those of a CLIP image processor"):
+            processor = CLIPImageProcessorPil(**known)
+            _check_sides(processor)
+            object.__setattr__(self, "_processor", processor)
+            object.__setattr__(self, "_table_CL", _table(processor))
+            self(Image.new("RGB", (32, 32)))
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Pixel values ``[3, h, w]``, float32."""
@@ -71,7 +75,7 @@ class ImagePreprocessor:
         if self.aspect_ratio == "pad":
             image = _pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))
         shaped = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
-        assert shaped.dtype == np.uint8, "a resized picture has levels, not numbers"
+        assert shaped.dtype == np.uint8, "a resized image has levels, not numbers"
         table_CL: np.ndarray = self._table_CL  # type: ignore[attr-defined]
         pixels = np.empty(shaped.shape, np.float32)
         for levels_hw, values_L, out_hw in zip(shaped, table_CL, pixels, strict=True):
@@ -91,10 +95,25 @@ class ImagePreprocessor:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _plain(value: Any) -> Any:
+    return dict(value) if hasattr(value, "keys") else {k: v for k, v in vars(value).items() if v is not None}
+
+
+def _check_sides(processor: CLIPImageProcessorPil) -> None:
+    """Refuse sizes that would fill the memory with one image."""
+    for name in ("size", "crop_size"):
+        given = getattr(processor, name, None)
+        for side, length in (_plain(given) if given is not None else {}).items():
+            if not isinstance(length, int) or not 0 < length <= _MAX_SIDE:
+                raise CheckpointError(
+                    f"preprocessor_config.json: {side} of {name} is {length!r}, expected a whole number from 1 to {_MAX_SIDE}"
+                )
+
+
 def _table(processor: CLIPImageProcessorPil) -> np.ndarray:
     """What rescaling and normalising make of each of the 256 levels of each channel, ``[3, 256]``.
 
-    Asked of the processor itself, so that looking up gives its very numbers, in half of its time.
+    The processor itself computes the table, so a look-up gives exactly its numbers, in half of its time.
     """
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (1, 256, 3))
     found = processor(Image.fromarray(ramp.copy()), do_resize=False, do_center_crop=False, return_tensors="np")
@@ -163,9 +182,9 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 
 
 def to_display(pixel_values: torch.Tensor, preprocessor: ImagePreprocessor) -> np.ndarray:
-    """Undo the normalisation for a picture: ``[3, h, w] -> [h, w, 3]``, values in 0..1."""
+    """Undo the normalisation, to show an image: ``[3, h, w] -> [h, w, 3]``, values in 0..1."""
     processor = preprocessor._processor  # type: ignore[attr-defined]
     mean = torch.tensor(processor.image_mean)[:, None, None]
     std = torch.tensor(processor.image_std)[:, None, None]
-    picture: np.ndarray = (pixel_values * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-    return picture
+    shown: np.ndarray = (pixel_values * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    return shown

@@ -1,7 +1,9 @@
-"""Llama's tokenizer on SentencePiece itself, with the splitting that the MobileVLM checkpoints were trained with.
+"""Llama's tokenizer on the SentencePiece library, with the splitting that the MobileVLM checkpoints were trained with.
 
 transformers 5 converts ``tokenizer.model`` to the `tokenizers` library, which differs where a text begins with a space.
-One id too many or too few shifts every label after it, so the original library does the work.
+One id too many or too few shifts every label after it, so the original library is used.
+
+Shapes: L ids.
 """
 
 from functools import lru_cache
@@ -46,7 +48,7 @@ class LlamaSentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]
             legacy=True if legacy is None else legacy,
             **kwargs,
         )
-        # Prompts repeat the same system text and the same pieces: every sample is otherwise split anew many times.
+        # Prompts repeat the same system text and the same pieces, which would be split again for every sample.
         self._remember()
 
     def _remember(self) -> None:
@@ -61,7 +63,7 @@ class LlamaSentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]
         """First and last character (exclusive) of each id of ``encode_chunk(text)``, ``[L, 2]``; none of the start token.
 
         Raises:
-            ValueError: the pieces do not spell the text.
+            ValueError: the pieces do not make up the text.
         """
         added = self.build_inputs_with_special_tokens([])
         starts = int(self.add_bos_token)
@@ -80,7 +82,7 @@ class LlamaSentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]
         return Piece(text, "byte" if is_byte else "unknown" if is_unknown else "text")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the caches behind and carry the SentencePiece model by its bytes."""
+        """Without the caches, and with the SentencePiece model as bytes."""
         state = self.__dict__.copy()
         for cached in ("encode_chunk", "chunk_offsets", "_piece"):
             del state[cached]
@@ -111,7 +113,7 @@ class LlamaSentencePieceTokenizer(SentencePieceBackend):  # type: ignore[misc]
         return ids if token_ids_1 is None else ids + bos + token_ids_1 + eos
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Join pieces to text; byte pieces become the characters they spell."""
+        """Join pieces to text; byte pieces become their characters."""
         special = set(self.all_special_tokens)
         parts: list[str] = []
         pieces: list[str] = []

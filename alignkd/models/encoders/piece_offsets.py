@@ -1,4 +1,4 @@
-"""Which characters of a text each SentencePiece piece covers: pieces spell the text, but for the spaces they add or drop.
+"""Which characters of a text each SentencePiece piece covers: pieces make up the text, except for spaces added or dropped.
 
 Shapes: L pieces.
 """
@@ -11,7 +11,7 @@ WORD_START = "\u2581"
 
 
 class Piece(str):
-    """A piece; ``kind``: ``text`` as it is spelt, ``byte`` of a character (``<0xE2>``), or ``unknown`` characters."""
+    """A piece; ``kind``: ``text``, a ``byte`` of a character (``<0xE2>``), or ``unknown`` characters."""
 
     kind: str
 
@@ -28,7 +28,7 @@ def piece_offsets(pieces: Sequence[Piece], text: str, is_known: Callable[[str], 
     ``is_known``: whether a character is a piece; unknown pieces cover those that are not.
 
     Raises:
-        ValueError: the pieces do not spell the text.
+        ValueError: the pieces do not make up the text.
     """
     walk, found = _Walk(text, is_known), np.zeros((len(pieces), 2), dtype=np.int64)
     for number, piece in enumerate(pieces):
@@ -37,7 +37,7 @@ def piece_offsets(pieces: Sequence[Piece], text: str, is_known: Callable[[str], 
 
 
 class _Walk:
-    """A place in a text, moved on by pieces. ``part``: bytes of its character that were taken."""
+    """A position in a text, which each piece moves forward. ``part``: bytes of its character that pieces covered already."""
 
     def __init__(self, text: str, is_known: Callable[[str], bool]) -> None:
         self.text, self.is_known = text, is_known
@@ -72,15 +72,15 @@ class _Walk:
                 self._expect(self.text[self.place].isspace(), f"<0x{value:02X}>")
                 self.place += 1
         self._expect(self.place < len(self.text), f"<0x{value:02X}>")
-        place, spelt = self.place, self.text[self.place].encode()
-        self._expect(spelt[self.part] == value, f"<0x{value:02X}>")
+        place, written = self.place, self.text[self.place].encode()
+        self._expect(written[self.part] == value, f"<0x{value:02X}>")
         self.part += 1
-        if self.part == len(spelt):
+        if self.part == len(written):
             self.place, self.part = self.place + 1, 0
         return place, place + 1
 
     def _after_spaces(self, character: str) -> int:
-        """The next place that is ``character``, or no white space."""
+        """The next position with ``character``, or with anything but white space."""
         place = self.place
         while place < len(self.text) and self.text[place] != character and _is_space(self.text[place]):
             place += 1
@@ -88,7 +88,9 @@ class _Walk:
 
     def _expect(self, holds: bool, piece: str) -> None:
         if not holds:
-            raise ValueError(f"the tokenizer gives {str(piece)!r} where the text goes on with {self.text[self.place :][:20]!r}")
+            raise ValueError(
+                f"the tokenizer gives {str(piece)!r} where the text continues with {self.text[self.place :][:20]!r}"
+            )
 
 
 def _is_space(character: str) -> bool:

@@ -1,4 +1,7 @@
-"""Text templates with one placeholder an image, which becomes a fixed number of vision tokens: LLaVA's and MobileVLM's way."""
+"""Text templates with one placeholder an image, which becomes a fixed number of vision tokens: as LLaVA and MobileVLM do.
+
+Shapes: P patches, C tower width.
+"""
 
 import math
 from collections.abc import Sequence
@@ -40,7 +43,7 @@ class PlaceholderEncoder:
     needs_sizes = False
 
     def plan(self, turns: Turns, images: int, sizes: Sequence[tuple[int, int]] = ()) -> Planned:
-        """Ids and labels; each image is one id until vision tokens take its place."""
+        """Ids, labels and spans; each image is one id until vision tokens replace it."""
         encoded = encode_conversation(
             turns, template=self.template, tokenizer=self.tokenizer, has_image=bool(images), max_length=self.max_length
         )
@@ -49,26 +52,31 @@ class PlaceholderEncoder:
         if not encoded.supervised:
             where = f" within {self.max_length} ids" if encoded.truncated else ""
             raise PromptError(f"no supervised token{where}: the answer is empty, cut off, or masked by the template")
-        return Planned(len(encoded.input_ids) + images * (self.tokens_per_placeholder - 1), encoded)
+        spans = self._spans(turns, bool(images))[: len(encoded.input_ids)]
+        return Planned(len(encoded.input_ids) + images * (self.tokens_per_placeholder - 1), encoded, spans)
+
+    def encode(self, turns: Turns, images: Sequence[Picture]) -> tuple[ModelInput, bool]:
+        """See :class:`alignkd.inputs.encoder.Encoder`."""
+        return self.finish(turns, self.plan(turns, len(images)), images)
 
     def load(self, image: Image.Image) -> Picture:
         """Its pixel values."""
         return Picture(self.images(image), image.size)
 
-    def finish(self, turns: Turns, planned: Planned, images: Sequence[Any]) -> tuple[ModelInput, bool]:
+    def finish(self, turns: Turns, planned: Planned, images: Sequence[Picture]) -> tuple[ModelInput, bool]:
         """The planned ids with the images."""
+        del turns
         encoded = planned.encoded
-        assert encoded is not None
-        spans = self._spans(turns, bool(images))[: len(encoded.input_ids)]
-        return self._input(encoded.input_ids, encoded.labels, images, spans), encoded.truncated
+        assert encoded is not None, "made by plan"
+        return self._input(encoded.input_ids, encoded.labels, images, planned.spans), encoded.truncated
 
-    def question(self, turns: Turns, images: Sequence[Any]) -> ModelInput:
+    def question(self, turns: Turns, images: Sequence[Picture]) -> ModelInput:
         """The prompt; its labels are all ignored."""
         ids = encode_question(turns, template=self.template, tokenizer=self.tokenizer, has_image=bool(images))
         return self._input(ids, ids * 0 + IGNORE, images)
 
     def _spans(self, turns: Turns, has_image: bool) -> np.ndarray:
-        """Which of the conversation's characters each id stands for; none where the tokenizer does not tell."""
+        """Which of the conversation's characters each id stands for; none where the tokenizer cannot say."""
         if not self.with_spans:
             return NO_SPANS
         parts, left_out = parts_of(turns, template=self.template, has_image=has_image)
@@ -89,7 +97,7 @@ class PlaceholderEncoder:
 
     @cached_property
     def _starts(self) -> int:
-        """Start tokens that the tokenizer puts before a text."""
+        """How many start tokens the tokenizer puts before a text."""
         ids = self.tokenizer("").input_ids
         return int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
 

@@ -1,10 +1,9 @@
-"""A checkpoint's own processor, from its local folder: images by Pillow, and without the video half.
+"""A checkpoint's own processor, from its local folder: images with Pillow, and without the video half.
 
-transformers builds the video half of a processor only where torchvision is installed, and pixel values would differ with it:
-frames of a video are images here.
+transformers builds the video half of a processor only where torchvision is installed, and pixel values would then differ.
+Frames of a video are images here.
 """
 
-import json
 import sys
 from functools import lru_cache
 from importlib import import_module
@@ -17,37 +16,58 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
+from alignkd.errors import CheckpointError, wrap_errors
+from alignkd.models.config_files import read_json, short
+
 _NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_SIDES = ("height", "width", "shortest_edge")
+_MAX_SIDE = 2**14
 
 
 def load_processor(folder: Path, model_type: str) -> Any:
     """The processor of a checkpoint.
 
     Raises:
-        ValueError: transformers knows none for this kind of model, or the folder's files do not make one.
+        CheckpointError: transformers knows none for this ``model_type``, or the folder's files do not make one.
     """
     name = _named(folder) or PROCESSOR_MAPPING_NAMES.get(model_type)
     if name is None:
-        raise ValueError(f"{folder}: transformers {transformers.__version__} names no processor for model_type {model_type!r}")
+        raise CheckpointError(
+            f"{folder}: transformers {transformers.__version__} names no processor for model_type {model_type!r}"
+        )
     try:
         processor = without_videos(name).from_pretrained(folder, local_files_only=True)
     except ImportError as error:
-        raise ValueError(f"{folder}: its processor cannot be made here: {' '.join(str(error).split())[:200]}") from error
+        raise CheckpointError(f"{folder}: its processor cannot be made here: {' '.join(str(error).split())[:200]}") from error
     except Exception as error:  # transformers raises many kinds of error on files that are missing or damaged
-        raise ValueError(
+        raise CheckpointError(
             f"{folder}: its processor ({name}) cannot be read ({type(error).__name__}: {str(error)[:300]}); it needs the"
             " tokenizer's files, preprocessor_config.json and, where the model has one, its chat template"
         ) from error
-    if processor.chat_template is None:
-        # Where older releases keep it; a processor reads its own file alone.
-        processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
-    if hasattr(processor, "num_additional_image_tokens") and processor.patch_size is None:
-        _complete(processor, folder)
+    with wrap_errors(CheckpointError, f"{folder}: its processor ({name}) cannot be used"):
+        _check_sides(folder, processor.image_processor)
+        if processor.chat_template is None:
+            # Where older releases keep it; a processor reads only its own file.
+            processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
+        if hasattr(processor, "num_additional_image_tokens") and processor.patch_size is None:
+            _complete(processor, folder)
     return processor
 
 
+def _check_sides(folder: Path, image_processor: Any) -> None:
+    """Refuse sizes that would fill the memory with one image."""
+    sizes = image_processor.to_dict()
+    for name in ("size", "crop_size"):
+        for side, length in (sizes.get(name) or {}).items():
+            if side in _SIDES and length is not None and not (isinstance(length, int) and 0 < length <= _MAX_SIDE):
+                raise CheckpointError(
+                    f"{folder}: {side} of the image processor's {name} is {short(length)}, expected a whole number from 1 to"
+                    f" {_MAX_SIDE:,}"
+                )
+
+
 def _complete(processor: Any, folder: Path) -> None:
-    """What folders of LLaVA from before processor_config.json leave to the model's configuration."""
+    """Fill in what LLaVA folders older than processor_config.json have only in the model's configuration."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     vision = config.vision_config
     processor.patch_size = vision.patch_size
@@ -59,10 +79,9 @@ def _named(folder: Path) -> str | None:
     """The processor that a checkpoint's files name: a LLaVA with Pixtral's tower has Pixtral's processor."""
     for file in _NAMED_IN:
         try:
-            content = json.loads((folder / file).read_text())
-        except (OSError, ValueError):  # absent; or damaged, which is told when the processor is made
+            name = read_json(folder / file).get("processor_class")
+        except CheckpointError:  # it is absent; or damaged, which the processor reports when it is made
             continue
-        name = content.get("processor_class") if isinstance(content, dict) else None
         if isinstance(name, str) and name in PROCESSOR_MAPPING_NAMES.values():
             return name
     return None
@@ -72,7 +91,7 @@ def _processor_class(name: str) -> type[Any]:
     if name != "PixtralProcessor" or is_torchvision_available():
         found: type[Any] = getattr(transformers, name)
         return found
-    # Its module wants torchvision for one function, which the Pillow half of the image processor has too.
+    # Its module imports torchvision for one function, which the Pillow half of the image processor has, too.
     home = "transformers.models.pixtral"
     wanted = f"{home}.image_processing_pixtral"
     sys.modules[wanted] = import_module(f"{home}.image_processing_pil_pixtral")

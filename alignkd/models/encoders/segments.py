@@ -1,15 +1,15 @@
-"""Prompts that are tokenised piece by piece, images in between: the way of BLIP-2's relatives.
+"""Prompts that are tokenised segment by segment, with images between: BLIP-2 and the families after it.
 
-1. A family lays a conversation out as pieces: text, an image, an id of its own.
-2. Each text is tokenised by itself, without special tokens, so no piece depends on its neighbours.
-3. A piece is learned (an answer, and what ends it) or not: labels are known without counting.
+1. A family gives a conversation as segments: text, an image, or single ids.
+2. Each text is tokenised separately, without special tokens, so no segment depends on its neighbours.
+3. A segment is supervised (an answer, and what ends it) or not, so labels need no counting.
 
 Shapes: L ids.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -19,19 +19,19 @@ from PIL import Image
 
 from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.encoder import Planned
-from alignkd.inputs.prompts import IGNORE, IMAGE_TAG, Part, PromptError, Turns
+from alignkd.inputs.prompts import IGNORE, IMAGE_TAG, Encoded, Part, PromptError, Turns
 from alignkd.inputs.regions import region_without_coordinates, stack
 from alignkd.inputs.spans import NO_SPANS, places
-from alignkd.models.encoders.text_offsets import text_offsets
+from alignkd.models.encoders.text_offsets import tokenise
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What is tokenised by itself: ``parts`` of text, or ``ids`` as they are; ``learned``: its ids are supervised."""
+    """What is tokenised separately: ``parts`` of text, or ready ``ids``; ``supervised``: its ids are labels, too."""
 
     parts: tuple[Part, ...] = ()
     ids: tuple[int, ...] = ()
-    learned: bool = False
+    supervised: bool = False
 
     @property
     def text(self) -> str:
@@ -39,22 +39,12 @@ class Segment:
         return "".join(text for text, _ in self.parts)
 
 
-@dataclass(frozen=True)
-class _Ids:
-    """Ids and labels ``[L]`` of a conversation, its spans ``[L, 2]``, and whether text was cut off."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    spans: np.ndarray
-    truncated: bool
-
-
 @dataclass
 class SegmentEncoder(ABC):
-    """An :class:`alignkd.inputs.encoder.Encoder` of pixel values ``[3, h, w]``; ``images`` makes them of a picture.
+    """An :class:`alignkd.inputs.encoder.Encoder` of pixel values ``[3, h, w]``; ``images`` makes them from an image.
 
-    A family subclasses it and says which pieces a conversation has. ``vision_tokens`` an image; ``max_length`` counts ids of
-    text. Vision tokens come from queries that look everywhere, so none has a place.
+    A family subclasses it and says which segments a conversation has. ``vision_tokens``: of one image; ``max_length`` counts
+    ids of text. Vision tokens come from queries that read the whole image, so they have no coordinates.
     """
 
     tokenizer: Any
@@ -66,7 +56,7 @@ class SegmentEncoder(ABC):
     needs_sizes = False
     with_spans = True
     marks: ClassVar[tuple[str, ...]] = ()
-    """What else than special tokens the model does not read as text."""
+    """What the model does not read as text, in addition to the special tokens."""
 
     @property
     @abstractmethod
@@ -74,70 +64,73 @@ class SegmentEncoder(ABC):
         """The ids that stand for an image."""
 
     @abstractmethod
-    def pieces(self, turns: Turns, images: int) -> list[Segment]:
-        """A conversation in pieces; without its last answer it ends where that begins."""
+    def segments(self, turns: Turns, images: int) -> list[Segment]:
+        """A conversation in segments; without its last answer it ends where that answer begins."""
 
     def image_inputs(self, turns: Turns, images: int) -> Mapping[str, torch.Tensor]:
-        """What its model wants of each image besides the pixel values."""
+        """What its model needs of each image in addition to the pixel values."""
         return {}
 
     def plan(self, turns: Turns, images: int, sizes: Sequence[tuple[int, int]] = ()) -> Planned:
-        """The length; each image has as many vision tokens as any other."""
-        made = self._encode(turns, images)
+        """Ids, labels and spans; all images have the same number of vision tokens."""
+        made, spans = self._encode(turns, images)
         vision = int((made.input_ids == self.image_token_id).sum())
         if vision != images * len(self.image.ids):
             raise PromptError(f"an image lies beyond the maximum length of {self.max_length} ids")
         if not (made.labels[1:] != IGNORE).any():
             where = f" within {self.max_length} ids" if made.truncated else ""
             raise PromptError(f"no supervised token{where}: the answer is empty or cut off")
-        return Planned(len(made.input_ids) - vision + images * self.vision_tokens)
+        return Planned(len(made.input_ids) - vision + images * self.vision_tokens, made, spans)
+
+    def encode(self, turns: Turns, images: Sequence[torch.Tensor]) -> tuple[ModelInput, bool]:
+        """See :class:`alignkd.inputs.encoder.Encoder`."""
+        return self.finish(turns, self.plan(turns, len(images)), images)
 
     def load(self, image: Image.Image) -> torch.Tensor:
         """Its pixel values."""
         pixels: torch.Tensor = self.images(image)
         return pixels
 
-    def finish(self, turns: Turns, planned: Planned, images: Sequence[Any]) -> tuple[ModelInput, bool]:
-        """Ids, labels and images."""
-        made = self._encode(turns, len(images))
-        return self._input(made, turns, images), made.truncated
+    def finish(self, turns: Turns, planned: Planned, images: Sequence[torch.Tensor]) -> tuple[ModelInput, bool]:
+        """The planned ids with the images."""
+        made = planned.encoded
+        assert made is not None, "made by plan"
+        return self._input(made.input_ids, made.labels, planned.spans, turns, images), made.truncated
 
-    def question(self, turns: Turns, images: Sequence[Any]) -> ModelInput:
+    def question(self, turns: Turns, images: Sequence[torch.Tensor]) -> ModelInput:
         """The prompt; its labels are all ignored."""
         if not turns or turns[-1][0] != "gpt":
             raise PromptError("the last turn must be the answer ('gpt') to compare with")
-        made = self._encode(turns[:-1], len(images), whole=True)
-        return self._input(replace(made, labels=np.full_like(made.labels, IGNORE)), turns, images)
+        made, spans = self._encode(turns[:-1], len(images), whole=True)
+        return self._input(made.input_ids, np.full_like(made.labels, IGNORE), spans, turns, images)
 
-    def _encode(self, turns: Turns, images: int, *, whole: bool = False) -> _Ids:
+    def _encode(self, turns: Turns, images: int, *, whole: bool = False) -> tuple[Encoded, np.ndarray]:
+        """Ids and labels, and the spans ``[L, 2]``; ``whole``: not cut at the maximum length."""
         self._check(turns, images)
-        parts: list[_Ids] = []
-        spelled = 0
-        for piece in self.pieces(turns, images):
-            parts.append(self._tokenise(piece, spelled))
-            spelled = int(places(piece.parts, spelled)[-1])
-        ids, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("input_ids", "labels"))
-        spans = np.concatenate([part.spans for part in parts])
+        segments = self.segments(turns, images)
+        parts, before = [], 0
+        for segment in segments:
+            parts.append(self._tokenise(segment, before))
+            before = int(places(segment.parts, before)[-1])
+        ids, spans = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        supervised = np.repeat([segment.supervised for segment in segments], [len(ids) for ids, _ in parts])
         text = (ids != self.image_token_id).cumsum()
         length = len(ids) if whole else int(np.searchsorted(text, self.max_length, side="right"))
         spans = spans[:length] if len(spans) == len(ids) else NO_SPANS
-        return _Ids(ids[:length], labels[:length], spans, length < len(ids))
+        labels = np.where(supervised, ids, IGNORE)
+        return Encoded(ids[:length], labels[:length], truncated=length < len(ids)), spans
 
-    def _tokenise(self, piece: Segment, spelled: int) -> _Ids:
-        """``spelled`` characters of the conversation come before the piece."""
-        if piece.ids:
-            ids, spans = np.asarray(piece.ids, dtype=np.int64), np.full((len(piece.ids), 2), spelled, dtype=np.int32)
-        else:
-            encode = getattr(self.tokenizer, "encode_chunk", None)
-            found = encode(piece.text) if encode is not None else self.tokenizer(piece.text).input_ids
-            ids = np.asarray(found[len(self.start) :], dtype=np.int64)
-            offsets = text_offsets(self.tokenizer, piece.text)
-            spans = NO_SPANS if offsets is None else places(piece.parts, spelled)[offsets[len(self.start) :]]
-        return _Ids(ids, ids if piece.learned else np.full_like(ids, IGNORE), spans, False)
+    def _tokenise(self, segment: Segment, before: int) -> tuple[np.ndarray, np.ndarray]:
+        """Its ids and spans; ``before`` characters of the conversation precede it."""
+        if segment.ids:
+            return np.asarray(segment.ids, dtype=np.int64), np.full((len(segment.ids), 2), before, dtype=np.int32)
+        ids, offsets = tokenise(self.tokenizer, segment.text)
+        spans = NO_SPANS if offsets is None else places(segment.parts, before)[offsets[len(self.start) :]]
+        return ids[len(self.start) :], spans
 
     @cached_property
     def start(self) -> tuple[int, ...]:
-        """What the tokenizer puts before a text."""
+        """The ids that the tokenizer puts before a text."""
         return tuple(self.tokenizer("").input_ids)
 
     def _check(self, turns: Turns, images: int) -> None:
@@ -151,15 +144,17 @@ class SegmentEncoder(ABC):
             if found := next((token for token in specials if token in text), None):
                 raise PromptError(f"its text holds the special token {found!r}, which the model would not read as text")
 
-    def _input(self, made: _Ids, turns: Turns, images: Sequence[torch.Tensor]) -> ModelInput:
+    def _input(
+        self, ids: np.ndarray, labels: np.ndarray, spans: np.ndarray, turns: Turns, images: Sequence[torch.Tensor]
+    ) -> ModelInput:
         count = len(images)
         return ModelInput(
-            made.input_ids,
-            made.labels,
+            ids,
+            labels,
             torch.stack(list(images)) if images else torch.zeros(0),
             image_inputs=self.image_inputs(turns, count) if count else {},
             regions_R8=stack([region_without_coordinates(i, self.vision_tokens) for i in range(count)]),
-            spans=made.spans,
+            spans=spans,
         )
 
 

@@ -1,7 +1,7 @@
-"""Where the tokens of LLaVA's "any resolution" lie: the whole image first, then tiles of it joined to one grid.
+"""Where the tokens of LLaVA's "any resolution" lie: the whole image first, then its tiles joined to one grid.
 
-The image is scaled into a canvas of whole tiles, in its middle, and grid rows or columns that show nothing but the canvas's
-border are left out; a token that stands for a line's end follows each row. Source: LLaVA-NeXT's ``spatial_unpad``.
+The image is scaled to fill the middle of a canvas of whole tiles. Grid rows or columns that show only the canvas's border are
+dropped, and a separator token follows each row. Source: LLaVA-NeXT's ``spatial_unpad``.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def anyres_regions(
 ) -> list[np.ndarray]:
     """Regions of an image of ``size`` (width, height), of which a ``tile`` (height, width) becomes ``side`` x ``side`` tokens.
 
-    ``canvases``: heights and widths to choose from. ``most_tiles``: a grid of more tokens than these have is shrunk to as many.
+    ``canvases``: heights and widths to choose from. ``most_tiles``: a grid with more tokens than so many tiles is shrunk.
     """
     width, height = size
     canvas = select_best_resolution([height, width], canvases)
@@ -36,12 +36,12 @@ def anyres_regions(
 
 
 def single_regions(index: int, side: int, box: Box) -> list[np.ndarray]:
-    """Regions of an image without tiles: its tokens, and one line's end."""
+    """Regions of an image without tiles: its tokens, and one separator."""
     return [region(index, (side, side), box), region_without_coordinates(index, 1)]
 
 
 def _unpadded(size: tuple[int, int], canvas: tuple[int, int], grid: tuple[int, int]) -> tuple[tuple[int, int], Box]:
-    """The grid left of a canvas, and its box in the image; all pairs are (height, width)."""
+    """The grid without the canvas's border, and its box in the image; all pairs are (height, width)."""
     wide = size[1] / size[0] > grid[1] / grid[0]
     long, short = (1, 0) if wide else (0, 1)
     shown = int(round(size[short] * (grid[long] / size[long]), 7))
@@ -57,7 +57,7 @@ def _unpadded(size: tuple[int, int], canvas: tuple[int, int], grid: tuple[int, i
 
 
 def _in_image(axis: int, first: float, size: tuple[int, int], canvas: tuple[int, int]) -> tuple[float, float]:
-    """Where a stretch of the canvas, as far from both of its ends, begins and ends in the image that lies in its middle."""
+    """Where a centred interval of the canvas begins and ends in the image, as fractions of the image's size."""
     scale = min(canvas[0] / size[0], canvas[1] / size[1])
     length = size[axis] * scale
     start = (first - (canvas[axis] - length) / 2) / length
@@ -65,6 +65,6 @@ def _in_image(axis: int, first: float, size: tuple[int, int], canvas: tuple[int,
 
 
 def _shrunk(grid: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """LLaVA-OneVision's ``anyres_max``: a grid of clearly more tokens is scaled down."""
+    """LLaVA-OneVision's ``anyres_max``: a grid with clearly more tokens is scaled down."""
     ratio = (grid[0] * grid[1] / tokens) ** 0.5
     return (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > 1.1 else grid

@@ -1,12 +1,12 @@
-"""Gemma 3: a fixed number of vision tokens an image, which see each other both ways.
+"""Gemma 3: a fixed number of vision tokens an image, with attention in both directions among them.
 
-Its processor takes no crops of long images (pan and scan) unless each call asks for them, which nothing here does.
+Its processor crops long images (pan and scan) only where a call asks for it; none here does.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +17,6 @@ from alignkd.models.transformers_vlm import TransformersVlm
 @dataclass
 class Gemma3(TransformersVlm):
     """``Gemma3ForConditionalGeneration``."""
-
-    family: ClassVar[str] = "gemma3"
 
     @staticmethod
     def regions(processor: Any, outputs: Mapping[str, Any], index: int, size: tuple[int, int], tokens: int) -> list[np.ndarray]:

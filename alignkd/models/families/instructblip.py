@@ -1,7 +1,7 @@
 """InstructBLIP: queries that read the image for a question, before the prompt.
 
-The queries' outputs are the vision tokens. They depend on the question, so the Q-Former is given it, and nothing that comes
-after: neither an answer, which it would give away, nor a later question.
+The queries' outputs are the vision tokens. They depend on the question, so the Q-Former is given the first question and nothing
+after it: an answer would leak into the vision tokens, and a later question was not asked yet.
 
 Shapes: N images, Q queries, W word pieces of the longest question, L ids.
 """
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from alignkd.errors import CheckpointError
 from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.inputs.prompts import PromptError, Turns, check_template
 from alignkd.models.encoders.segments import Segment, SegmentEncoder, own_text
@@ -25,10 +26,10 @@ from alignkd.models.vlm import Vision
 
 @dataclass
 class InstructBlipEncoder(SegmentEncoder):
-    """The queries of all images, the start token, the question as it is, the answer, the end token.
+    """The queries of all images, the start token, the question unchanged, the answer, the end token.
 
-    So it was tuned, on one image, one question and one answer, without any words of a template; further turns follow in the
-    same way. Source: InstructBLIP (arXiv 2305.06500), and the inputs that its released processor makes.
+    The model was tuned with this prompt, on one image, one question and one answer, without words of a template; further turns
+    follow in the same way. Source: InstructBLIP (arXiv 2305.06500), and the inputs that its released processor makes.
     """
 
     image_processor: Any = None
@@ -44,18 +45,18 @@ class InstructBlipEncoder(SegmentEncoder):
         """Its pixel values."""
         return torch.from_numpy(np.asarray(self.image_processor([image])["pixel_values"][0]))
 
-    def pieces(self, turns: Turns, images: int) -> list[Segment]:
+    def segments(self, turns: Turns, images: int) -> list[Segment]:
         """See :class:`SegmentEncoder`."""
         made = [self.image] * images + [Segment(ids=self.start)]
         for speaker, text in turns:
-            learned = speaker == "gpt"
-            made.append(Segment(((own_text(text), True),), learned=learned))
-            if learned:
-                made.append(Segment(ids=(int(self.tokenizer.eos_token_id),), learned=True))
+            answer = speaker == "gpt"
+            made.append(Segment(((own_text(text), True),), supervised=answer))
+            if answer:
+                made.append(Segment(ids=(int(self.tokenizer.eos_token_id),), supervised=True))
         return made
 
     def image_inputs(self, turns: Turns, images: int) -> Mapping[str, torch.Tensor]:
-        """The first question in the Q-Former's word pieces, once for each image, ``[N, W]``."""
+        """The first question as the Q-Former's token ids, once for each image, ``[N, W]``."""
         ids = self.qformer_tokenizer(own_text(turns[0][1])).input_ids
         if len(ids) > self.longest_question:
             raise PromptError(f"its question has {len(ids)} word pieces, the Q-Former reads {self.longest_question} at most")
@@ -67,14 +68,12 @@ class InstructBlipEncoder(SegmentEncoder):
 class InstructBlip(TransformersVlm):
     """``InstructBlipForConditionalGeneration`` over a decoder (Vicuna).
 
-    Frozen is the vision model alone, as in its instruction tuning, which trains the Q-Former and its queries: it is they that
-    follow an instruction. They learn with the student's rate, ``language_projection`` with the projector's.
+    Only the vision model is frozen, as in its instruction tuning, which trains the Q-Former and its queries: they are what
+    follows an instruction. They use the student's learning rate, ``language_projection`` that of the projector.
     """
 
-    family: ClassVar[str] = "instructblip"
     tower_path: ClassVar[str] = "vision_model"
     projector_path: ClassVar[str] = "language_projection"
-    without_coordinates: ClassVar[str] = "each vision token is what a query of its Q-Former read all over the image"
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -90,16 +89,17 @@ class InstructBlip(TransformersVlm):
         """See :class:`TransformersVlm`."""
         config = self.model.config
         if not config.use_decoder_only_language_model:
-            raise ValueError(
+            raise CheckpointError(
                 f"{self.folder}: this InstructBLIP has the encoder-decoder {config.text_config.model_type!r} (Flan-T5), whose"
                 " answers read the image by cross-attention: no vision tokens stand among them. Use a Vicuna checkpoint"
             )
         written = self.processor.num_query_tokens
         if config.image_token_index is None or written != config.num_query_tokens:
-            raise ValueError(
+            raise CheckpointError(
                 f"{self.folder}: its model has {config.num_query_tokens} queries and image token {config.image_token_index},"
-                f" its processor writes {written} (num_query_tokens): take the checkpoint's newer files, or set both alike"
+                f" its processor writes {written} (num_query_tokens): use the checkpoint's newer files, or set both alike"
             )
+        self._check_prompts()
 
     def encoder(self, template: str, max_length: int) -> InstructBlipEncoder:  # type: ignore[override]
         """See :class:`alignkd.models.vlm.Vlm`."""
@@ -128,12 +128,12 @@ class InstructBlip(TransformersVlm):
         return run_decoder(self.model.get_input_embeddings(), self.decoder, batch, vision, **kwargs)
 
     def generation_inputs(self, batch: Batch) -> Mapping[str, Any]:
-        """Its generation wants an image even where no sample has one: nothing then reads what it sees."""
-        seen = batch if batch.images.numel() else self.batch_of([self._grey]).to(self.device)
-        return {"pixel_values": self._pixels(seen), **seen.image_inputs}
+        """Its generation needs an image even where no sample has one; nothing then reads its vision tokens."""
+        shown = batch if batch.images.numel() else self.collate([self._grey]).to(self.device)
+        return {"pixel_values": self._pixels(shown), **shown.image_inputs}
 
     @cached_property
     def _grey(self) -> ModelInput:
         encoder = self.encoder(self.default_template, 2**20)
-        picture = encoder.load(Image.new("RGB", (64, 64), (128, 128, 128)))
-        return encoder.question([("human", "<image>\na"), ("gpt", "b")], [picture])
+        image = encoder.load(Image.new("RGB", (64, 64), (128, 128, 128)))
+        return encoder.question([("human", "<image>\na"), ("gpt", "b")], [image])

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
@@ -15,8 +15,6 @@ from alignkd.models.transformers_vlm import TransformersVlm
 @dataclass
 class InternVl(TransformersVlm):
     """``InternVLForConditionalGeneration``."""
-
-    family: ClassVar[str] = "internvl"
 
     @staticmethod
     def regions(processor: Any, outputs: Mapping[str, Any], index: int, size: tuple[int, int], tokens: int) -> list[np.ndarray]:

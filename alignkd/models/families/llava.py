@@ -1,12 +1,12 @@
 """LLaVA 1.5: a CLIP tower, two linear layers, one square grid of vision tokens an image.
 
-Others of the kind have another tower: SigLIP, or Pixtral's, whose grid has the image's shape.
+Some LLaVA checkpoints have another tower: SigLIP, or Pixtral's, whose grid has the image's shape.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -18,11 +18,9 @@ from alignkd.models.transformers_vlm import TransformersVlm
 class Llava(TransformersVlm):
     """``LlavaForConditionalGeneration``."""
 
-    family: ClassVar[str] = "llava"
-
     @staticmethod
     def regions(processor: Any, outputs: Mapping[str, Any], index: int, size: tuple[int, int], tokens: int) -> list[np.ndarray]:
-        """A square over the image, or over its middle where the processor crops; a class token before it lies nowhere."""
+        """A square over the image, or over its middle where the processor crops; a class token before it has no coordinates."""
         if "image_sizes" in outputs:
             rows, columns = (int(n) // processor.patch_size for n in outputs["image_sizes"][index])
             return [region(index, (rows, columns))]

@@ -1,8 +1,8 @@
-"""LLaVA-NeXT (LLaVA 1.6): the whole image, then tiles of it in a grid whose rows end with a token of their own."""
+"""LLaVA-NeXT (LLaVA 1.6): the whole image, then tiles of it in a grid whose rows end with a separator."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +13,6 @@ from alignkd.models.transformers_vlm import TransformersVlm
 @dataclass
 class LlavaNext(TransformersVlm):
     """``LlavaNextForConditionalGeneration``."""
-
-    family: ClassVar[str] = "llava_next"
 
     @staticmethod
     def regions(processor: Any, outputs: Mapping[str, Any], index: int, size: tuple[int, int], tokens: int) -> list[np.ndarray]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +16,9 @@ from alignkd.models.transformers_vlm import TransformersVlm
 class LlavaOnevision(TransformersVlm):
     """``LlavaOnevisionForConditionalGeneration``."""
 
-    family: ClassVar[str] = "llava_onevision"
-
     @staticmethod
     def regions(processor: Any, outputs: Mapping[str, Any], index: int, size: tuple[int, int], tokens: int) -> list[np.ndarray]:
-        """One of several images is padded to a square; one alone has tiles."""
+        """Several images are padded to squares; a single image has tiles."""
         side = math.isqrt(processor.num_image_tokens)
         if tokens == side**2 + 1:
             return single_regions(index, side, square_box(size, "pad"))

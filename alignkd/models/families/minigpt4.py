@@ -1,9 +1,8 @@
-"""MiniGPT-4 behind the contract: frozen tower and Q-Former, a linear layer into Vicuna, the prompt it was tuned with.
+"""MiniGPT-4: a frozen tower and Q-Former, a linear layer into Vicuna, the prompt it was tuned with.
 
 Shapes: N images, M vision tokens of a batch, D language-model width, B samples, S positions.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from torch import nn
 
 from alignkd.inputs.batch import Batch
 from alignkd.inputs.prompts import IMAGE_TAG, IMAGE_TOKEN_ID, Part, Turns, check_template
-from alignkd.models.checkpoints.mobilevlm_layout import copy_tokenizer
+from alignkd.models.checkpoints.minigpt4_layout import is_official, read_own, read_released, vicuna_folder
+from alignkd.models.checkpoints.preprocessor_files import clip_settings, read_settings, write_settings
+from alignkd.models.checkpoints.tokenizer_files import check_tokenizer, copy_tokenizer, load_tokenizer
 from alignkd.models.encoders.images import ImagePreprocessor
 from alignkd.models.encoders.segments import Segment, SegmentEncoder, own_text
 from alignkd.models.modules.embedding import run_decoder
@@ -26,21 +27,18 @@ _TEMPLATES = ("vicuna0",)
 
 
 def image_settings(side: int) -> dict[str, Any]:
-    """Of the released preprocessing: stretched to a square, CLIP's mean and deviation."""
-    return {
-        "size": {"height": side, "width": side},
-        "do_center_crop": False,
-        "resample": 3,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }
+    """The released preprocessing: stretched to a square, with CLIP's mean and deviation."""
+    clip = clip_settings(side)
+    kept = {name: clip[name] for name in ("resample", "image_mean", "image_std")}
+    return {"size": {"height": side, "width": side}, "do_center_crop": False, **kept}
 
 
 class MiniGpt4Encoder(SegmentEncoder):
     """``###Human: <Img>(image)</Img> question ###Assistant: answer###``, split at the image and where the answer begins.
 
-    So it was tuned, on one question and one answer; further turns go on after the answer's ``###``. Images come first in their
-    turn, as in the training prompts. Source: ``prompt_template``, ``prompts/alignment.txt`` and ``end_sym`` of its stage two.
+    The model was tuned with this prompt, on one question and one answer; further turns follow the answer's ``###``. Images come
+    first in their turn, as in the training prompts. Source: ``prompt_template``, ``prompts/alignment.txt`` and ``end_sym`` of
+    its stage two.
     """
 
     marks: ClassVar[tuple[str, ...]] = (_END,)
@@ -50,12 +48,12 @@ class MiniGpt4Encoder(SegmentEncoder):
         """One placeholder."""
         return Segment(ids=(IMAGE_TOKEN_ID,))
 
-    def pieces(self, turns: Turns, images: int) -> list[Segment]:
+    def segments(self, turns: Turns, images: int) -> list[Segment]:
         """See :class:`SegmentEncoder`."""
         made = [Segment(ids=(int(self.tokenizer.bos_token_id),))]
         for number, (speaker, text) in enumerate(turns):
             if speaker == "gpt":
-                made.append(Segment(((own_text(text), True), (_END, False)), learned=True))
+                made.append(Segment(((own_text(text), True), (_END, False)), supervised=True))
                 continue
             before: list[Part] = [(f"{_END if number == 0 else ''}Human: ", False)]
             for _ in range(text.count(IMAGE_TAG)):
@@ -69,16 +67,37 @@ class MiniGpt4Encoder(SegmentEncoder):
 class MiniGpt4Family(Vlm):
     """A loaded MiniGPT-4; ``tokenizer_folder`` is where its language model's tokenizer was read."""
 
-    family: ClassVar[str] = "minigpt4"
-    without_coordinates: ClassVar[str] = "each vision token is what a query of its Q-Former read all over the image"
-
     model: MiniGpt4
     images: ImagePreprocessor
     tokenizer_folder: Path
 
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        vision_tower: Path | None,
+    ) -> "MiniGpt4Family":
+        """From the files of its release, or as alignkd saved it; the tower is always the checkpoint's own."""
+        del vision_tower
+        released = is_official(config)
+        tokenizer_folder = vicuna_folder(folder, config) if released else folder
+        tokenizer = load_tokenizer(tokenizer_folder)
+        if released:
+            model = read_released(folder, config, dtype)
+            settings = image_settings(int(model.config.vision_config.image_size))
+        else:
+            model, settings = read_own(folder, dtype), read_settings(folder)
+        check_tokenizer(folder, tokenizer, model.config.text_config.vocab_size)
+        model.eval().to(device)
+        return cls(model, tokenizer, folder, ImagePreprocessor(settings, "stretch"), tokenizer_folder)
+
     @property
     def templates(self) -> tuple[str, ...]:
-        """That of the release over Vicuna v0."""
+        """The prompt of the release over Vicuna v0."""
         return _TEMPLATES
 
     @property
@@ -127,7 +146,7 @@ class MiniGpt4Family(Vlm):
         return run_decoder(self.model.get_input_embeddings(), self.decoder, batch, vision, **kwargs)
 
     def zero_projector_loss(self) -> torch.Tensor:
-        """Of a black image."""
+        """Computed from a black image."""
         return self.model.encode_images(self._black).float().sum() * 0.0
 
     @property
@@ -136,9 +155,9 @@ class MiniGpt4Family(Vlm):
         return torch.zeros(1, 3, side, side, device=self.device)
 
     def generation_inputs(self, batch: Batch) -> Mapping[str, Any]:
-        """Pixel values, and what ends an answer: the tokenizer spells ``###`` in several ways.
+        """Pixel values, and what ends an answer: the tokenizer has several ways to write ``###``.
 
-        BLIP-2's generation wants an image even where no sample has one: nothing then reads what it sees.
+        BLIP-2's generation needs an image even where no sample has one; nothing then reads its vision tokens.
         """
         pixels = batch.images if batch.images.numel() else self._black
         return {"pixel_values": pixels.to(self.dtype), "stop_strings": [_END], "tokenizer": self.tokenizer}
@@ -148,12 +167,11 @@ class MiniGpt4Family(Vlm):
         return super().answer_text(ids).split(_END)[0].strip()
 
     def image_fingerprint(self) -> str:
-        """Of the preprocessing's settings."""
+        """Digest of the preprocessing's settings."""
         return self.images.fingerprint()
 
     def save(self, folder: Path) -> None:
         """In Hugging Face form, all in one folder."""
         self.model.save_pretrained(folder)
-        settings = {"image_processor_type": "CLIPImageProcessor", **self.images.settings}
-        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
+        write_settings(self.images, folder)
         copy_tokenizer(self.tokenizer_folder, folder)

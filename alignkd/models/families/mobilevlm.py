@@ -1,9 +1,8 @@
-"""MobileVLM behind the contract: LLaVA's placeholder, a frozen CLIP tower, a projector to a fixed grid, a Llama decoder.
+"""MobileVLM V1 and V2: LLaVA's placeholder, a frozen CLIP tower, a projector to a fixed grid, a Llama decoder.
 
 Shapes: N images, P patches, C tower width, V vision tokens an image, D language-model width, B samples, S positions.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,28 +12,53 @@ from torch import nn
 
 from alignkd.inputs.batch import Batch
 from alignkd.inputs.prompts import TEMPLATES, check_template
-from alignkd.models.checkpoints.mobilevlm_layout import copy_tokenizer, write_official
+from alignkd.models.checkpoints.mobilevlm_layout import read_official, read_own, write_official
+from alignkd.models.checkpoints.preprocessor_files import write_settings
+from alignkd.models.checkpoints.tokenizer_files import check_tokenizer, copy_tokenizer, load_tokenizer
 from alignkd.models.encoders.images import ImagePreprocessor
 from alignkd.models.encoders.placeholder import PlaceholderEncoder
 from alignkd.models.modules.mobilevlm import MobileVlm
 from alignkd.models.vlm import Vision, Vlm
+
+_OFFICIAL = "mobilevlm"
+"""``model_type`` of the official folders; alignkd's own have :attr:`MobileVlmConfig.model_type`."""
 
 
 @dataclass
 class MobileVlmFamily(Vlm):
     """A loaded MobileVLM with its image preprocessing."""
 
-    family: ClassVar[str] = "mobilevlm"
-    without_slice: ClassVar[str] = ""
     caches_tower: ClassVar[bool] = True
+    has_official_layout: ClassVar[bool] = True
 
     model: MobileVlm
     images: ImagePreprocessor
     official_config: dict[str, Any] | None = None
 
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        vision_tower: Path | None,
+    ) -> "MobileVlmFamily":
+        """From the official layout, or as alignkd saved it; see :class:`alignkd.models.vlm.Vlm`."""
+        official = config["model_type"] == _OFFICIAL
+        tokenizer = load_tokenizer(folder)
+        if official:
+            model, images = read_official(folder, config, dtype, vision_tower)
+        else:
+            model, images = read_own(folder, dtype)
+        check_tokenizer(folder, tokenizer, model.config.text_config.vocab_size)
+        model.eval().to(device)
+        return cls(model, tokenizer, folder, images, official_config=config if official else None)
+
     @property
     def templates(self) -> tuple[str, ...]:
-        """Those of its training code."""
+        """The templates of its training code."""
         return TEMPLATES
 
     @property
@@ -60,7 +84,7 @@ class MobileVlmFamily(Vlm):
 
     @property
     def tower(self) -> nn.Module:
-        """Frozen in MobileVLM's training code and here."""
+        """CLIP, frozen in MobileVLM's training code and here."""
         tower: nn.Module = self.model.model.vision_tower
         return tower
 
@@ -91,32 +115,37 @@ class MobileVlmFamily(Vlm):
         return self.model.model.decode(batch.input_ids_BS, batch.attention_mask_BS, tokens_MD, batch.vision_positions, **kwargs)
 
     def zero_projector_loss(self) -> torch.Tensor:
-        """Of a black image."""
+        """Computed from a black image."""
         vision, model = self.model.config.vision_config, self.model.model
         shape = (1, vision.num_channels, vision.image_size, vision.image_size)
         with torch.no_grad():
             features_NPC = model.run_tower(torch.zeros(shape, device=self.device))
-        nothing: torch.Tensor = model.project(features_NPC.to(self.dtype)).float().sum() * 0.0
-        return nothing
+        zero: torch.Tensor = model.project(features_NPC.to(self.dtype)).float().sum() * 0.0
+        return zero
+
+    def run_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """See :class:`alignkd.models.vlm.Vlm`."""
+        return self.model.model.run_tower(pixel_values)
+
+    @property
+    def tower_feature_shape(self) -> tuple[int, int]:
+        """See :class:`alignkd.models.vlm.Vlm`."""
+        vision = self.model.config.vision_config
+        class_token = int(self.model.config.vision_feature_select_strategy != "default")
+        return (vision.image_size // vision.patch_size) ** 2 + class_token, int(vision.hidden_size)
 
     def image_fingerprint(self) -> str:
-        """Of the preprocessing's settings."""
+        """Digest of the preprocessing's settings."""
         return self.images.fingerprint()
 
     def save(self, folder: Path) -> None:
         """In Hugging Face form."""
         self.model.save_pretrained(folder)
-        self._save_preprocessing(folder)
+        write_settings(self.images, folder)
+        copy_tokenizer(self.folder, folder)
 
     def save_official(self, folder: Path) -> None:
         """In the official MobileVLM layout."""
-        write_official(self.model, folder, tower_name="./clip", original=self.official_config)
-        (folder / "clip").mkdir(exist_ok=True)
-        (folder / "clip" / "config.json").write_text(self.model.config.vision_config.to_json_string())
-        self._save_preprocessing(folder)
-
-    def _save_preprocessing(self, folder: Path) -> None:
-        (folder / "preprocessor_config.json").write_text(
-            json.dumps({"image_processor_type": "CLIPImageProcessor", **self.images.settings}, indent=2)
-        )
+        write_official(self.model, folder, original=self.official_config)
+        write_settings(self.images, folder)
         copy_tokenizer(self.folder, folder)

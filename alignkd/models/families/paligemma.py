@@ -1,7 +1,8 @@
-"""PaliGemma: a fixed number of vision tokens an image, the question as a prefix seen both ways, the answer as its suffix.
+"""PaliGemma: a fixed number of vision tokens an image, the question as a prefix with attention in both directions, then the
+answer as its suffix.
 
-It has no chat template: one question and one answer, in the order of its training: images, start token, question, newline,
-answer, end token.
+It has no chat template. A prompt is one question and one answer, in the order of its training: images, start token, question,
+newline, answer, end token.
 """
 
 import math
@@ -26,7 +27,7 @@ class PrefixEncoder(ChatEncoder):
         return str(self.tokenizer.eos_token)
 
     def render(self, turns: Turns, images: int, *, opened: bool = False) -> Rendered:
-        """See :class:`ChatEncoder`. Images go to the front, as the model has seen them nowhere else."""
+        """See :class:`ChatEncoder`. Images go to the front: the model was trained with none elsewhere."""
         speakers = [speaker for speaker, _ in turns]
         if speakers != ["human", "gpt"][: 1 if opened else 2]:
             raise PromptError(f"the prefix template takes one question and one answer, found turns from {speakers}")
@@ -71,7 +72,6 @@ class PrefixEncoder(ChatEncoder):
 class PaliGemma(TransformersVlm):
     """``PaliGemmaForConditionalGeneration``."""
 
-    family: ClassVar[str] = "paligemma"
     encoder_class: ClassVar[type[ChatEncoder]] = PrefixEncoder
 
     @property

@@ -14,7 +14,6 @@ from alignkd.models.transformers_vlm import TransformersVlm
 class Qwen25Vl(TransformersVlm):
     """``Qwen2_5_VLForConditionalGeneration``."""
 
-    family: ClassVar[str] = "qwen2_5_vl"
     tower_path: ClassVar[str] = "model.visual"
     projector_path: ClassVar[str] = "model.visual.merger"
 

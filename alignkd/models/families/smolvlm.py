@@ -1,4 +1,4 @@
-"""SmolVLM, and Idefics3 before it: an image is cut in tiles, row by row, with the whole image last."""
+"""SmolVLM and Idefics3: an image is cut into tiles, row by row, and the whole image follows."""
 
 import math
 import re
@@ -16,15 +16,14 @@ _TILE = re.compile(r"<row_(\d+)_col_(\d+)>")
 
 @dataclass
 class SmolVlm(TransformersVlm):
-    """``SmolVLMForConditionalGeneration``."""
+    """``SmolVLMForConditionalGeneration`` and ``Idefics3ForConditionalGeneration``."""
 
-    family: ClassVar[str] = "smolvlm"
     tower_path: ClassVar[str] = "model.vision_model"
     projector_path: ClassVar[str] = "model.connector"
 
     @staticmethod
     def regions(processor: Any, outputs: Mapping[str, Any], index: int, size: tuple[int, int], tokens: int) -> list[np.ndarray]:
-        """Its tiles, then the whole image; both are stretched to whole tiles. The text beside the tiles tells how many."""
+        """Its tiles, then the whole image; both are stretched to whole tiles. Their number is in the text beside them."""
         del size
         written = outputs["text_replacement_offsets"][0][index]["replacement"]
         tiles = [(int(row), int(column)) for row, column in _TILE.findall(written)]

@@ -1,4 +1,4 @@
-"""Vision tokens among token embeddings, and a decoder run over both.
+"""Vision tokens inserted among token embeddings, and a decoder run over both.
 
 Shapes: B samples, S positions, M vision tokens of a batch, D width of the language model.
 """

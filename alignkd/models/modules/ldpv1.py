@@ -20,13 +20,13 @@ class _ChannelNorm(nn.LayerNorm):
 
 
 class _SqueezeExcite(nn.Module):
-    """Weigh each channel by what two layers make of the means of all of them."""
+    """Weight each channel by two layers over the means of all channels."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        squeezed = _squeezed(features)
-        self.fc1 = nn.Conv2d(features, squeezed, 1)
-        self.fc2 = nn.Conv2d(squeezed, features, 1)
+        reduced = _reduced(features)
+        self.fc1 = nn.Conv2d(features, reduced, 1)
+        self.fc2 = nn.Conv2d(reduced, features, 1)
 
     def forward(self, grid_NDGG: torch.Tensor) -> torch.Tensor:
         mean_ND11 = grid_NDGG.mean(dim=(2, 3), keepdim=True)
@@ -34,8 +34,8 @@ class _SqueezeExcite(nn.Module):
         return grid_NDGG * weight_ND11
 
 
-def _squeezed(features: int) -> int:
-    """A quarter of the channels, rounded to a multiple of 8 that is not below nine tenths of it, as MobileNets round."""
+def _reduced(features: int) -> int:
+    """A quarter of the channels, rounded to a multiple of 8 but to at least nine tenths of it, as MobileNets round."""
     quarter = features // 4
     rounded = max(8, (quarter + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * quarter else rounded + 8

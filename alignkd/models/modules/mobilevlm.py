@@ -19,7 +19,7 @@ from alignkd.models.modules.ldpv2 import LdpV2Projector
 
 
 class MobileVlmConfig(LlavaConfig):  # type: ignore[misc]
-    """LLaVA's configuration, the projector (``ldpnet`` is V1's, ``ldpnetv2`` V2's), and how images become square.
+    """LLaVA's configuration with the projector (``ldpnet`` in V1, ``ldpnetv2`` in V2) and how images become square.
 
     ``projector_grid``: side of the grid of vision tokens. LDPv2 pools to any; LDP halves the grid of patches.
     """
@@ -100,7 +100,7 @@ class MobileVlmModel(LlavaModel):  # type: ignore[misc]
     ) -> torch.Tensor:
         """What enters the first layer ``[B, S, D]``: vision tokens lie at positions of a flattened ``[B * S]``.
 
-        The positions are known on the host, so nothing waits for the device, as LLaVA's own placeholder check would.
+        The positions are known on the host, so nothing waits for the device; LLaVA's own placeholder check would.
         """
         embeddings_BSD: torch.Tensor = self.get_input_embeddings()(input_ids_BS)
         return insert(embeddings_BSD, vision_tokens_MD, vision_positions)

@@ -1,0 +1,66 @@
+"""One committed shard, read from storage and compared with its record."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+
+from alignkd.cache_store.errors import CorruptShardError
+from alignkd.cache_store.formats.registry import format_of
+from alignkd.cache_store.protocol.plan import Plan
+from alignkd.cache_store.protocol.record import CommitRecord
+from alignkd.cache_store.rows.shard import Shard
+from alignkd.cache_store.rows.spec import CacheSpec
+from alignkd.cache_store.storage import Storage
+
+
+def row_keys(plan: Plan, record: CommitRecord) -> tuple[str, ...]:
+    """Keys of a committed shard's rows, in order: the planned keys without the rejected ones.
+
+    Raises:
+        CorruptShardError: plan and record contradict each other.
+    """
+    if record.number >= plan.shards:
+        raise CorruptShardError(f"shard {record.number} is committed but not in the plan of {plan.shards} shards")
+    rejected = {sample.key for sample in record.rejected}
+    planned = plan.keys_of(record.number)
+    keys = tuple(key for key in planned if key not in rejected)
+    if len(keys) != record.rows or len(keys) + len(rejected) != len(planned):
+        raise CorruptShardError(f"shard {record.number}: its record does not have the samples of the plan")
+    return keys
+
+
+def open_shard(storage: Storage, spec: CacheSpec, record: CommitRecord, keys: tuple[str, ...], *, audit: bool = False) -> Shard:
+    """Read a committed shard and compare it with its record.
+
+    ``audit`` also compares the sha256, and whatever the shard's format does not need for reading.
+
+    Raises:
+        CorruptShardError: the shard is missing or damaged; the message says what is lost and what to do.
+    """
+    try:
+        data = storage.read(record.object)
+        _check_bytes(data, record, audit)
+        shard_format = format_of(record.object)
+        shard = shard_format.read_shard(spec, data)
+        if shard.keys != keys:
+            raise CorruptShardError("its keys are not those of plan and record")
+        if audit:
+            shard_format.audit(data, shard)
+    except (CorruptShardError, FileNotFoundError) as error:
+        some = ", ".join(keys[:3]) + (", ..." if record.rows > 3 else "")
+        raise CorruptShardError(
+            f"shard {record.number} of the cache at {storage.url} cannot be used: {record.object}: {error}. "
+            f"It has {record.rows} samples ({some}). Run alignkd cache verify to see all damage, alignkd cache repair"
+            " to remove this shard, and cache-teacher to rebuild it."
+        ) from error
+    return shard
+
+
+def _check_bytes(data: bytes, record: CommitRecord, audit: bool) -> None:
+    if len(data) != record.bytes:
+        raise CorruptShardError(f"found {len(data)} bytes, expected {record.bytes}")
+    if (crc32 := zlib.crc32(data)) != record.crc32:
+        raise CorruptShardError(f"found crc32 {crc32:08x}, expected {record.crc32:08x}")
+    if audit and (sha256 := hashlib.sha256(data).hexdigest()) != record.sha256:
+        raise CorruptShardError(f"found sha256 {sha256[:12]}..., expected {record.sha256[:12]}...")
