@@ -30,15 +30,14 @@ def run(*words, cwd):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture
+def folder(tmp_path):
     """Removed at the end: an environment with torch takes gigabytes, and pytest keeps the folders of three runs."""
-    folder = tmp_path_factory.mktemp("installed")
-    yield folder
-    shutil.rmtree(folder)
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def wheel(folder):
     """Built from a copy: setuptools leaves folders behind, and would take up what is left of an earlier build."""
     source = folder / "source"
@@ -53,7 +52,7 @@ def wheel(folder):
     return wheel
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def scripts(folder, wheel):
     """The folder of the environment's programs."""
     run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
@@ -67,7 +66,23 @@ def figures(scripts, folder, *arguments):
     return json.loads(run(scripts / "alignkd", *arguments, "--json", cwd=folder))
 
 
-def test_only_the_package_lands_in_site_packages(scripts, folder):
+def test_a_wheel_without_extras_runs_both_stages_and_installs_nothing_but_the_package(scripts, folder):
+    """One test, as its environment takes minutes to install."""
+    assert "cache-teacher" in run(scripts / "alignkd", "--help", cwd=folder)
+    assert "llava" in run(scripts / "alignkd", "models", cwd=folder)
+    assert_only_the_package_was_installed(scripts, folder)
+    data = write_data(folder / "samples.json", SAMPLES)
+    for shard_format in ("zarr", "webdataset"):
+        cache, out = folder / f"cache-{shard_format}", folder / f"out-{shard_format}"
+        arguments = ["cache-teacher", "--teacher", TEACHER, "--data", data, *MACHINE, "--cache", cache]
+        assert figures(scripts, folder, *arguments, "--shard-samples", 2, "--format", shard_format)["complete"]
+        arguments = ["distill", "--student", STUDENT, "--cache", cache, "--data", data, *MACHINE, "--out", out]
+        assert figures(scripts, folder, *arguments, "--batch-size", 2, "--max-steps", 2, "--workers", 0)["steps"] == 2
+    arguments = ["evaluate", "--model", out / "student", "--data", data, *MACHINE, "--max-new-tokens", 2]
+    assert figures(scripts, folder, *arguments)["answered"] == len(SAMPLES)
+
+
+def assert_only_the_package_was_installed(scripts, folder):
     code = "import alignkd, pathlib; print(pathlib.Path(alignkd.__file__).parents[1])"
     site = Path(run(scripts / "python", "-c", code, cwd=folder).strip())
     assert site.is_relative_to(folder / "venv")
@@ -77,20 +92,3 @@ def test_only_the_package_lands_in_site_packages(scripts, folder):
     assert {Path(name).parts[0] for name in installed} == {"alignkd", info.name, ".."}
     assert [name for name in installed if name.startswith("..")] == ["../../../bin/alignkd"]
     assert not {"pipeline", "cache_store", "cli.py", "tests", "benchmarks"} & {path.name for path in site.iterdir()}
-
-
-def test_it_explains_itself(scripts, folder):
-    assert "cache-teacher" in run(scripts / "alignkd", "--help", cwd=folder)
-    assert "llava" in run(scripts / "alignkd", "models", cwd=folder)
-
-
-@pytest.mark.parametrize("shard_format", ["zarr", "webdataset"])
-def test_both_stages_and_the_evaluation_run(scripts, folder, tmp_path, shard_format):
-    data = write_data(tmp_path / "samples.json", SAMPLES)
-    cache, out = tmp_path / "cache", tmp_path / "out"
-    arguments = ["cache-teacher", "--teacher", TEACHER, "--data", data, *MACHINE, "--cache", cache]
-    assert figures(scripts, folder, *arguments, "--shard-samples", 2, "--format", shard_format)["complete"]
-    arguments = ["distill", "--student", STUDENT, "--cache", cache, "--data", data, *MACHINE, "--out", out]
-    assert figures(scripts, folder, *arguments, "--batch-size", 2, "--max-steps", 2, "--workers", 0)["steps"] == 2
-    arguments = ["evaluate", "--model", out / "student", "--data", data, *MACHINE, "--max-new-tokens", 2]
-    assert figures(scripts, folder, *arguments)["answered"] == len(SAMPLES)
