@@ -204,8 +204,10 @@ def test_without_gradients_only_sums_are_computed():
         found = case.fused(leaves, ALL)
     assert not found.loss.requires_grad
     assert seen.count == 2  # the student's logits and the sketch's
-    assert found.loss == expected.loss.detach()
-    assert found.sums == expected.sums
+    assert_near(found.loss, expected.loss.detach(), 1e-6)
+    assert {k: float(v) for k, v in found.sums.items()} == pytest.approx(
+        {k: float(v) for k, v in expected.sums.items()}, rel=1e-5
+    )
 
 
 def test_no_answers_give_a_loss_of_zero_with_a_gradient_of_zero():

@@ -53,9 +53,9 @@ def test_a_distance_is_zero_for_equal_attention_and_positive_for_other(kind, dty
     student = one.clone().requires_grad_()
     same = distance_of(student, one, kind)
     same.sum().backward()
-    assert same.tolist() == [0, 0]
+    torch.testing.assert_close(same, torch.zeros_like(same), rtol=0, atol=1e-6)
     torch.testing.assert_close(student.grad, torch.zeros_like(student), rtol=0, atol=1e-6)
-    assert (distance_of(one, other, kind) > 0).all()
+    assert (distance_of(one, other, kind) > 1e-4).all()
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
@@ -145,7 +145,7 @@ def test_a_distance_does_not_depend_on_padding_or_neighbours(tiny, kind, rows):
             shape = alone.text_rows_BT.shape[1], alone.vision_columns_BV.shape[1]
             cut = [x[i : i + 1, :, : shape[0], : shape[1]] for x in (attention, teacher)]
             expected = distance_of(*cut, kind, (chosen_rows(alone, rows), alone.vision_mask_BV))
-            torch.testing.assert_close(found[i], expected[0], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(found[i], expected[0], rtol=1e-4, atol=1e-6)
     assert found.isfinite().all()
     assert found[2] == 0  # it has no image
 
@@ -331,7 +331,7 @@ def test_the_term_of_several_layers_is_the_mean_of_theirs(tiny, deep, kind, rows
             / 5  # samples with text after an image
             for layer, teacher_layer in objective.layer_pairs
         ]
-    torch.testing.assert_close(found, sum(expected) / 2, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found, sum(expected) / 2, rtol=1e-4, atol=1e-6)
     assert found > 0
 
 
@@ -346,10 +346,11 @@ def test_recomputed_activations_give_the_same_loss_and_gradients_of_every_layer(
             objective.recompute_activations()
         losses.append(objective(batch, targets)["loss"])
         gradients.append(torch.autograd.grad(losses[-1], parameters, allow_unused=True))
-    assert losses[0] == losses[1]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
     for plain, recomputed in zip(*gradients, strict=True):
         assert (plain is None) == (recomputed is None)
-        assert plain is None or torch.equal(plain, recomputed)
+        if plain is not None:
+            torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6)
     assert sum(plain.abs().sum() for plain in gradients[0] if plain is not None) > 0
 
 

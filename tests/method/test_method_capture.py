@@ -175,7 +175,7 @@ def test_captured_attention_is_that_of_the_eager_kernel(tmp_path, heads, key_val
         together = run(vlm, samples)
         for i, one in enumerate(samples):
             if len(one.images):
-                torch.testing.assert_close(cut(*together, i)[0], eager_attention(vlm, one), rtol=0, atol=1e-6)
+                torch.testing.assert_close(cut(*together, i)[0], eager_attention(vlm, one), rtol=0, atol=1e-5)
 
 
 def test_a_text_row_between_two_images_sees_the_earlier_one_alone(vlm):
@@ -299,7 +299,7 @@ def test_rows_captured_in_chunks_give_the_same_values_and_gradients(tiny, monkey
     monkeypatch.setattr(capture_module, "_scores", lambda *a: calls.append(a[2]) or original(*a))
     values = run(tiny, mixture(tiny))[1].attention[0]
     assert len(calls) > 1
-    torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-6)
     assert_same_gradients(gradients_of_everything(tiny, mixture(tiny)), expected)
 
 

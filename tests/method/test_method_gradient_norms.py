@@ -74,14 +74,15 @@ def test_no_hook_of_a_gradient_that_is_accumulated_fires(net, x):
 def test_terms_of_graphs_of_their_own_work_too(net, x):
     expected = term_gradient_norms(net(x), net.parameters())
     found = term_gradient_norms({name: net(x)[name] for name in expected}, net.parameters())
-    assert {k: v.item() for k, v in found.items()} == pytest.approx({k: v.item() for k, v in expected.items()})
+    assert {k: v.item() for k, v in found.items()} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-5)
 
 
 def test_a_parameter_out_of_reach_counts_nothing_and_a_term_without_a_gradient_is_zero(net, x):
     alone = term_gradient_norms(
         {"first": net(x)["first"], "constant": torch.tensor(3.0)}, [net.first.weight, net.second.weight]
     )
-    assert alone["first"].item() == pytest.approx(term_gradient_norms({"a": net(x)["first"]}, [net.first.weight])["a"].item())
+    expected = term_gradient_norms({"a": net(x)["first"]}, [net.first.weight])["a"]
+    assert alone["first"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert alone["constant"].item() == 0
     assert term_gradient_norms({"first": net(x)["first"]}, [net.second.weight])["first"].item() == 0
 
@@ -91,7 +92,7 @@ def test_norms_of_gradients_of_16_bits_neither_overflow_nor_are_coarse(dtype):
     weight = nn.Parameter(torch.ones(100, dtype=dtype))
     norm = term_gradient_norms({"a": (weight * 20_000).sum()}, [weight])["a"]
     assert norm.dtype == torch.float32
-    assert norm.item() == pytest.approx(float(torch.tensor(20_000).to(dtype)) * 10, rel=1e-6)
+    assert norm.item() == pytest.approx(float(torch.tensor(20_000).to(dtype)) * 10, rel=1e-5)
 
 
 def test_norms_stay_on_the_device_of_the_parameters(net, x):

@@ -197,7 +197,7 @@ def test_batches_of_a_step_add_up_to_one_large_batch(tiny, teacher):
         terms = flat(whole(batch, targets_of(teacher, batch), counts))
         terms["loss"].backward()
         sums = {name: total + float(terms[name].detach()) for name, total in sums.items()}
-    assert sums == pytest.approx({name: float(value.detach()) for name, value in expected.items()}, rel=1e-5)
+    assert sums == pytest.approx({name: float(value.detach()) for name, value in expected.items()}, rel=1e-4)
     for name, p in whole.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6)

@@ -36,7 +36,7 @@ def golden_batch(vlm):
     return batch_of(vlm, [*(prepared(vlm, *case) for case in CASES), sample(vlm, [1, 40, 41, 42, 43]), two])
 
 
-def assert_same(found, expected, attention=1e-6, vision=1e-5):
+def assert_same(found, expected, attention=1e-5, vision=1e-5):
     for values, wanted, bound in zip(found, expected, (attention, vision), strict=True):
         assert values.dtype == torch.float32
         torch.testing.assert_close(values, wanted.float(), rtol=0, atol=bound)
@@ -134,7 +134,7 @@ def test_a_head_mean_is_the_mean_of_the_heads(tiny):
     heads, _ = slice_of(tiny).targets(batch)
     mean, _ = slice_of(tiny, head_mean=True).targets(batch)
     assert mean.shape[1] == 1
-    torch.testing.assert_close(mean, heads.mean(dim=1, keepdim=True), rtol=0, atol=1e-7)
+    torch.testing.assert_close(mean, heads.mean(dim=1, keepdim=True), rtol=0, atol=1e-6)
 
 
 def test_vision_tokens_alone_cost_no_attention(tiny):
@@ -222,7 +222,7 @@ def test_losses_and_gradients_are_those_of_captured_targets(golden_models, recip
     terms, gradients = loss_and_gradients(student, teacher, recipe, batch, left_out, part)
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
-        assert terms[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-7), name
+        assert terms[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))

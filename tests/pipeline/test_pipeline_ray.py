@@ -225,7 +225,7 @@ def test_a_cluster_of_which_an_actor_is_killed_writes_the_same_cache(door, tmp_p
     assert figures["actors_lost"] == 1
     write_cache(data, tmp_path / "undisturbed", shard_samples=1)
     assert content(tmp_path / "cache") == content(tmp_path / "undisturbed")
-    assert psutil.wait_procs(everyone, timeout=10)[1] == []
+    assert psutil.wait_procs(everyone, timeout=100)[1] == []
 
 
 @pytest.mark.slow
@@ -239,4 +239,4 @@ def test_a_signal_ends_a_cluster_with_exit_code_75(door, tmp_path):
     finished = running.finish()
     assert finished.code == 75, finished.stderr
     assert "stopped by SIGTERM; run the same command again to go on" in finished.stderr
-    assert psutil.wait_procs(everyone, timeout=10)[1] == []
+    assert psutil.wait_procs(everyone, timeout=100)[1] == []

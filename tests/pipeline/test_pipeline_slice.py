@@ -89,9 +89,9 @@ def other_tower(tmp_path_factory):
     return folder
 
 
-def assert_same_metrics(ours, theirs, rel=1e-5):
+def assert_same_metrics(ours, theirs, rel=1e-4):
     for one, other in zip(without_time(ours), without_time(theirs), strict=True):
-        assert one == pytest.approx(other, rel=rel, abs=1e-7)
+        assert one == pytest.approx(other, rel=rel, abs=1e-6)
 
 
 def test_rows_hold_no_attention_and_no_vision_tokens_and_the_cache_holds_the_slice_once(sliced, exact):

@@ -84,8 +84,8 @@ def test_lora_trains_updates_of_the_decoder_and_the_projector_alone_and_merges_t
     )
     assert torch.linalg.matrix_rank(update, rtol=1e-3) <= 4
     assert load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    lines = metrics(tmp_path / "out")
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    lines = metrics(tmp_path / "out")  # an epoch has three steps
+    assert sum(line["loss"] for line in lines[-3:]) < 0.95 * sum(line["loss"] for line in lines[:3])
 
 
 @pytest.mark.slow

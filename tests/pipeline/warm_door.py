@@ -53,9 +53,9 @@ class Running:
 
 
 class WarmDoor:
-    """The client's side: start commands, or run one to its end."""
+    """The client's side: start commands, or run one to its end. ``environment`` is added to that of this process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
         self.numbers = itertools.count()
         self.unfinished: set[int] = set()
@@ -64,7 +64,7 @@ class WarmDoor:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
         )
 
     def ask(self, request: Any) -> int:
