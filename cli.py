@@ -11,7 +11,6 @@ import click
 from alignkd import __version__
 from alignkd.pipeline.commands import options
 
-RESUMABLE = 75
 _ATTENTION_CODECS = click.Choice(["sqrt8", "sqrt4", "float16", "int8-rows", "exact"])
 _VISION_CODECS = click.Choice(["int8-rows", "int4-blocks", "float16", "exact"])
 
@@ -35,11 +34,11 @@ class _Door(click.Group):
                 raise
             raise BadInput(str(error)) from error
         except Exception as error:
-            from alignkd.pipeline.runtime.signals import Interrupted
+            from alignkd.pipeline.runtime.signals import RESUMABLE_EXIT_CODE, Interrupted
 
             if isinstance(error, Interrupted):
                 click.echo(str(error), err=True)
-                ctx.exit(RESUMABLE)
+                ctx.exit(RESUMABLE_EXIT_CODE)
             raise
 
 

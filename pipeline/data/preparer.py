@@ -10,16 +10,13 @@ from typing import Any
 
 from PIL import Image
 
+from alignkd.errors import SampleError
 from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.encoder import Encoder, Planned
 from alignkd.inputs.prompts import PromptError
 from alignkd.models.encoders.images import ImageError, decode_image, image_size, read_image_bytes
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.data.samples import Sample
-
-
-class SampleError(ValueError):
-    """This sample cannot be used; the message says why."""
+from alignkd.pipeline.data.sample import Sample
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ import torch
 from torch.nn import functional
 
 from alignkd.capture.attention import capture, enable_capture
+from alignkd.errors import SampleError
 from alignkd.inputs.batch import collate, expand
 from alignkd.inputs.prompts import IGNORE
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.show import ShowConfig
-from alignkd.pipeline.data.preparer import Prepared, Preparer, SampleError
-from alignkd.pipeline.data.samples import Sample, SampleFile
+from alignkd.pipeline.data.preparer import Prepared, Preparer
+from alignkd.pipeline.data.sample import Sample
+from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.figures.attention import attention_figure, save_figure
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 

@@ -1,18 +1,19 @@
-"""Compare a cached row with the sample it is used for: never a silent misalignment."""
+"""Compare a cached row with the sample it is used for: a row of another sample must never be used silently."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
 from alignkd.cache_store.rows.row import EncodedField, Row
+from alignkd.errors import CacheError
 from alignkd.inputs.prompts import IMAGE_TOKEN_ID
 from alignkd.pipeline.config.cache_layout import attention_layer
 from alignkd.pipeline.data.preparer import Prepared
-from alignkd.pipeline.data.samples import Sample
+from alignkd.pipeline.data.sample import Sample
 
 
-class MisalignedRowError(ValueError):
-    """A cached row is not about the sample it is used for."""
+class MisalignedRowError(CacheError):
+    """A cached row does not belong to the sample it is used for."""
 
 
 def check_row(
@@ -23,7 +24,7 @@ def check_row(
     tokens_per_placeholder: int,
     image_token_id: int = IMAGE_TOKEN_ID,
 ) -> None:
-    """Compare a row, and what of it is ``stored`` undecoded, with the sample as this run prepared it.
+    """Compare a row, and its fields ``stored`` still encoded, with the sample as this run prepared it.
 
     Raises:
         MisalignedRowError: token ids, labels, images, or the number of vision tokens or text rows differ; names the sample and

@@ -6,8 +6,9 @@ from alignkd.cache_store.protocol.manifest import NAME as MANIFEST
 from alignkd.cache_store.protocol.manifest import read_manifest
 from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.storage.open_storage import open_storage
+from alignkd.errors import DataError
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
-from alignkd.pipeline.data.samples import DataError, SampleFile
+from alignkd.pipeline.data.samples import SampleFile
 
 
 def find_samples(config: CacheTeacherConfig) -> tuple[SampleFile, Plan]:

@@ -18,6 +18,7 @@ from alignkd.cache_store.rows.row import Rejected
 from alignkd.cache_store.rows.spec import CacheSpec
 from alignkd.capture.attention import enable_capture
 from alignkd.capture.teacher_slice import check_sliceable
+from alignkd.errors import SampleError
 from alignkd.inputs.batch import Batch, collate
 from alignkd.inputs.prompts import check_template
 from alignkd.losses.layers import find_teacher_layers
@@ -30,10 +31,10 @@ from alignkd.pipeline.cache_io.teacher_slice import check_alignment, slice_array
 from alignkd.pipeline.config.cache_layout import SLICED
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.targets import TargetSettings
-from alignkd.pipeline.data.preparer import Prepared, Preparer, SampleError
+from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
-from alignkd.pipeline.runtime.progress import bar
+from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.signals import StopFlag
 from alignkd.pipeline.stage_one.calibrate import CALIBRATION_POSITIONS, CALIBRATION_SAMPLES, calibrate
 from alignkd.pipeline.stage_one.planned_samples import find_samples
@@ -145,7 +146,7 @@ class StageOne:
         work = self.lay_out_samples(0, chosen)
         items = [item for batch in work.batches for item in batch]
         parts = list(batches(items, min(self.config.batch_tokens, CALIBRATION_POSITIONS)))
-        with bar("calibrate", len(parts), "batches") as progress:
+        with progress_bar("calibrate", len(parts), "batches") as progress:
             for items in parts:
                 self.stop.check()
                 batch = self.load(items).batch
