@@ -32,7 +32,7 @@ from alignkd.inputs.batch import collate
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.samples import SampleFile
-from alignkd.pipeline.runtime.progress import bar
+from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.targets.logits import DIVERGENCES, LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
 from alignkd.targets.logits.base import at_temperature
 from alignkd.targets.logits.topk import bucketed
@@ -245,7 +245,7 @@ class Case:
 def measure(data: Data, cases: list[Case], tokens: int) -> dict[tuple[str, str], float]:
     """Fill in the cases' angles and KL; returns the dense loss of each student and divergence, in nats a token."""
     dense_losses = {(which, name): 0.0 for which in ("far", "near") for name in DIVERGENCES}
-    with bar("compare", tokens, "tokens") as progress:
+    with progress_bar("compare", tokens, "tokens") as progress:
         for part in chunks(tokens):
             teacher_AN = (data.hidden_AD[part] @ data.head_ND.T).log_softmax(1)
             for which in ("far", "near"):

@@ -50,7 +50,7 @@ from alignkd.objective import Objective, TeacherShape
 from alignkd.pipeline.cache_io.targets import row_fields
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
-from alignkd.pipeline.runtime.run_record import versions
+from alignkd.pipeline.runtime.run_record import collect_versions
 from alignkd.targets.batch_targets import Targets
 from alignkd.targets.logits import LogitSettings
 from alignkd.targets.logits.topk import TopK
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device")
     arguments = parser.parse_args()
-    found = versions()
+    found = collect_versions()
     print(
         f"torch {found['torch']}, transformers {found['transformers']}, {found['platform']}, {torch.get_num_threads()} threads"
     )

@@ -15,7 +15,7 @@ from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.encoder import Encoder, Planned
 from alignkd.models.encoders.images import ImageError, decode_image, image_size, read_image_bytes
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.data.samples import Sample
+from alignkd.pipeline.data.sample import Sample
 
 
 @dataclass(frozen=True)

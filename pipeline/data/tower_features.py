@@ -14,13 +14,14 @@ from alignkd.models.vlm import Vlm
 from alignkd.pipeline.data.preparer import Preparer
 
 IMAGES_AT_ONCE = 64
+"""Images that go through the tower in one batch."""
 
 
 @torch.no_grad()
 def tower_features(vlm: Vlm, preparer: Preparer, references: Sequence[str]) -> dict[str, tuple[str, Picture]]:
     """Features ``[P, C]`` of images by reference, each with its file's SHA-256.
 
-    An unreadable image is absent: the sample that uses it is then named and counted.
+    An unreadable image is left out: the sample that uses it is rejected when its turn comes.
     """
     features = {}
     for start in range(0, len(references), IMAGES_AT_ONCE):

@@ -36,8 +36,8 @@ from alignkd.pipeline.demo.tower import train_tower
 from alignkd.pipeline.evaluate.runner import evaluate
 from alignkd.pipeline.report.demo_page import write_report
 from alignkd.pipeline.runtime.devices import peak_memory_bytes, pick_device
-from alignkd.pipeline.runtime.progress import console
-from alignkd.pipeline.runtime.run_record import versions, write_run
+from alignkd.pipeline.runtime.progress import stderr_console
+from alignkd.pipeline.runtime.run_record import collect_versions, write_run_record
 from alignkd.pipeline.stage_one.worker import cache_teacher
 from alignkd.pipeline.training.run import distill
 
@@ -59,7 +59,7 @@ class _Stages:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time one stage and say that it begins."""
-        console.rule(name, style="dim")
+        stderr_console.rule(name, style="dim")
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
@@ -78,7 +78,7 @@ def demo(config: DemoConfig) -> DemoResult:
     if (paths.out / "result.json").exists() or paths.teacher_run.exists():
         raise ValueError(f"--out {config.out} already holds a demo; choose another folder, or remove it")
     device = pick_device(config.device)
-    write_run(paths.out / "run.json", "demo", asdict(config))
+    write_run_record(paths.out / "run.json", "demo", asdict(config))
     stages = _Stages()
     with stages.stage("data: easy-VQA"):
         data = prepare_data(config, paths)
@@ -104,7 +104,7 @@ def demo(config: DemoConfig) -> DemoResult:
         "accuracy": accuracies,
         "cache": {k: cache[k] for k in ("bytes", "samples", "bytes_by_field", "dense_bytes_by_field", "samples_per_second")},
         "stages": stages.taken,
-        "versions": versions(),
+        "versions": collect_versions(),
     }
     report = write_report(config, paths, data, figures, device)
     figures["report"] = str(report)

@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, get_wsd_schedule
 from alignkd.models.encoders.images import ImagePreprocessor, decode_image, read_image_bytes
 from alignkd.pipeline.config.demo import TowerTraining
 from alignkd.pipeline.data.easy_vqa import COLOURS, SHAPES
-from alignkd.pipeline.runtime.progress import bar
+from alignkd.pipeline.runtime.progress import progress_bar
 
 IMAGE_SETTINGS = {
     "size": {"shortest_edge": 64},
@@ -43,7 +43,7 @@ def load_pixels(root: Path, references: list[str]) -> torch.Tensor:
     """Pixel values ``[n, 3, 64, 64]`` of images, in their order."""
     preprocess = ImagePreprocessor(IMAGE_SETTINGS, "pad")
     loaded = []
-    with bar("read images", len(references), "images") as progress:
+    with progress_bar("read images", len(references), "images") as progress:
         for reference in references:
             loaded.append(preprocess(decode_image(read_image_bytes(root / reference), reference)))
             progress.advance()
@@ -66,7 +66,7 @@ def train_tower(
     steps = training.epochs * (len(pixels) // training.batch_size)
     optimizers = _optimizers(tower, heads, training)
     schedules = [get_wsd_schedule(o, steps // 10, 6 * steps // 10, num_training_steps=steps) for o in optimizers]
-    with bar("train vision tower", steps, "steps") as progress:
+    with progress_bar("train vision tower", steps, "steps") as progress:
         for _ in range(training.epochs):
             order = torch.randperm(len(pixels))
             for start in range(0, len(pixels) - training.batch_size + 1, training.batch_size):

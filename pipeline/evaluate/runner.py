@@ -17,11 +17,12 @@ from alignkd.pipeline.config.evaluate import EvaluateConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
-from alignkd.pipeline.data.samples import Sample, SampleFile
+from alignkd.pipeline.data.sample import Sample
+from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.data.tower_features import tower_features
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
-from alignkd.pipeline.runtime.progress import bar
-from alignkd.pipeline.runtime.run_record import write_run
+from alignkd.pipeline.runtime.progress import progress_bar
+from alignkd.pipeline.runtime.run_record import write_run_record
 
 
 def exact(prediction: str, answer: str) -> bool:
@@ -66,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     preparer = Preparer.of(vlm, template=template, max_length=DEFAULT_MAX_LENGTH, image_root=config.images)
     rejects = RejectedSamples(config.max_rejected)
     lines: list[dict[str, Any]] = []
-    with bar("evaluate", len(samples), "samples") as progress:
+    with progress_bar("evaluate", len(samples), "samples") as progress:
         for start in range(0, len(samples), config.batch_size):
             indices = range(start, min(start + config.batch_size, len(samples)))
             questions = _questions(vlm, [samples[i] for i in indices], preparer, rejects)
@@ -128,6 +129,6 @@ def _line(sample: Sample, prediction: str, metric: Callable[[str, str], bool]) -
 
 
 def _write(out: Path, config: EvaluateConfig, lines: list[dict[str, Any]], result: dict[str, Any]) -> None:
-    write_run(out / "run.json", "evaluate", asdict(config))
+    write_run_record(out / "run.json", "evaluate", asdict(config))
     (out / "predictions.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")

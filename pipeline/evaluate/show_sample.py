@@ -15,7 +15,8 @@ from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.show import ShowConfig
 from alignkd.pipeline.data.preparer import Prepared, Preparer
-from alignkd.pipeline.data.samples import Sample, SampleFile
+from alignkd.pipeline.data.sample import Sample
+from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.figures.attention import attention_figure, save_figure
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 

@@ -18,7 +18,7 @@ from alignkd.models.loading import load_vlm
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.data.easy_vqa import EasyVqa, Question
 from alignkd.pipeline.data.preparer import Preparer
-from alignkd.pipeline.data.samples import Sample, parse_sample
+from alignkd.pipeline.data.sample import Sample, parse_sample
 from alignkd.pipeline.evaluate.show_sample import captured_arrays
 from alignkd.pipeline.figures.attention import Figure, image_heat, overlay, plt
 

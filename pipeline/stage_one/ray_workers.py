@@ -19,7 +19,7 @@ from alignkd.errors import AlignkdError, ConfigError, wrap_errors
 from alignkd.pipeline.cache_admin.status import status_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
-from alignkd.pipeline.runtime.progress import Bar, bar
+from alignkd.pipeline.runtime.progress import ProgressBar, progress_bar
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
@@ -146,7 +146,7 @@ class _Shards:
 
     def run(self) -> None:
         """Return when every shard is done."""
-        with bar("cache-teacher (ray)", len(self.left), "shards") as progress:
+        with progress_bar("cache-teacher (ray)", len(self.left), "shards") as progress:
             for actor in self.actors:
                 self._give(actor)
             while self.left:
@@ -160,7 +160,7 @@ class _Shards:
         if shard is not None:
             self.running[actor.run.remote(shard)] = (actor, shard)
 
-    def _finish(self, ref: Any, progress: Bar) -> None:
+    def _finish(self, ref: Any, progress: ProgressBar) -> None:
         actor, shard = self.running.pop(ref)
         try:
             result = self.ray.get(ref)

@@ -7,7 +7,7 @@ from alignkd.cache_store.rows.row import Rejected, Row
 from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.inputs.encoder import Planned
 from alignkd.pipeline.data.preparer import Prepared
-from alignkd.pipeline.data.samples import Sample
+from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput
 
 

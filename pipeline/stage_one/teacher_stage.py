@@ -28,7 +28,7 @@ from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
-from alignkd.pipeline.runtime.progress import bar
+from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.signals import StopFlag
 from alignkd.pipeline.stage_one.calibrate import CALIBRATION_POSITIONS, CALIBRATION_SAMPLES, calibrate
 from alignkd.pipeline.stage_one.planned_samples import find_samples
@@ -140,7 +140,7 @@ class StageOne:
         work = self.batch_samples(0, chosen)
         samples = [sample for batch in work.batches for sample in batch]
         parts = list(batches(samples, min(self.config.batch_tokens, CALIBRATION_POSITIONS)))
-        with bar("calibrate", len(parts), "batches") as progress:
+        with progress_bar("calibrate", len(parts), "batches") as progress:
             for part in parts:
                 self.stop.check()
                 batch = self.load(part).batch

@@ -25,9 +25,9 @@ from alignkd.pipeline.cache_admin.status import status_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.runtime.devices import peak_memory_bytes
-from alignkd.pipeline.runtime.progress import Bar, bar
+from alignkd.pipeline.runtime.progress import ProgressBar, progress_bar
 from alignkd.pipeline.runtime.ranks import Worker, find_worker
-from alignkd.pipeline.runtime.run_record import run_record
+from alignkd.pipeline.runtime.run_record import make_run_record
 from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
 from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
 from alignkd.pipeline.stage_one.prefetch import HostThreads
@@ -53,7 +53,7 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
         store = stage.open_store()
         store.sweep(min_age_s=MIN_AGE_S)
         configuration = asdict(stage.config) | {"template": stage.template, "worker": str(worker)}
-        store.write_run(run_record("cache-teacher", configuration))
+        store.write_run(make_run_record("cache-teacher", configuration))
         started = time.perf_counter()
         job = WorkerJob(stage, store, worker, stop)
         job.run(worker.order(store.pending(), steal=config.steal))
@@ -114,7 +114,7 @@ class WorkerJob:
         title = "cache-teacher" if self.worker.world_size == 1 else f"cache-teacher {self.worker}"
         self.stop.check()
         _log.info("worker %s starts: %d shards, %d samples", self.worker, len(shards), total)
-        with HostThreads(self.stage.config.host_threads) as host, bar(title, total, "samples", show=show) as progress:
+        with HostThreads(self.stage.config.host_threads) as host, progress_bar(title, total, "samples", show=show) as progress:
             for work in host.prefetch(shards, self.stage.batch_shard, 1):
                 if self.store.committed(work.number):
                     progress.advance(len(self.store.plan.positions_of(work.number)))
@@ -123,7 +123,7 @@ class WorkerJob:
             host.flush()
         _log.info("worker %s ends: %d samples, %d rejected in the cache", self.worker, self.samples, self.rejects.count)
 
-    def _run_shard(self, work: ShardWork, host: HostThreads, progress: Bar) -> None:
+    def _run_shard(self, work: ShardWork, host: HostThreads, progress: ProgressBar) -> None:
         started = time.perf_counter()
         encoded: list[EncodedRow] = []
         rejected = list(work.rejected)
@@ -158,14 +158,14 @@ class WorkerJob:
             *(number, record.rows, len(record.rejected), record.bytes, seconds),
         )
 
-    def _reject(self, rejected: Sequence[Rejected], progress: Bar) -> None:
+    def _reject(self, rejected: Sequence[Rejected], progress: ProgressBar) -> None:
         for sample in rejected:
             name = sample.sample_id or sample.key
             _log.info("sample %s is rejected: %s", name, sample.reason)
             self.rejects.add(name, sample.reason)
         progress.advance(len(rejected))
 
-    def _note(self, progress: Bar) -> str:
+    def _note(self, progress: ProgressBar) -> str:
         parts = [f"{self.tokens / max(progress.seconds, 1e-9):,.0f} positions/s", f"{self.bytes / 1e6:,.1f} MB written"]
         counts = {"rejected": self.rejects.count, "truncated": self.truncated}
         return ", ".join(parts + [f"{count} {name}" for name, count in counts.items() if count])

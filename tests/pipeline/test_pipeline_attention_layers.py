@@ -32,10 +32,10 @@ from alignkd.losses.recipes import RECIPES, get_recipe, term_weights
 from alignkd.pipeline.cache_admin.row import find_row, row_arrays
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.preparer import Preparer
-from alignkd.pipeline.data.samples import parse_sample
+from alignkd.pipeline.data.sample import parse_sample
 from alignkd.pipeline.runtime.signals import Interrupted
 from alignkd.pipeline.stage_one.dry_run import dry_run
-from alignkd.pipeline.training.health_checks import Watch
+from alignkd.pipeline.training.health_checks import HealthChecks
 from alignkd.pipeline.training.metrics import Metrics
 from alignkd.pipeline.training.optimizers import make_optimizer
 from alignkd.targets.logits import LogitSettings
@@ -249,7 +249,7 @@ def test_metrics_weigh_terms_with_their_precisions_and_other_runs_have_none(tmp_
 def test_no_weight_is_asked_to_be_changed_where_weights_are_learned():
     line = {"step": 1, "share/supervised": 0.999, "share/reverse_kl": 0.001}
     fixed, learned = (get_recipe("logits-only", {"weighting": weighting}) for weighting in ("fixed", "learned"))
-    assert [len([Watch(recipe, lines=1)(line)][0]) for recipe in (fixed, learned)] == [2, 0]
+    assert [len([HealthChecks(recipe, lines=1)(line)][0]) for recipe in (fixed, learned)] == [2, 0]
 
 
 def test_a_run_records_the_fields_of_its_recipe(data, layered, tmp_path):

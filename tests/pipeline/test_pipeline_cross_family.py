@@ -111,7 +111,7 @@ def training_set(vlm, place, cache, needs=ALL, template=None):
     assert across is not None
     preparer = Preparer.of(vlm, template=template, max_length=2048, image_root=place)
     samples = SampleFile(place / "data.json")
-    return TrainingSet(samples, preparer, student=vlm, reader=reader, needs=needs, max_rejected=0, across=across)
+    return TrainingSet(samples, preparer, student=vlm, reader=reader, needs=needs, max_rejected=0, cross_model=across)
 
 
 def cross_train(place, cache, out, student="student", **changes):
@@ -238,7 +238,7 @@ def test_other_vision_tokens_alone_keep_rows_and_answers_as_they_are(data, cache
     fields = [field.name for field in reader.spec.fields]
     across = check_student_compatible(vlm, reader.fingerprint, "v1", 2048, "cache", fields=fields)
     preparer = Preparer.of(vlm, template="v1", max_length=2048, image_root=Path(STUDENT).parent / "images")
-    whole = TrainingSet(samples, preparer, student=vlm, reader=reader, needs=ALL, max_rejected=0, across=across)
+    whole = TrainingSet(samples, preparer, student=vlm, reader=reader, needs=ALL, max_rejected=0, cross_model=across)
     item = whole[0]
     held = reader.row(samples[0].key).values["attention"]
     expected = held.reshape(8, -1, 6, 2, 6, 2).sum(axis=(3, 5)).reshape(8, -1, 36)
@@ -255,7 +255,7 @@ def test_a_row_of_the_same_make_is_the_same_through_the_maps_to_the_bit(student_
     preparer = Preparer.of(student_vlm, template="v1", max_length=2048, image_root=Path(STUDENT).parent / "images")
     settings = {"student": student_vlm, "reader": reader, "needs": ALL, "max_rejected": 0}
     plain = TrainingSet(samples, preparer, **settings)
-    mapped = TrainingSet(samples, preparer, **settings, across=CrossModelMap.of(student_vlm, reader.fingerprint))
+    mapped = TrainingSet(samples, preparer, **settings, cross_model=CrossModelMap.of(student_vlm, reader.fingerprint))
     for i in range(len(samples)):
         one, other = (x.collate([x[i]]) for x in (plain, mapped))
         expected, found = one["targets"].dequantise(), other["targets"].dequantise()
@@ -289,7 +289,7 @@ def test_a_changed_image_and_an_answer_split_otherwise_are_refused_by_name(place
     monkeypatch.setattr(data.reader, "row", other_ids)
     failure = data[0]
     assert failure.fatal
-    assert "sample 'square' cannot be aligned with its row in the cache: the teacher splits the answer's" in failure.reason
+    assert "sample 'square' cannot be mapped to its row in the cache: the teacher splits the answer's" in failure.reason
 
 
 def test_a_misaligned_sample_ends_the_run(place, llava_cache, tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ from alignkd.losses import term_registry
 from alignkd.losses.custom_terms import register_term
 from alignkd.losses.recipes import get_recipe
 from alignkd.pipeline.runtime.signals import Interrupted
-from alignkd.pipeline.training.health_checks import Watch
-from alignkd.pipeline.training.trainer import RunCallback
+from alignkd.pipeline.training.callbacks import RunCallback
+from alignkd.pipeline.training.health_checks import HealthChecks
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_a_run_recorded_before_there_were_terms_from_outside_still_resumes(data,
 
 
 def test_warnings_about_shares_know_the_term():
-    watch = Watch(get_recipe("sft", {"lifted": "0.5"}), lines=2)
+    watch = HealthChecks(get_recipe("sft", {"lifted": "0.5"}), lines=2)
     line = {"step": 1, "share/supervised": 0.999, "share/lifted": 0.001}
     assert watch(line) == []
     warnings = watch(line)

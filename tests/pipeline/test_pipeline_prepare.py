@@ -13,7 +13,8 @@ from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.errors import SampleError
 from alignkd.inputs.batch import Collator
 from alignkd.pipeline.data.preparer import Prepared, Preparer
-from alignkd.pipeline.data.samples import SampleFile, parse_sample
+from alignkd.pipeline.data.sample import parse_sample
+from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding.dataset import FailedSample, TrainingExample, TrainingSet
 from alignkd.pipeline.feeding.row_checks import MisalignedRowError, check_row
 from alignkd.targets.batch_targets import Targets

@@ -238,5 +238,5 @@ def test_a_signal_ends_a_cluster_with_exit_code_75(door, tmp_path):
     os.kill(running.pid, signal.SIGTERM)
     finished = running.finish()
     assert finished.code == 75, finished.stderr
-    assert "stopped by SIGTERM; run the same command again to go on" in finished.stderr
+    assert "stopped by SIGTERM; run the same command again to continue" in finished.stderr
     assert psutil.wait_procs(everyone, timeout=100)[1] == []

@@ -134,7 +134,7 @@ def test_divergences_are_those_of_the_dense_distribution_over_the_shared_ids(pla
     preparer = Preparer.of(student_vlm, template="v1", max_length=2048, image_root=IMAGES)
     samples = SampleFile(place / "data.json")
     data = TrainingSet(
-        samples, preparer, student=student_vlm, reader=reader, needs=frozenset({"logits"}), max_rejected=0, across=across
+        samples, preparer, student=student_vlm, reader=reader, needs=frozenset({"logits"}), max_rejected=0, cross_model=across
     )
     codec = open_codec(settings_of(reader.fingerprint), reader.tensors, "cpu")
     theirs = Preparer.of(llava, template="chat", max_length=2048, image_root=IMAGES)

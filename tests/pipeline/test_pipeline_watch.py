@@ -9,7 +9,7 @@ import torch
 
 from alignkd.losses.recipes import RECIPES, Recipe
 from alignkd.pipeline.training import health_checks as watch_module
-from alignkd.pipeline.training.health_checks import FiniteCheck, NotFiniteError, Watch
+from alignkd.pipeline.training.health_checks import FiniteCheck, HealthChecks, NotFiniteError
 
 BALANCED = {"share/supervised": 0.4, "share/reverse_kl": 0.3, "share/attention": 0.1, "share/vision_all": 0.15}
 BALANCED |= {"share/vision_focus": 0.05}
@@ -22,7 +22,7 @@ def warnings(watch, lines, **values):
 
 
 def test_a_balanced_run_brings_no_warning():
-    assert warnings(Watch(RECIPES["align-kd"]), 50, attention_contrast=2.0) == []
+    assert warnings(HealthChecks(RECIPES["align-kd"]), 50, attention_contrast=2.0) == []
 
 
 @pytest.mark.parametrize(
@@ -30,18 +30,20 @@ def test_a_balanced_run_brings_no_warning():
     [("attention", {"attention": 0.0099}, "0.1"), ("vision", {"vision_all": 0.009, "vision_focus": 0.0009}, "1")],
 )
 def test_a_term_that_stays_negligible_is_named_with_its_field_and_weight_at_the_tenth_line(term, shares, value):
-    [(number, text)] = warnings(Watch(RECIPES["align-kd"]), 30, **{f"share__{name}": share for name, share in shares.items()})
+    [(number, text)] = warnings(
+        HealthChecks(RECIPES["align-kd"]), 30, **{f"share__{name}": share for name, share in shares.items()}
+    )
     assert number == 10
     assert text.startswith(f"{term} was below 1% of the loss in 10 log lines (now 0.99%, step 10)")
     assert f"--set {term}=..., now {value})" in text
 
 
 def test_the_focus_may_be_as_small_a_part_of_the_vision_term_as_its_weight_makes_it():
-    assert warnings(Watch(RECIPES["align-kd"]), 30, share__vision_focus=0.005) == []
+    assert warnings(HealthChecks(RECIPES["align-kd"]), 30, share__vision_focus=0.005) == []
 
 
 def test_a_term_that_stays_dominant_is_named_at_the_tenth_line():
-    [(number, text)] = warnings(Watch(RECIPES["align-kd"]), 30, share__supervised=0.901)
+    [(number, text)] = warnings(HealthChecks(RECIPES["align-kd"]), 30, share__supervised=0.901)
     assert number == 10
     assert text.startswith("supervised was above 90% of the loss in 10 log lines (now 90.10%, step 10)")
     assert "--set supervised=..., now 1)" in text
@@ -49,53 +51,53 @@ def test_a_term_that_stays_dominant_is_named_at_the_tenth_line():
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.9])
 def test_a_share_at_a_bound_or_between_them_is_no_reason_to_warn(share):
-    assert warnings(Watch(RECIPES["align-kd"]), 30, share__attention=share) == []
+    assert warnings(HealthChecks(RECIPES["align-kd"]), 30, share__attention=share) == []
 
 
 def test_nine_lines_and_a_better_one_bring_no_warning():
-    watch = Watch(RECIPES["align-kd"])
+    watch = HealthChecks(RECIPES["align-kd"])
     for _ in range(5):
         assert warnings(watch, 9, share__attention=0.001) == []
         assert warnings(watch, 1) == []
 
 
 def test_a_warning_comes_again_in_a_new_episode_only():
-    watch = Watch(RECIPES["align-kd"])
+    watch = HealthChecks(RECIPES["align-kd"])
     assert len(warnings(watch, 100, share__attention=0.001)) == 1
     assert warnings(watch, 1) == []
     assert len(warnings(watch, 10, share__attention=0.001)) == 1
 
 
 def test_the_number_of_lines_is_a_setting():
-    assert [number for number, _ in warnings(Watch(RECIPES["align-kd"], lines=3), 9, share__attention=0.001)] == [3]
+    assert [number for number, _ in warnings(HealthChecks(RECIPES["align-kd"], lines=3), 9, share__attention=0.001)] == [3]
 
 
 def test_a_recipe_of_one_term_is_never_dominated_by_it():
-    assert warnings(Watch(RECIPES["sft"]), 30, share__supervised=1.0) == []
-    assert warnings(Watch(Recipe(supervised=0.0, attention=1.0)), 30, share__attention=1.0) == []
+    assert warnings(HealthChecks(RECIPES["sft"]), 30, share__supervised=1.0) == []
+    assert warnings(HealthChecks(Recipe(supervised=0.0, attention=1.0)), 30, share__attention=1.0) == []
 
 
 def test_a_term_without_weight_is_not_negligible():
-    assert warnings(Watch(Recipe(supervised=0.0, reverse_kl=1.0, attention=1.0)), 30, share__supervised=0.0) == []
+    assert warnings(HealthChecks(Recipe(supervised=0.0, reverse_kl=1.0, attention=1.0)), 30, share__supervised=0.0) == []
 
 
 @pytest.mark.parametrize("line", [{}, {"share/attention": math.nan}])
 def test_lines_without_a_share_are_no_reason_to_warn(line):
-    watch = Watch(RECIPES["align-kd"])
+    watch = HealthChecks(RECIPES["align-kd"])
     assert [watch({"step": step, **line}) for step in range(30)] == [[]] * 30
 
 
 def test_a_teacher_of_uniform_attention_is_named_with_the_terms_that_follow_it():
-    [(number, text)] = warnings(Watch(RECIPES["align-kd"]), 30, attention_contrast=9e-4)
+    [(number, text)] = warnings(HealthChecks(RECIPES["align-kd"]), 30, attention_contrast=9e-4)
     assert number == 10
     assert text.startswith("the teacher's attention over vision tokens was uniform in 10 log lines (relative variance 9.0e-04")
     assert "--set attention=0 --set vision_focus=0" in text
-    [(_, text)] = warnings(Watch(Recipe(attention=1.0)), 30, attention_contrast=0.0)
+    [(_, text)] = warnings(HealthChecks(Recipe(attention=1.0)), 30, attention_contrast=0.0)
     assert "vision_focus" not in text
 
 
 def test_attention_that_differs_by_a_little_is_no_reason_to_warn():
-    assert warnings(Watch(RECIPES["align-kd"]), 30, attention_contrast=1.1e-3) == []
+    assert warnings(HealthChecks(RECIPES["align-kd"]), 30, attention_contrast=1.1e-3) == []
 
 
 # --- samples whose loss is not finite ------------------------------------------------------------------------------------
