@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,11 @@ from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.data.tower_features import tower_features
+from alignkd.pipeline.evaluate.metrics import Metric, get_metric
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.run_record import write_run_record
-
-
-def exact(prediction: str, answer: str) -> bool:
-    """The same words, whatever their case, surrounding space or final full stop."""
-    return prediction.strip().rstrip(".").casefold() == answer.strip().rstrip(".").casefold()
-
-
-def contains(prediction: str, answer: str) -> bool:
-    """The answer occurs in the prediction, whatever the case."""
-    return answer.strip().rstrip(".").casefold() in prediction.casefold()
-
-
-METRICS: dict[str, Callable[[str, str], bool]] = {"exact": exact, "contains": contains}
+from alignkd.plugins import load_plugins
 
 
 @dataclass(frozen=True)
@@ -60,6 +49,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         ValueError: bad input, or too many rejected samples.
     """
+    load_plugins(config.plugins)
+    metric = get_metric(config.metric)
     samples = SampleFile(config.data)
     tower = Path(config.vision_tower) if config.vision_tower else None
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
@@ -73,7 +64,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             questions = _questions(vlm, [samples[i] for i in indices], preparer, rejects)
             if questions:
                 predictions = answer(vlm, [question.input for question in questions], config.max_new_tokens)
-                lines += [_line(q.sample, p, METRICS[config.metric]) for q, p in zip(questions, predictions, strict=True)]
+                lines += [_line(q.sample, p, metric) for q, p in zip(questions, predictions, strict=True)]
             progress.advance(len(indices))
     correct = sum(line["correct"] for line in lines)
     low, high = wilson_interval(correct, len(lines))
@@ -123,7 +114,7 @@ def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> li
     return [vlm.answer_text(ids) for ids in new_ids]
 
 
-def _line(sample: Sample, prediction: str, metric: Callable[[str, str], bool]) -> dict[str, Any]:
+def _line(sample: Sample, prediction: str, metric: Metric) -> dict[str, Any]:
     expected = sample.turns[-1][1]
     return {"id": sample.id, "prediction": prediction, "answer": expected, "correct": metric(prediction, expected)}
 

@@ -19,6 +19,7 @@ from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.figures.attention import attention_figure, save_figure
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
+from alignkd.plugins import load_plugins
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def show(config: ShowConfig) -> Shown:
     Raises:
         ValueError: bad input, no such sample, or a sample that cannot be prepared.
     """
+    load_plugins(config.plugins)
     sample = find_sample(SampleFile(config.data), config.id)
     tower = Path(config.vision_tower) if config.vision_tower else None
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)

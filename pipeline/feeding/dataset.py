@@ -26,6 +26,7 @@ from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding.order import WINDOW_SHARDS
 from alignkd.pipeline.feeding.row_checks import MisalignedRowError, check_images, check_row
 from alignkd.pipeline.feeding.shared_memory import SharedMemoryBatch
+from alignkd.plugins import load_plugins, loaded_plugins
 from alignkd.targets.batch_targets import Targets
 from alignkd.targets.cross_model import CrossModelError
 
@@ -69,6 +70,11 @@ class MicroBatchSamples(list[int]):
         return MicroBatchSamples, (list(self), self.upcoming_shards)
 
 
+def _with_plugins(paths: Sequence[str]) -> "TrainingSet":
+    load_plugins(paths)
+    return TrainingSet.__new__(TrainingSet)
+
+
 class TrainingSet(Dataset["TrainingExample | FailedSample"]):
     """The usable samples of a data file, each with its row.
 
@@ -104,6 +110,10 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         self.indices = self._usable()
         if not len(self.indices):
             raise DataError(f"no sample of {samples.path} can be trained on; first reasons: {self._first_reasons()}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A spawned loader process loads the plugins first: the state may hold objects of their classes."""
+        return _with_plugins, ([plugin.path for plugin in loaded_plugins()],), self.__dict__
 
     def _usable(self) -> np.ndarray:
         """The indices of samples that stage one did not reject. The others are named, counted and limited.

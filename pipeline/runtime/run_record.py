@@ -3,12 +3,14 @@
 import json
 import platform
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from alignkd.pipeline.runtime.files import replace_text
+from alignkd.plugins import loaded_plugins
 
 _PACKAGES = (
     "alignkd",
@@ -40,12 +42,13 @@ def collect_versions() -> dict[str, str]:
 
 
 def make_run_record(command: str, configuration: dict[str, Any]) -> dict[str, Any]:
-    """What a run was asked to do, when, and with which versions."""
+    """What a run was asked to do, when, and with which plugins and versions."""
     return {
         "command": command,
         "arguments": sys.argv[1:],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "configuration": configuration,
+        "plugins": [asdict(plugin) for plugin in loaded_plugins()],
         "versions": collect_versions(),
     }
 

@@ -23,6 +23,7 @@ from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
 from alignkd.pipeline.stage_one.shard_work import rows
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
+from alignkd.plugins import load_plugins
 
 _NEIGHBOURS = 8
 """Samples in a row that are tried together: samples of one image are neighbours, and share its per-image fields."""
@@ -34,6 +35,7 @@ def dry_run(config: CacheTeacherConfig, probe: int = 32) -> dict[str, Any]:
     Raises:
         AlignkdError: bad input, or none of the samples tried can be used.
     """
+    load_plugins(config.plugins)
     stage = StageOne.open(config)
     tensors = stage.tensors()
     stage.use_tensors(tensors)

@@ -24,6 +24,7 @@ from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
 from alignkd.pipeline.stage_one.worker import WorkerJob, warn_of_truncated
+from alignkd.plugins import load_plugins
 
 _WAIT_S = 1.0
 _MAX_LOSSES = 100
@@ -46,6 +47,7 @@ class ShardActor:
     @cached_property
     def job(self) -> WorkerJob:
         """Opened by the first task: Ray reports an error in ``__init__`` as a lost actor."""
+        load_plugins(self.config.plugins)
         stage = StageOne.open(self.config)
         return WorkerJob(stage, stage.open_store(), Worker(), StopFlag())
 

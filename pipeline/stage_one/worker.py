@@ -34,6 +34,7 @@ from alignkd.pipeline.stage_one.prefetch import HostThreads
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput
 from alignkd.pipeline.stage_one.shard_work import ReadyBatch, ShardWork, rows
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
+from alignkd.plugins import load_plugins
 
 _BATCHES_AHEAD = 3
 
@@ -47,6 +48,7 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
         AlignkdError: bad input, a cache of other settings, or too many rejected samples.
         Interrupted: a signal came; what is committed stays.
     """
+    load_plugins(config.plugins)
     worker = find_worker(config.rank, config.world_size)
     with stop_on_signals() as stop:
         stage = StageOne.open(config, worker.local_rank, stop)

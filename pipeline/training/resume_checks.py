@@ -2,22 +2,36 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 from alignkd.errors import CheckpointError, ConfigError, wrap_errors
+from alignkd.losses.recipes import recipe_record
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.training.run_inputs import RunInputs
 from alignkd.pipeline.training.schedule import Schedule
+from alignkd.plugins import loaded_plugins
 
 _MAY_CHANGE = (
-    *("resume", "device", "workers", "save_steps", "save_total_limit", "log_steps", "max_rejected", "out", "images", "data"),
+    *(
+        "resume",
+        "device",
+        "plugins",
+        "workers",
+        "save_steps",
+        "save_total_limit",
+        "log_steps",
+        "max_rejected",
+        "out",
+        "images",
+        "data",
+    ),
     *("cache", "report_to", "term_gradients", "feature_bytes", "batch_size", "gradient_accumulation", "batch_tokens"),
 )
-"""Settings that may differ in a resumed run: none of them changes what is learned. Data and cache are compared by content,
-batches by the samples that a step takes."""
+"""Settings that may differ in a resumed run: none of them changes what is learned. Data, cache and plugins are compared by
+content, batches by the samples that a step takes."""
 
 
 def check_out(out: Path, *, resume: bool) -> None:
@@ -37,6 +51,8 @@ def resolved_settings(inputs: RunInputs, data: TrainingSet, schedule: Schedule) 
         **asdict(config),
         "template": inputs.template,
         "max_length": inputs.max_length,
+        "recipe": recipe_record(config.recipe),
+        "plugin_sha256": [plugin.sha256 for plugin in loaded_plugins()],
         "step": _samples_of_step(config, schedule.per_step),
         "steps": schedule.steps,
         "samples": len(data),
@@ -67,6 +83,8 @@ def check_same_run(path: Path, resolved: Mapping[str, Any]) -> None:
     with wrap_errors(CheckpointError, unreadable, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         before = dict(json.loads(path.read_text())["configuration"])
     now = json.loads(json.dumps(resolved, default=str))
+    # A setting that the version of then did not have had the value that is the default now.
+    before = {"plugin_sha256": [], **_defaults(), **before}
     differing = [
         f"{name}: {before.get(name)!r} before, {value!r} now"
         for name, value in now.items()
@@ -77,6 +95,10 @@ def check_same_run(path: Path, resolved: Mapping[str, Any]) -> None:
             f"--resume: {path.parent} was run with other settings: {'; '.join(differing)}. Resume with the same settings, or"
             " choose another --out"
         )
+
+
+def _defaults() -> dict[str, Any]:
+    return {field.name: field.default for field in fields(DistillConfig) if field.default is not MISSING}
 
 
 def check_processes(config: DistillConfig, before: int, now: int) -> None:

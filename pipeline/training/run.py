@@ -37,6 +37,7 @@ from alignkd.pipeline.training.teacher_source import open_teacher
 from alignkd.pipeline.training.tensorboard import TensorBoard
 from alignkd.pipeline.training.trainer import DistillTrainer
 from alignkd.pipeline.training.training_arguments import training_arguments
+from alignkd.plugins import load_plugins
 
 
 def distill(config: DistillConfig) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 
 
 def _distill(config: DistillConfig, process: Worker, stop: StopFlag) -> dict[str, Any]:
+    load_plugins(config.plugins)
     out = Path(config.out)
     check_out(out, resume=config.resume)
     check_options(config)
