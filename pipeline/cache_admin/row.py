@@ -12,7 +12,7 @@ from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.rows.row import Row
 from alignkd.errors import CacheError, DataError, wrap_errors
 from alignkd.pipeline.config.cache_layout import LOGIT_TENSOR, attention_layer, is_slice
-from alignkd.pipeline.config.fingerprint_checks import check_described
+from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 from alignkd.targets.logit_levels import decode_kept
 
 _RECOMPUTED = "stage two recomputes attention and vision tokens from the teacher's slice, which the cache holds once"
@@ -39,7 +39,7 @@ def row_arrays(reader: CacheReader, row: Row) -> dict[str, np.ndarray]:
     Raises:
         CacheError: fingerprint, row and tensors of the cache contradict each other.
     """
-    check_described(reader.fingerprint, "targets", cache=reader.url)
+    check_fingerprint_keys(reader.fingerprint, "targets", cache=reader.url)
     message = f"the row of {row.sample_id!r} in the cache at {reader.url} cannot be decoded: run alignkd cache verify"
     with wrap_errors(CacheError, message, KeyError, IndexError, TypeError, ValueError):
         return _decode(reader, row.values)

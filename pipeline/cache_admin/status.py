@@ -5,7 +5,7 @@ from typing import Any
 from alignkd.cache_store.protocol.status import Status
 from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.pipeline.config.cache_layout import logit_width
-from alignkd.pipeline.config.fingerprint_checks import check_described
+from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 
 RECENT_S = 600.0
 """The recent rate covers this many seconds before the last commit."""
@@ -18,7 +18,7 @@ def status_figures(store: CacheStore) -> dict[str, Any]:
         CacheError: its fingerprint does not describe its targets.
     """
     status, fingerprint = store.status(), store.spec.fingerprint
-    check_described(fingerprint, "teacher", "targets", cache=store.url)
+    check_fingerprint_keys(fingerprint, "teacher", "targets", cache=store.url)
     dense = dense_bytes(status.decoded_bytes_by_field, logit_width(fingerprint), fingerprint["teacher"]["width"])
     return {
         "cache": store.url,

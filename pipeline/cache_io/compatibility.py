@@ -11,9 +11,9 @@ from alignkd.errors import CacheError, ConfigError
 from alignkd.losses.recipes import Recipe
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.cross_model import CrossModelMap
-from alignkd.pipeline.cache_io.teacher_fingerprint import describe_teacher
+from alignkd.pipeline.cache_io.teacher_fingerprint import model_fingerprint
 from alignkd.pipeline.config.cache_layout import logit_width
-from alignkd.pipeline.config.fingerprint_checks import check_described
+from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 
 VISUAL = frozenset({"attention", "vision"})
 ALL = VISUAL | {"logits"}
@@ -31,15 +31,15 @@ def check_student_compatible(
 ) -> CrossModelMap | None:
     """Refuse a cache that is incompatible with this student, template or maximum length.
 
-    None: teacher and student have the same architecture, tokenizer and preprocessing, so cached rows are used unchanged.
-    Otherwise the map from the teacher's tokens to the student's. It needs rows that hold the coordinates of vision tokens and
-    the characters of token ids (``fields``: those of the cache). Logits need the teacher's tokenizer too, or its first ids
-    where the cache keeps the distribution over those.
+    Returns None where teacher and student have the same architecture, tokenizer and preprocessing: cached rows are then used
+    unchanged. Otherwise returns the map from the teacher's tokens to the student's. It needs rows that hold the coordinates
+    of vision tokens and the characters of token ids (``fields``: those of the cache). Logits also need the teacher's tokenizer,
+    or its first ids where the cache keeps the distribution over those.
 
     Raises:
         CacheError: names what differs, both values, and what to do.
     """
-    check_described(fingerprint, cache=cache)
+    check_fingerprint_keys(fingerprint, cache=cache)
     mismatch = _differences(_model_pairs(student, template, fingerprint), "in the cache")
     if mismatch and needs:
         prefix = f"the cache {cache} was written by a teacher that does not match the student ({mismatch})"
@@ -123,7 +123,7 @@ def check_online_teacher(student: Vlm, teacher: Vlm, template: str) -> None:
         ConfigError: names what differs, both values, and what to do.
     """
     pairs = {
-        **_model_pairs(student, template, describe_teacher(teacher, template)),
+        **_model_pairs(student, template, model_fingerprint(teacher, template)),
         "vocabulary": (teacher.vocabulary, student.vocabulary),
     }
     if differences := _differences(pairs, "of the teacher"):
@@ -140,9 +140,10 @@ def check_online_teacher(student: Vlm, teacher: Vlm, template: str) -> None:
 def _model_pairs(student: Vlm, template: str, fingerprint: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What must be equal so that the teacher's rows serve the student unchanged: (of the teacher, of the student).
 
-    The template's name is left out where the student knows it: the user then chose another one, which is refused as such.
+    The name of the template is compared only where the student does not know it. Where it does, another template is a choice of
+    the user, which :func:`check_student_compatible` refuses as such.
     """
-    own = describe_teacher(student, template)
+    own = model_fingerprint(student, template)
     keys = {
         "vision tokens an image": "vision_tokens_per_image",
         "tokenizer": "tokenizer",
@@ -169,7 +170,7 @@ def check_recipe_targets(fingerprint: Mapping[str, Any], recipe: Recipe) -> None
     Raises:
         CacheError: names the target, and what to do.
     """
-    check_described(fingerprint)
+    check_fingerprint_keys(fingerprint)
     targets = fingerprint["targets"]
     lacking = sorted(name for name in recipe.needs if not targets[name])
     if lacking:
@@ -177,7 +178,7 @@ def check_recipe_targets(fingerprint: Mapping[str, Any], recipe: Recipe) -> None
             f"recipe {recipe.name!r} needs {', '.join(lacking)}, which the cache does not hold; choose another --recipe,"
             f" or cache with --targets {','.join(sorted(recipe.needs))}"
         )
-    # Hidden states serve any temperature: theirs is None.
+    # Hidden states serve any temperature: their fingerprint has none.
     temperature = targets["logits"].get("temperature") if "logits" in recipe.needs else None
     if temperature not in (None, recipe.temperature):
         raise CacheError(
@@ -196,7 +197,7 @@ def check_attention_layers(student: Vlm, fingerprint: Mapping[str, Any], recipe:
     Raises:
         CacheError: names the layers needed and held, and what to do.
     """
-    check_described(fingerprint, "targets")
+    check_fingerprint_keys(fingerprint, "targets")
     cached = fingerprint["targets"].get("attention_layers", {})
     held, teacher_layers = cached.get("held", [0]), cached.get("of")
     layers = compared_layers(recipe, student)

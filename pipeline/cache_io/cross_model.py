@@ -17,7 +17,7 @@ from alignkd.cache_store.rows.spec import FieldSpec
 from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.cache_layout import attention_layer
-from alignkd.pipeline.config.fingerprint_checks import check_described
+from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 from alignkd.targets.batch_targets import Targets
 from alignkd.targets.cross_model import CrossModelError, Text, map_rows, map_vision, pair_answers
 
@@ -54,7 +54,7 @@ class CrossModelMap:
         Raises:
             CacheError: the fingerprint does not describe the teacher's placeholder.
         """
-        check_described(fingerprint, "teacher.image_token_id", "teacher.tokens_per_placeholder")
+        check_fingerprint_keys(fingerprint, "teacher.image_token_id", "teacher.tokens_per_placeholder")
         teacher = fingerprint["teacher"]
         teacher_image = teacher["image_token_id"], teacher["tokens_per_placeholder"]
         return cls(teacher_image, (student.image_token_id, student.tokens_per_placeholder))

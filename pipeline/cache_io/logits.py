@@ -13,7 +13,7 @@ from alignkd.cache_store.rows.spec import FieldSpec
 from alignkd.errors import CacheError, ConfigError
 from alignkd.pipeline.cache_io.tensor_arrays import to_array, to_tensor
 from alignkd.pipeline.config.cache_layout import LOGIT_TENSOR
-from alignkd.pipeline.config.fingerprint_checks import check_described
+from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 from alignkd.targets.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
 
 
@@ -47,7 +47,7 @@ def settings_of(fingerprint: Mapping[str, Any]) -> LogitSettings:
     Raises:
         CacheError: its fingerprint describes no logits.
     """
-    check_described(fingerprint, "targets.logits")
+    check_fingerprint_keys(fingerprint, "targets.logits")
     found = fingerprint["targets"]["logits"]
     try:
         return LogitSettings(**{name: value for name, value in found.items() if value is not None})

@@ -18,7 +18,7 @@ from alignkd.errors import CacheError, ConfigError
 from alignkd.models.vlm import Vlm, module_fingerprint
 from alignkd.pipeline.cache_io.tensor_arrays import to_array, to_tensor
 from alignkd.pipeline.config.cache_layout import ALIGNMENTS, SLICED, is_slice
-from alignkd.pipeline.config.fingerprint_checks import check_described
+from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 from alignkd.pipeline.runtime.devices import parse_dtype
 
 _NAME = "slice.{}"
@@ -34,8 +34,8 @@ def check_slice_options(alignment: str, targets: Set[str], *, without_tower: boo
         raise ConfigError(f"--alignment {alignment}: known are {', '.join(ALIGNMENTS)}")
     if alignment == "slice" and not targets & SLICED:
         raise ConfigError(
-            f"--alignment slice is about attention and vision tokens, but --targets {','.join(sorted(targets))} has neither:"
-            " leave it out, or add them to --targets"
+            f"--alignment slice replaces attention and vision tokens, but --targets {','.join(sorted(targets))} has neither:"
+            " add one of them to --targets, or leave --alignment out"
         )
     if without_tower and alignment != "slice":
         raise ConfigError("--slice-without-tower needs --alignment slice")
@@ -67,7 +67,7 @@ def open_slice(reader: CacheReader, student: Vlm, needs: Set[str], *, features_o
     fingerprint = reader.fingerprint
     if not is_slice(fingerprint) or not needs & SLICED:
         return None
-    check_described(fingerprint, "teacher", "targets", cache=reader.url)
+    check_fingerprint_keys(fingerprint, "teacher", "targets", cache=reader.url)
     try:
         description, dtype = fingerprint["slice"], parse_dtype(fingerprint["teacher"]["dtype"])
         _check_shape(description, fingerprint)

@@ -21,7 +21,7 @@ from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.logits import logit_arrays, open_codec
 from alignkd.pipeline.cache_io.targets import row_fields
-from alignkd.pipeline.cache_io.teacher_fingerprint import describe_teacher
+from alignkd.pipeline.cache_io.teacher_fingerprint import model_fingerprint
 from alignkd.pipeline.cache_io.teacher_slice import check_slice_options, slice_arrays, slice_fingerprint
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.targets import TargetSettings
@@ -97,7 +97,7 @@ class StageOne:
     def fingerprint(self) -> dict[str, Any]:
         """Everything that determines the targets; stage one refuses a cache with another fingerprint, and so does stage two."""
         teacher, config = self.teacher, self.config
-        described = describe_teacher(teacher, self.template)
+        described = model_fingerprint(teacher, self.template)
         return {
             **described,
             "teacher": {"weights": self._weights, "dtype": config.dtype, **described["teacher"]},

@@ -20,7 +20,7 @@ from alignkd.cache_store.rows.row import Rejected
 from alignkd.errors import CacheError, DataError
 from alignkd.pipeline.cache_admin.row import find_row, plot_row, row_arrays
 from alignkd.pipeline.cache_admin.status import status_figures
-from alignkd.pipeline.config.fingerprint_checks import check_described
+from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 from alignkd.targets.logit_levels import LOWEST_CODE, decode_kept
 from alignkd.targets.logits import LogitSettings
 from alignkd.targets.logits.topk import TopK
@@ -128,7 +128,7 @@ def test_a_cache_that_does_not_describe_its_targets_is_refused_by_status(cache, 
 
 
 def test_keys_that_this_version_does_not_know_are_allowed(cache):
-    check_described({**CacheReader(cache).fingerprint, "new": 1})
+    check_fingerprint_keys({**CacheReader(cache).fingerprint, "new": 1})
 
 
 @pytest.mark.parametrize(("key", "value"), [("targets.logits", ...), ("targets.logits.kind", 3), ("targets.logits.kind", ...)])

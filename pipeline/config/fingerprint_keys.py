@@ -61,7 +61,7 @@ _OPTIONAL = {
 _ABSENT = object()
 
 
-def check_described(fingerprint: Mapping[str, Any], *parts: str, cache: str = "") -> None:
+def check_fingerprint_keys(fingerprint: Mapping[str, Any], *parts: str, cache: str = "") -> None:
     """Refuse a fingerprint that does not describe its targets.
 
     ``parts``: keys such as ``targets.logits``, which are checked with all below them and must be there; without any, all that
