@@ -198,8 +198,8 @@ def test_unknown_characters_belong_to_the_unknown_piece():
     assert found.tolist() == [[0, 1], [2, 4], [4, 5]]
 
 
-def test_pieces_that_do_not_spell_the_text_are_no_offsets():
-    with pytest.raises(ValueError, match=r"gives 'b' where the text goes on with 'ac'"):
+def test_pieces_that_do_not_make_up_the_text_are_no_offsets():
+    with pytest.raises(ValueError, match=r"gives 'b' where the text continues with 'ac'"):
         piece_offsets([Piece("b")], "ac", lambda _: True)
     with pytest.raises(ValueError, match="<0xC3>"):
         piece_offsets([Piece("<0xC3>", "byte")], "ac", lambda _: True)
