@@ -1,4 +1,4 @@
-"""Accuracy of a model on a question file: generate each last answer and compare it with the one in the file."""
+"""Accuracy of a model on a question file: generate the last answer of each sample, and compare it with the file's."""
 
 import json
 import math
@@ -21,21 +21,23 @@ from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.data.tower_features import tower_features
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
+from alignkd.pipeline.runtime.files import replace_text
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.run_record import write_run_record
 
 
 def exact(prediction: str, answer: str) -> bool:
-    """The same words, whatever their case, surrounding space or final full stop."""
+    """The same text, ignoring case, surrounding space and a final full stop."""
     return prediction.strip().rstrip(".").casefold() == answer.strip().rstrip(".").casefold()
 
 
 def contains(prediction: str, answer: str) -> bool:
-    """The answer occurs in the prediction, whatever the case."""
+    """The answer occurs in the prediction, ignoring case."""
     return answer.strip().rstrip(".").casefold() in prediction.casefold()
 
 
 METRICS: dict[str, Callable[[str, str], bool]] = {"exact": exact, "contains": contains}
+"""How a prediction and the expected answer are compared, by the name of ``--metric``."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,10 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Generate and score; writes ``predictions.jsonl`` and ``result.json`` where ``out`` is given.
+    """Generate and score. With ``out``, write ``predictions.jsonl`` and ``result.json`` there.
 
     Raises:
-        ValueError: bad input, or too many rejected samples.
+        AlignkdError: bad input, or too many rejected samples.
     """
     samples = SampleFile(config.data)
     tower = Path(config.vision_tower) if config.vision_tower else None
@@ -93,7 +95,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects: RejectedSamples) -> list[_Question]:
     preparer.features = {}
-    if vlm.caches_tower:  # benchmarks ask many questions about one image: the tower sees it once a batch
+    if vlm.caches_tower:  # benchmarks ask many questions about one image: the tower runs once for it in a batch
         preparer.features = tower_features(vlm, preparer, list(dict.fromkeys(ref for s in samples for ref in s.images)))
     questions = []
     for sample in samples:
@@ -106,7 +108,7 @@ def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects:
 
 @torch.inference_mode()
 def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
-    """Greedy answers of a batch."""
+    """Answers to a batch of questions, by greedy decoding."""
     batch = collate(
         questions,
         tokens_per_placeholder=vlm.tokens_per_placeholder,
@@ -135,5 +137,7 @@ def _line(sample: Sample, prediction: str, metric: Callable[[str, str], bool]) -
 
 def _write(out: Path, config: EvaluateConfig, lines: list[dict[str, Any]], result: dict[str, Any]) -> None:
     write_run_record(out / "run.json", "evaluate", asdict(config))
-    (out / "predictions.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    # An id may hold half of a surrogate pair, which UTF-8 cannot; backslashreplace writes JSON's own escape for it.
+    (out / "predictions.jsonl").write_text(text, errors="backslashreplace")
+    replace_text(out / "result.json", json.dumps(result, indent=2) + "\n")
