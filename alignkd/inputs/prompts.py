@@ -84,14 +84,15 @@ def encode_conversation(turns: Turns, *, template: str, tokenizer: Any, has_imag
     turns = _image_first(turns) if has_image else list(turns)
     if template == "plain":
         ids, labels = _encode_plain(turns, tokenizer, has_image)
+        length = len(ids)
     elif template == "v1":
-        ids, labels = _encode_v1(turns, tokenizer, has_image, max_length)
+        ids, labels, length = _encode_v1(turns, tokenizer, has_image, max_length)
     else:
         raise ValueError(f"template is {template!r}; known are {', '.join(TEMPLATES)}")
     return Encoded(
         np.asarray(ids[:max_length], dtype=np.int64),
         np.asarray(labels[:max_length], dtype=np.int64),
-        truncated=len(ids) > max_length,
+        truncated=length > max_length,
     )
 
 
@@ -181,13 +182,16 @@ def _v1_parts(turns: Turns) -> Iterator[Part]:
         yield (" ", _END)[index % 2] if message else "", False
 
 
-def _encode_v1(turns: Turns, tokenizer: Any, has_image: bool, max_length: int) -> tuple[list[int], list[int]]:
+def _encode_v1(turns: Turns, tokenizer: Any, has_image: bool, max_length: int) -> tuple[list[int], list[int], int]:
+    """Ids, labels, and the length before anything was cut."""
+
     def tokenize(text: str) -> Sequence[int]:
         return tokenize_with_images(text, tokenizer) if has_image else _ids(text, tokenizer)
 
     text = _v1_text(turns)
     # Without an image the reference lets the tokenizer cut the whole text, but not the rounds it counts with.
-    ids = list(tokenize(text) if has_image else tokenize(text)[:max_length])
+    whole = tokenize(text)
+    ids = list(whole if has_image else whole[:max_length])
     labels = list(ids)
     position = 1
     labels[:position] = [IGNORE] * min(position, len(labels))
@@ -203,4 +207,4 @@ def _encode_v1(turns: Turns, tokenizer: Any, has_image: bool, max_length: int) -
     # The reference masks the whole sample when its own count disagrees; such a sample is rejected by name later.
     if position < max_length and position != len(ids) - ids.count(tokenizer.pad_token_id):
         labels = [IGNORE] * len(labels)
-    return ids, labels
+    return ids, labels, len(whole)
