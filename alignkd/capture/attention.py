@@ -74,12 +74,6 @@ def enable_capture(vlm: Vlm) -> None:
         vlm.model.set_attn_implementation({"text_config": _KERNEL})
 
 
-def first_attention(vlm: Vlm) -> nn.Module:
-    """The attention module of the first decoder layer."""
-    module: nn.Module = vlm.decoder.layers[0].self_attn
-    return module
-
-
 def capture(vlm: Vlm, batch: Batch, *, attention: bool = True, layers: Collection[int] = (0,)) -> Captured:
     """Run the model once over a batch and gather what Align-KD compares; ``attention`` that of these ``layers``.
 

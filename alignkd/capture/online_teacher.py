@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from alignkd.capture.attention import capture, enable_capture
-from alignkd.capture.teacher_slice import same_features, slice_config
+from alignkd.capture.teacher_slice import same_tower, slice_config
 from alignkd.inputs.batch import Batch
 from alignkd.models.vlm import Vlm, module_fingerprint
 from alignkd.targets.batch_targets import DecodedTargets
@@ -39,7 +39,9 @@ class OnlineTeacher:
         self.teacher, self.attention_layers = teacher, attention_layers
         teacher.model.requires_grad_(False).eval()
         enable_capture(teacher)
-        self.shares_tower = _same_tower(student, teacher)
+        self.shares_tower = teacher.caches_tower and same_tower(
+            student, slice_config(teacher.model), module_fingerprint(teacher.tower, teacher.dtype), teacher.dtype
+        )
         if features_only and not self.shares_tower:
             raise ValueError(
                 "--cache-tower-features keeps the features of the student's tower, but the teacher's tower is another and needs"
@@ -70,11 +72,3 @@ class OnlineTeacher:
             vision_BVD=captured.vision_BVD.float() if "vision" in needs else None,
             answers={"hidden": captured.hidden_AD} if "logits" in needs else {},
         )
-
-
-def _same_tower(student: Vlm, teacher: Vlm) -> bool:
-    if not (student.caches_tower and teacher.caches_tower):
-        return False
-    same = same_features(slice_config(student.model), slice_config(teacher.model))
-    dtype = teacher.dtype
-    return same and module_fingerprint(student.tower, dtype) == module_fingerprint(teacher.tower, dtype)

@@ -34,7 +34,7 @@ from transformers.utils.generic import maybe_autocast
 from alignkd.capture.attention import by_sample, has_attention, no_attention, text_to_vision
 from alignkd.inputs.batch import Batch
 from alignkd.models.modules.mobilevlm import MobileVlm, MobileVlmConfig, MobileVlmModel
-from alignkd.models.vlm import Vlm
+from alignkd.models.vlm import Vlm, module_fingerprint
 from alignkd.targets.batch_targets import DecodedTargets
 
 TOWER = "tower"
@@ -119,10 +119,19 @@ def slice_config(model: MobileVlm) -> dict[str, dict[str, Any]]:
     return {part: {name: getattr(sources[part], name) for name in names} for part, names in _FIELDS.items()}
 
 
-def same_features(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two described models make the same features of the same tower weights."""
+def same_tower(student: Vlm, config: Mapping[str, Any], sha256: str, dtype: torch.dtype) -> bool:
+    """Whether the features of the student's tower serve a teacher as well.
+
+    ``config``: the teacher's :func:`slice_config`; ``sha256``: the digest of its tower's weights in ``dtype``, its own. The
+    student's are compared in that dtype: it trains in float32, whatever its checkpoint holds.
+    """
+    if not student.caches_tower:
+        return False
+    own = slice_config(student.model)
     chosen = ("vision_feature_layer", "vision_feature_select_strategy")
-    return one["vision"] == other["vision"] and all(one["features"][name] == other["features"][name] for name in chosen)
+    if config["vision"] != own["vision"] or any(config["features"][name] != own["features"][name] for name in chosen):
+        return False
+    return module_fingerprint(student.tower, dtype) == sha256
 
 
 def slice_sizes(description: Mapping[str, Any]) -> dict[str, int]:

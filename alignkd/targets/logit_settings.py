@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 DIVERGENCE_NAMES = ("reverse_kl", "forward_kl", "jensen_shannon")
-"""The terms that compare answer distributions; :mod:`alignkd.targets.logits.divergences` computes them."""
+"""The terms that compare answer distributions; :mod:`alignkd.losses.answer_loss.forms` has their formulas."""
 
 
 @dataclass(frozen=True)

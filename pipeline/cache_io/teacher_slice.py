@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.capture.teacher_slice import GROUPS, TOWER, TeacherSlice, same_features, slice_config, slice_tensors
+from alignkd.capture.teacher_slice import GROUPS, TOWER, TeacherSlice, same_tower, slice_config, slice_tensors
 from alignkd.models.vlm import Vlm, module_fingerprint
 from alignkd.pipeline.cache_io.tensor_arrays import to_array, to_tensor
 from alignkd.pipeline.config.cache_layout import ALIGNMENTS, SLICED, is_slice
@@ -67,8 +67,8 @@ def open_slice(reader: CacheReader, student: Vlm, needs: Set[str], *, features_o
     try:
         about, dtype = found["slice"], parse_dtype(found["teacher"]["dtype"])
         _check_consistent(about, found)
-        shared = _same_tower(student, about, dtype)
-        in_cache, theirs = bool(about["tower"]["in_cache"]), str(about["tower"]["sha256"])[:12]
+        in_cache, sha256 = bool(about["tower"]["in_cache"]), str(about["tower"]["sha256"])
+        shared, theirs = same_tower(student, about, sha256, dtype), sha256[:12]
     except (KeyError, TypeError) as error:
         raise ValueError(f"the cache at {reader.url} does not describe its slice: {error!r}; write another") from error
     if not shared and not in_cache:
@@ -96,13 +96,6 @@ def _check_consistent(about: dict[str, Any], found: dict[str, Any]) -> None:
             f"the cache's slice has vocabulary, heads, width and vision tokens {described}, its teacher {expected}: write"
             " another cache"
         )
-
-
-def _same_tower(student: Vlm, about: dict[str, Any], teacher_dtype: torch.dtype) -> bool:
-    # Both towers are compared in the teacher's dtype: a student is trained in float32 whatever its checkpoint holds.
-    if not same_features(about, slice_config(student.model)):
-        return False
-    return module_fingerprint(student.tower, teacher_dtype) == str(about["tower"]["sha256"])
 
 
 def _read_group(reader: CacheReader, group: str, dtype: torch.dtype) -> torch.Tensor:

@@ -28,7 +28,7 @@ from tiny_runs import (
 from warm_door import DOOR
 
 from alignkd.cache_store.codecs import get_codec
-from alignkd.targets.logits.kept import logprob_error
+from tests.reference.logits import logprob_error
 
 VALUES = dict(np.load(GOLDEN / "golden.npz"))
 COMMANDS = [

@@ -4,8 +4,7 @@ A divergence is ``L = sum_o F(Q_o, P_o)`` over outcomes of student Q and teacher
 softmax of ``z / t``, the gradient at the logit of a token that is an outcome by itself is
 ``dL/dz_i = (slope_i - q_i sum_o slope_o) / t``; tokens of a bucket share its slope in proportion to q.
 
-The formulas are those of :mod:`alignkd.targets.logits.divergences`. As there, an outcome that is impossible for both sides
-counts
+``tests/reference/divergences.py`` has the plain formulas. As there, an outcome that is impossible for both sides counts
 nothing, and one that is impossible for the teacher alone makes reverse KL infinite.
 
 Shapes: C answers, X outcomes.

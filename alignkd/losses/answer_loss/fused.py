@@ -26,9 +26,10 @@ from transformers.utils.generic import maybe_autocast
 
 from alignkd.losses.answer_loss import rows as torch_rows
 from alignkd.losses.answer_loss.chunk import SUPERVISED, Terms, chunk_terms_
+from alignkd.losses.answer_loss.forms import FORMS
 from alignkd.losses.answer_loss.rows import Rows
 from alignkd.losses.dtypes import at_least_float32
-from alignkd.targets.logits import DIVERGENCES, LogitCodec
+from alignkd.targets.logits import LogitCodec
 from alignkd.targets.logits.answers import TeacherReader
 
 _SCRATCH_BYTES = 2**26
@@ -79,7 +80,7 @@ def answer_terms(
         RuntimeError: in a second backward pass: the first one gave the gradients away, to keep no copy of the head's.
     """
     names = [name for name in weights if name != SUPERVISED]
-    assert set(names) <= DIVERGENCES.keys(), f"terms {names}"
+    assert set(names) <= FORMS.keys(), f"terms {names}"
     assert codec is not None or not names, "a divergence needs a codec"
     assert len(head_ND), "the output head has no rows here: a sharded one must be gathered first"
     largest = max((abs(weight) for weight in weights.values()), default=0.0) or 1.0

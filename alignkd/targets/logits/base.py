@@ -1,4 +1,4 @@
-"""What every form of logit targets offers: fields of a row, tensors of a cache, and divergences of a student from them.
+"""What every form of logit targets offers: fields of a row, tensors of a cache, and what they say of the teacher.
 
 Shapes: A answers, M calibration answers, D teacher width, N vocabulary.
 """
@@ -13,7 +13,6 @@ from torch import nn
 
 from alignkd.targets.logit_settings import LogitSettings
 from alignkd.targets.logits.answers import TeacherReader
-from alignkd.targets.logits.divergences import DIVERGENCES
 
 
 @dataclass(frozen=True)
@@ -75,30 +74,11 @@ class LogitCodec(nn.Module, ABC):
         """
 
     @abstractmethod
-    def outcomes(
-        self, logits_AN: torch.Tensor, values: Mapping[str, torch.Tensor], temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of student and teacher, ``[A, X]`` each; see :mod:`alignkd.targets.logits.divergences`."""
-
-    @abstractmethod
     def teacher(self, values: Mapping[str, torch.Tensor]) -> TeacherReader:
-        """What :meth:`outcomes` makes of the targets, a slice of answers at a time; what slices share is prepared once.
+        """What the targets say of the teacher, a slice of answers at a time; what slices share is prepared once.
 
         Matrix products are in the dtype of autocast where this is called under autocast.
         """
-
-    def divergence(
-        self, name: str, logits_AN: torch.Tensor, values: Mapping[str, torch.Tensor], temperature: float
-    ) -> torch.Tensor:
-        """The divergence called ``name`` of the student's logits from the targets, ``[A]``."""
-        return DIVERGENCES[name](*self.outcomes(logits_AN, values, temperature))
-
-
-def at_temperature(logits_AN: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities; half precision is computed in float32."""
-    if logits_AN.dtype in (torch.bfloat16, torch.float16):
-        logits_AN = logits_AN.float()
-    return (logits_AN / temperature).log_softmax(dim=1)
 
 
 def part_of(values: Mapping[str, torch.Tensor], part: slice) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from alignkd.targets.logit_settings import LogitSettings
 from alignkd.targets.logits.answers import TeacherAnswers, TeacherReader
-from alignkd.targets.logits.base import Calibration, FieldShape, LogitCodec, at_temperature, part_of
+from alignkd.targets.logits.base import Calibration, FieldShape, LogitCodec, part_of
 from alignkd.targets.logits.sketch import Sketch, fit_sketch
 from alignkd.targets.logits.topk import TopK, Values, kept_fields
 
@@ -50,13 +50,6 @@ class Sketched(TopK):
         self, hidden_AD: torch.Tensor, logsumexp_A: torch.Tensor, rest_AN: torch.Tensor, uniform_AX: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         return {"sketch": self.sketch.encode(hidden_AD)}
-
-    def outcomes(self, logits_AN: torch.Tensor, values: Values, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole vocabulary."""
-        ids_AK, logprobs_AK, tail_A = self.kept(values)
-        tail_AN = (self.sketch.logits(values["sketch"]) / temperature).scatter(1, ids_AK, -torch.inf)
-        tail_AN = tail_AN + (tail_A - tail_AN.logsumexp(dim=1))[:, None]
-        return at_temperature(logits_AN, temperature), tail_AN.scatter(1, ids_AK, logprobs_AK)
 
     def teacher(self, values: Values) -> TeacherReader:
         """The kept tokens, and a tail with a shape."""
@@ -104,13 +97,6 @@ class Hidden(LogitCodec):
     ) -> dict[str, torch.Tensor]:
         """See :meth:`LogitCodec.encode`."""
         return {"hidden": hidden_AD.float() / self.feature_scale}
-
-    def outcomes(
-        self, logits_AN: torch.Tensor, values: Mapping[str, torch.Tensor], temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole vocabulary."""
-        teacher_AN = torch.nn.functional.linear(values["hidden"].to(self.output_head.dtype), self.output_head, self.output_bias)
-        return at_temperature(logits_AN, temperature), at_temperature(teacher_AN, temperature)
 
     def teacher(self, values: Mapping[str, torch.Tensor]) -> TeacherReader:
         """No token on its own: all of the mass has the shape of the logits."""

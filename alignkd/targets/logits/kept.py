@@ -7,8 +7,6 @@ Log-probabilities are stored in 59 levels, fine near zero, where they weigh most
 Shapes: A answers, K kept tokens, N vocabulary, M calibration answers.
 """
 
-import math
-
 import torch
 
 from alignkd.targets.logit_levels import FINE, LEVELS_PER_E, LOWEST
@@ -40,19 +38,13 @@ def decode_ids(steps_AK: torch.Tensor, id_of_rank_N: torch.Tensor) -> torch.Tens
 
 
 def encode_logprobs(logprobs_AK: torch.Tensor) -> torch.Tensor:
-    """uint8 codes; see :func:`logprob_error` for what is lost."""
+    """uint8 codes: the nearest level."""
     return ((1 - logprobs_AK.clamp(LOWEST, 0.0) / FINE).log() * LEVELS_PER_E).round().to(torch.uint8)
 
 
 def decode_logprobs(codes_AK: torch.Tensor) -> torch.Tensor:
     """float32 log-probabilities."""
     return (1 - (codes_AK.float() / LEVELS_PER_E).exp()) * FINE
-
-
-def logprob_error(logprobs: torch.Tensor) -> torch.Tensor:
-    """Worst case of |decoded - logprobs|: half a level to either side, and what lies below the lowest."""
-    half_level = math.exp(0.5 / LEVELS_PER_E) - 1
-    return (FINE - logprobs.clamp(LOWEST, 0.0)) * half_level + (LOWEST - logprobs).clamp(min=0) + 1e-5
 
 
 def renormalise(topk_logprobs_AK: torch.Tensor, tail_logmass_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -41,19 +41,15 @@ class Sketch:
         coordinates_AR = (hidden_AD.float() - self.mean_D) @ self.projection_RD.T
         levels_R = 2 ** self.bits_R.int()
         codes_AR = ((coordinates_AR / self.step_R).floor() + levels_R / 2).clamp(min=0).minimum(levels_R - 1).int()
-        return pack(codes_AR, self.bits_R, self.size)
+        return pack_bits(codes_AR, self.bits_R, self.size)
 
     def coordinates(self, packed_AS: torch.Tensor) -> torch.Tensor:
         """Coordinates ``[A, R]`` in float32, each in the middle of its level."""
         levels_R = 2 ** self.bits_R.int()
-        return (unpack(packed_AS, self.bits_R) + 0.5 - levels_R / 2) * self.step_R
-
-    def logits(self, packed_AS: torch.Tensor) -> torch.Tensor:
-        """Centred logits ``[A, N]`` in float32."""
-        return self.decoder()(packed_AS)
+        return (unpack_bits(packed_AS, self.bits_R) + 0.5 - levels_R / 2) * self.step_R
 
     def decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The function :meth:`logits`, with the head widened once for many calls."""
+        """Packed coordinates ``[A, S]`` to centred logits ``[A, N]`` in float32; the head is converted once for many calls."""
         # Half precision is fast on a GPU and slow on a CPU.
         dtype = torch.float16 if self.head_NR.is_cuda else torch.float32
         head_NR, base_N = self.head_NR.to(dtype), self.base_N.float()
@@ -113,7 +109,7 @@ def allocate(variance_D: torch.Tensor, total: int) -> torch.Tensor:
     return bits_at(high)
 
 
-def pack(codes_AR: torch.Tensor, bits_R: torch.Tensor, size: int) -> torch.Tensor:
+def pack_bits(codes_AR: torch.Tensor, bits_R: torch.Tensor, size: int) -> torch.Tensor:
     """Codes side by side without gaps, the first in the highest bits of ``size`` bytes; ``[A, S]`` of uint8."""
     byte_R, shift_R = _places(bits_R)
     words_AR = codes_AR.int() << shift_R
@@ -123,8 +119,8 @@ def pack(codes_AR: torch.Tensor, bits_R: torch.Tensor, size: int) -> torch.Tenso
     return packed_AS[:, :size].to(torch.uint8)
 
 
-def unpack(packed_AS: torch.Tensor, bits_R: torch.Tensor) -> torch.Tensor:
-    """The codes of :func:`pack`, ``[A, R]`` of int32."""
+def unpack_bits(packed_AS: torch.Tensor, bits_R: torch.Tensor) -> torch.Tensor:
+    """The codes of :func:`pack_bits`, ``[A, R]`` of int32."""
     byte_R, shift_R = _places(bits_R)
     padded_AS = torch.nn.functional.pad(packed_AS, (0, 1)).int()
     words_AR = (padded_AS[:, byte_R] << 8) | padded_AS[:, byte_R + 1]

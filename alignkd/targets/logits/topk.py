@@ -10,7 +10,7 @@ import torch
 from alignkd.targets.logit_levels import LOWEST_CODE
 from alignkd.targets.logit_settings import LogitSettings
 from alignkd.targets.logits.answers import Draws, TeacherAnswers, TeacherReader
-from alignkd.targets.logits.base import Calibration, FieldShape, LogitCodec, at_temperature, part_of, rank_dtype
+from alignkd.targets.logits.base import Calibration, FieldShape, LogitCodec, part_of, rank_dtype
 from alignkd.targets.logits.kept import (
     choose,
     decode_ids,
@@ -83,11 +83,6 @@ class TopK(LogitCodec):
         ids_AK = decode_ids(values["topk_rank_steps"], self.id_of_rank)
         return ids_AK, *renormalise(decode_logprobs(values["topk_logprob_codes"]), values["tail_logmass"].float())
 
-    def outcomes(self, logits_AN: torch.Tensor, values: Values, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kept tokens and one bucket."""
-        ids_AK, logprobs_AK, tail_A = self.kept(values)
-        return bucketed(at_temperature(logits_AN, temperature), ids_AK, logprobs_AK, tail_A)
-
     def teacher(self, values: Values) -> TeacherReader:
         """The kept tokens and one bucket."""
         return lambda part: TeacherAnswers(*self.kept(part_of(values, part)))
@@ -123,26 +118,7 @@ class Sampled(TopK):
         logprobs_AJ = rest_AN.gather(1, ids_AJ).gather(1, order_AJ)
         return {"draw_rank_steps": steps_AJ, "draw_logprob_codes": encode_logprobs(logprobs_AJ)}
 
-    def divergence(self, name: str, logits_AN: torch.Tensor, values: Values, temperature: float) -> torch.Tensor:
-        """Forward KL from the draws; the others from :meth:`outcomes`."""
-        if name != "forward_kl":
-            return super().divergence(name, logits_AN, values, temperature)
-        ids_AK, logprobs_AK, tail_A = self.kept(values)
-        ids_AJ = decode_ids(values["draw_rank_steps"], self.id_of_rank)
-        drawn_AJ = decode_logprobs(values["draw_logprob_codes"])
-        student_AN = at_temperature(logits_AN, temperature)
-        kept_A = (logprobs_AK.exp() * (logprobs_AK - student_AN.gather(1, ids_AK))).sum(dim=1)
-        return kept_A + tail_A.exp() * (drawn_AJ - student_AN.gather(1, ids_AJ)).mean(dim=1)
-
-    def outcomes(self, logits_AN: torch.Tensor, values: Values, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kept tokens, the drawn ones, and one bucket."""
-        if values["topk_rank_steps"].shape[1] == logits_AN.shape[1]:  # there was nothing to draw from
-            return super().outcomes(logits_AN, values, temperature)
-        ids_AX, logprobs_AX, left_A = self._known(values)
-        student_AX, teacher_AX = bucketed(at_temperature(logits_AN, temperature), ids_AX, logprobs_AX, left_A)
-        return student_AX.masked_fill(teacher_AX == -torch.inf, -torch.inf), teacher_AX
-
-    def _known(self, values: Values) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def known(self, values: Values) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Kept tokens, then drawn ones, and the log mass of all others; -inf for what is drawn again."""
         ids_AK, logprobs_AK, tail_A = self.kept(values)
         steps_AJ, codes_AJ = values["draw_rank_steps"].long(), values["draw_logprob_codes"]
@@ -165,7 +141,7 @@ class Sampled(TopK):
     def _with_draws(self, values: Values) -> TeacherAnswers:
         _, logprobs_AK, tail_A = self.kept(values)
         drawn_AJ = decode_logprobs(values["draw_logprob_codes"])
-        ids_AX, known_AX, left_A = self._known(values)
+        ids_AX, known_AX, left_A = self.known(values)
         k, draws = logprobs_AK.shape[1], drawn_AJ.shape[1]
         same_AJX = ids_AX[:, k:, None] == ids_AX[:, None, :]
         # Draw j stands at k + j: it is a repeat where its id stands before that.
@@ -186,14 +162,3 @@ def kept_fields(vocabulary: int) -> dict[str, FieldShape]:
         "topk_logprob_codes": FieldShape(("K",), "uint8"),
         "tail_logmass": FieldShape((), "float32", "float16"),
     }
-
-
-def bucketed(
-    student_AN: torch.Tensor, ids_AK: torch.Tensor, logprobs_AK: torch.Tensor, tail_A: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outcomes of student and teacher: the tokens of ``ids_AK``, and one bucket for all others, if there are any."""
-    student_AK = student_AN.gather(1, ids_AK)
-    if ids_AK.shape[1] == student_AN.shape[1]:
-        return student_AK, logprobs_AK
-    bucket_A = student_AN.scatter(1, ids_AK, -torch.inf).logsumexp(dim=1)
-    return torch.cat([student_AK, bucket_A[:, None]], dim=1), torch.cat([logprobs_AK, tail_A[:, None]], dim=1)
