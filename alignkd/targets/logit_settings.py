@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+from alignkd.errors import ConfigError
+
 DIVERGENCE_NAMES = ("reverse_kl", "forward_kl", "jensen_shannon")
 """The terms that compare answer distributions; :mod:`alignkd.losses.answer_loss.forms` has their formulas."""
 
@@ -13,11 +15,11 @@ class LogitSettings:
 
     ``kind``: ``topk``, ``sampled``, ``sketch`` or ``hidden``. ``top_k``: tokens kept exactly (all but ``hidden``).
     ``draws``: tokens drawn from the rest (``sampled``). ``sketch_bytes``: bytes of an answer token's sketch (``sketch``).
-    ``hidden_bits``: 8 or 16 (``hidden``). ``vocabulary``: distributions over the first so many ids, normalised over them; None
-    for all columns of the teacher's head.
+    ``hidden_bits``: 8 or 16 (``hidden``). ``vocabulary``: the distributions are over this many first ids, normalised over
+    them; None for all columns of the teacher's head.
 
     Raises:
-        ValueError: a number out of its range.
+        ConfigError: a value out of range.
     """
 
     kind: str = "sketch"
@@ -30,17 +32,17 @@ class LogitSettings:
 
     def __post_init__(self) -> None:
         if self.kind not in ("topk", "sampled", "sketch", "hidden"):
-            raise ValueError(f"logit targets {self.kind!r}: expected topk, sampled, sketch or hidden")
+            raise ConfigError(f"logit targets {self.kind!r}: expected topk, sampled, sketch or hidden")
         for name in ("top_k", "draws", "sketch_bytes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"logit targets: {name} is {getattr(self, name)}, expected 1 or more")
+                raise ConfigError(f"logit targets: {name} is {getattr(self, name)}, expected 1 or more")
         if self.vocabulary is not None and self.vocabulary < 1:
-            raise ValueError(f"logit targets: vocabulary is {self.vocabulary}, expected 1 or more")
+            raise ConfigError(f"logit targets: vocabulary is {self.vocabulary}, expected 1 or more")
         if self.hidden_bits not in (8, 16):
-            raise ValueError(f"logit targets: hidden_bits is {self.hidden_bits}, expected 8 or 16")
+            raise ConfigError(f"logit targets: hidden_bits is {self.hidden_bits}, expected 8 or 16")
 
     def fingerprint(self) -> dict[str, Any]:
-        """Just what matters for this kind; a temperature of None means that any will do."""
+        """The settings that matter for this kind; a temperature of None means any temperature."""
         known = {f.name: getattr(self, f.name) for f in fields(self)}
         matters = {
             "topk": ("top_k", "temperature"),

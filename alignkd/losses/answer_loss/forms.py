@@ -26,12 +26,12 @@ class Sides:
         self._teacher_CX = teacher_CX
 
     def p(self) -> torch.Tensor:
-        """The teacher's probabilities; not every divergence wants them."""
+        """The teacher's probabilities, computed when asked for: not every divergence needs them."""
         return self._teacher_CX.exp()
 
 
 Form = Callable[[Sides], tuple[torch.Tensor, torch.Tensor]]
-"""To losses ``[C]`` and slopes ``[C, X]``, a tensor of its own."""
+"""Gives losses ``[C]`` and slopes ``[C, X]``, in a new tensor."""
 
 
 def reverse_kl(sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +54,7 @@ def jensen_shannon(sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def times(probability_CX: torch.Tensor, log_CX: torch.Tensor) -> torch.Tensor:
-    """The product; zero where the probability is, whatever the log is there."""
+    """The product; zero where the probability is zero, whatever the log is."""
     return (probability_CX * log_CX).masked_fill_(probability_CX == 0, 0.0)
 
 

@@ -17,7 +17,7 @@ from alignkd.targets.logits.answers import TeacherReader
 
 @dataclass(frozen=True)
 class FieldShape:
-    """A field of a row: axes of one answer token by name, dtype of its values, and how the cache may store it."""
+    """A field of a row: names of the axes of one answer token, dtype of its values, and codec of the cache."""
 
     dims: tuple[str, ...]
     dtype: str
@@ -26,7 +26,7 @@ class FieldShape:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the teacher does on a few samples: last hidden states, the output head, and the mean answer distribution."""
+    """The teacher on a few samples: last hidden states, output head, and the mean answer distribution."""
 
     hidden_MD: torch.Tensor
     head_ND: torch.Tensor
@@ -35,9 +35,9 @@ class Calibration:
 
 
 class LogitCodec(nn.Module, ABC):
-    """One form of logit targets. Its tensors are kept once per cache, and move with the module.
+    """One form of logit targets. Its tensors are stored once per cache and move with the module.
 
-    ``whole_vocabulary``: the targets give every token a log-probability of its own.
+    ``whole_vocabulary``: the targets give each token its own log-probability.
     """
 
     kind: ClassVar[str]
@@ -57,7 +57,7 @@ class LogitCodec(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def calibrate(cls, settings: LogitSettings, calibration: Calibration) -> dict[str, torch.Tensor]:
-        """The tensors that a cache keeps once."""
+        """The tensors that a cache stores once."""
 
     @classmethod
     @abstractmethod
@@ -68,16 +68,16 @@ class LogitCodec(nn.Module, ABC):
     def encode(
         self, hidden_AD: torch.Tensor, logits_AN: torch.Tensor, label_ids_A: torch.Tensor, uniform_AX: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The fields of answers from the teacher's last hidden states and logits.
+        """The fields of answers, from the teacher's last hidden states and logits.
 
-        ``uniform_AX`` are random numbers in (0, 1], ``[A, draws]``, for the kinds that draw.
+        ``uniform_AX``: random numbers in (0, 1], ``[A, draws]``, for the kinds that draw.
         """
 
     @abstractmethod
     def teacher(self, values: Mapping[str, torch.Tensor]) -> TeacherReader:
         """What the targets say of the teacher, a slice of answers at a time; what slices share is prepared once.
 
-        Matrix products are in the dtype of autocast where this is called under autocast.
+        Under autocast, matrix products are in its dtype.
         """
 
 

@@ -1,8 +1,8 @@
 """Tokens whose log-probability is kept: chosen, coded as small integers, and decoded on the device.
 
-Ids travel as ranks: place in the order of the teacher's mean probability, which a calibration finds once a cache. Kept ranks
-are sorted and stored as steps from one to the next: frequent tokens come first, so the steps are small and squeeze well.
-Log-probabilities are stored in 59 levels, fine near zero, where they weigh most, and coarse far down.
+Ids are stored as ranks in the order of the teacher's mean probability, which a calibration estimates once per cache. Kept ranks
+are sorted and stored as steps from one to the next: frequent tokens come first, so that the steps are small and compress well.
+Log-probabilities are stored in 59 levels, fine near zero, where they matter most, and coarse far below.
 
 Shapes: A answers, K kept tokens, N vocabulary, M calibration answers.
 """
@@ -18,7 +18,7 @@ def rank_order(mean_probability_N: torch.Tensor) -> torch.Tensor:
 
 
 def choose(logprobs_AN: torch.Tensor, k: int, label_ids_A: torch.Tensor) -> torch.Tensor:
-    """Ids of the k likeliest tokens of each answer, the last of them given up for the label where it is not among them."""
+    """Ids of the k likeliest tokens of each answer; the label takes the place of the last one where it is not among them."""
     ids_AK = logprobs_AN.topk(min(k, logprobs_AN.shape[1]), dim=1).indices
     held_A = (ids_AK == label_ids_A[:, None]).any(dim=1)
     ids_AK[:, -1] = torch.where(held_A, ids_AK[:, -1], label_ids_A)
@@ -26,7 +26,7 @@ def choose(logprobs_AN: torch.Tensor, k: int, label_ids_A: torch.Tensor) -> torc
 
 
 def encode_ids(ids_AK: torch.Tensor, rank_of_id_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Steps between sorted ranks (``[A, K]``), and the order of the ids that they stand for (``[A, K]``)."""
+    """Steps between sorted ranks (``[A, K]``), and the order of the ids (``[A, K]``)."""
     ranks_AK, order_AK = rank_of_id_N[ids_AK].sort(dim=1, stable=True)
     first_A1 = torch.zeros_like(ranks_AK[:, :1])
     return torch.diff(ranks_AK, dim=1, prepend=first_A1), order_AK

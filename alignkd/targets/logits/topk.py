@@ -22,7 +22,7 @@ from alignkd.targets.logits.kept import (
 )
 
 LEAST_TAIL = -100.0
-"""Log of the mass of a tail that has none: what 16 bits can hold."""
+"""Log of the mass of an empty tail: 16 bits can hold it."""
 
 Values = Mapping[str, torch.Tensor]
 
@@ -30,7 +30,8 @@ Values = Mapping[str, torch.Tensor]
 class TopK(LogitCodec):
     """The likeliest tokens, the label always among them, with log-sum-exp and the tail as one bucket.
 
-    With one bucket the student may share the tail's mass out as it likes: the divergence is a lower bound of the dense one.
+    With one bucket, how the student distributes the tail's mass does not count: the divergence is a lower bound of the dense
+    one.
     """
 
     kind = "topk"
@@ -70,7 +71,7 @@ class TopK(LogitCodec):
     def _encode_more(
         self, hidden_AD: torch.Tensor, logsumexp_A: torch.Tensor, rest_AN: torch.Tensor, uniform_AX: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """What is stored besides kept tokens and tail mass; ``rest_AN`` are the log-probabilities of the others."""
+        """The fields besides kept tokens and tail mass; ``rest_AN`` are the log-probabilities of the other tokens."""
         return {"logsumexp": logsumexp_A}
 
     def rank_of_id(self) -> torch.Tensor:
@@ -93,7 +94,7 @@ class Sampled(TopK):
 
     After random-sampling KD ("Sparse Logit Sampling", arXiv 2503.16870), with the likeliest tokens kept out of the draw, which
     takes most of the noise away; a draw then weighs tail mass / draws. Reverse KL and Jensen-Shannon are not linear in the
-    teacher's probabilities: they take the drawn tokens as known ones, and the others as a bucket.
+    teacher's probabilities: for them the drawn tokens are known ones, and the others are one bucket.
     """
 
     kind = "sampled"
@@ -126,7 +127,7 @@ class Sampled(TopK):
         again_AJ[:, 0] = False
         # The lowest code is also that of a kept token, drawn where no other has any probability.
         drawn_AJ = decode_logprobs(codes_AJ).masked_fill(again_AJ | (codes_AJ == LOWEST_CODE), -torch.inf)
-        # Rounded log-probabilities of the drawn may pass the mass they were drawn from.
+        # Rounded log-probabilities of drawn tokens may exceed the mass they were drawn from.
         left_A = (tail_A.exp() - drawn_AJ.exp().sum(dim=1)).clamp(min=1e-4 * tail_A.exp()).log()
         known_AX = torch.cat([logprobs_AK, drawn_AJ, left_A[:, None]], dim=1).log_softmax(dim=1)
         ids_AX = torch.cat([ids_AK, decode_ids(steps_AJ, self.id_of_rank)], dim=1)
@@ -144,7 +145,7 @@ class Sampled(TopK):
         ids_AX, known_AX, left_A = self.known(values)
         k, draws = logprobs_AK.shape[1], drawn_AJ.shape[1]
         same_AJX = ids_AX[:, k:, None] == ids_AX[:, None, :]
-        # Draw j stands at k + j: it is a repeat where its id stands before that.
+        # Draw j is at k + j: it is a repeat where its id occurs before that.
         again_AJ = same_AJX.tril(k - 1).any(dim=2)
         repeats_AX = torch.cat([torch.zeros_like(ids_AX[:, :k], dtype=torch.bool), again_AJ], dim=1)
         of_draws_AX = same_AJX.sum(dim=1) * (tail_A.exp() / draws)[:, None]
