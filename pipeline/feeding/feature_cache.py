@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from alignkd.models.encoders.placeholder import Picture
+from alignkd.models.encoders.placeholder import LoadedImage
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.data.tower_features import IMAGES_AT_ONCE, tower_features
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.runtime.progress import bar
 
 
-class SharedFeatures(dict[str, tuple[str, Picture]]):
+class SharedFeatures(dict[str, tuple[str, LoadedImage]]):
     """Features by image reference, each with its file's SHA-256: rows of one tensor ``[N, P, C]``.
 
     A forked process sees the same memory. One that is spawned is sent the tensor, which torch moves to shared memory: once,
@@ -28,7 +28,7 @@ class SharedFeatures(dict[str, tuple[str, Picture]]):
     def __init__(self, about: Mapping[str, tuple[str, tuple[int, int]]], features_NPC: torch.Tensor) -> None:
         """``about``: of each reference the file's SHA-256 and the image's size."""
         rows = zip(about.items(), features_NPC, strict=True)
-        super().__init__({name: (digest, Picture(values_PC, size)) for (name, (digest, size)), values_PC in rows})
+        super().__init__({name: (digest, LoadedImage(values_PC, size)) for (name, (digest, size)), values_PC in rows})
         self.features_NPC = features_NPC
 
     def __reduce__(self) -> tuple[Any, ...]:
