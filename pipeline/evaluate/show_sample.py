@@ -55,7 +55,7 @@ def show(config: ShowConfig) -> Shown:
     if config.save is not None:
         np.savez(config.save, **arrays)  # type: ignore[arg-type]
     if config.plot is not None:
-        pictures = [np.asarray(image, dtype=np.float32) / 255 for image in preparer.pictures(sample)]
+        pictures = [np.asarray(image, dtype=np.float32) / 255 for image in preparer.decoded_images(sample)]
         title = f"{sample.id}: first-layer attention from text to vision ({template})"
         save_figure(attention_figure(pictures, arrays["attention_HTV"], prepared.input.regions_R8, title), config.plot)
     figures = {
