@@ -72,7 +72,7 @@ class SampleTerm:
 
     @classmethod
     def of(cls, value_B: torch.Tensor, samples: float) -> "SampleTerm":
-        """The values as they are."""
+        """A term whose values all count."""
         return cls(value_B, samples, ~value_B.detach().isfinite())
 
 

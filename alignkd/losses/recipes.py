@@ -152,23 +152,6 @@ RECIPES = {
     )
 }
 
-ABOUT = {
-    "align-kd": "Align-KD (arXiv 2412.01282), terms normalised so that weights mean the same at any size",
-    "paper": "Align-KD as its paper states the terms, with the head map of its released code, which is trained here",
-    "sft": "no teacher",
-    "logits-only": "reverse KL alone",
-    "llavadi-forward": "the logit distillation of LLaVADI (arXiv 2407.19409), forward KL on answer tokens; its distilled"
-    " features, affinities and generated data are not here",
-    "llavadi-reverse": "the same with reverse KL",
-    "llavadi-js": "the same with the Jensen-Shannon divergence, the middle of its generalised ones",
-    "compodistill": "after CompoDistill (arXiv 2510.12184): cosine of head-mean attention in the middle layers, forward KL;"
-    " rows are text and not vision tokens, each compared by itself; layers match one to one and not in groups; high"
-    " attention is not filtered; no three stages, and the teacher's projector is not taken over",
-    "beta-kd": "align-kd with a learned precision for each term, after Beta-KD (arXiv 2603.21426), its form of one precision"
-    " a term; it cites Kendall et al. (arXiv 1705.07115) for it",
-}
-"""What each recipe is, whose it is after, and what differs."""
-
 
 def get_recipe(name_or_file: str, overrides: Mapping[str, str] | None = None) -> Recipe:
     """A recipe by name or from a YAML file of its fields, with ``key=value`` overrides.

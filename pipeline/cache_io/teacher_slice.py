@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.capture.teacher_slice import GROUPS, TOWER, TeacherSlice, same_features, slice_config, slice_tensors
+from alignkd.capture.teacher_slice import GROUPS, TOWER, TeacherSlice, same_tower, slice_config, slice_tensors
 from alignkd.errors import CacheError, ConfigError
 from alignkd.models.vlm import Vlm, module_fingerprint
 from alignkd.pipeline.cache_io.tensor_arrays import to_array, to_tensor
@@ -72,13 +72,11 @@ def open_slice(reader: CacheReader, student: Vlm, needs: Set[str], *, features_o
         description, dtype = fingerprint["slice"], parse_dtype(fingerprint["teacher"]["dtype"])
         _check_shape(description, fingerprint)
         digest, in_cache = str(description["tower"]["sha256"]), bool(description["tower"]["in_cache"])
-        features_match = same_features(description, slice_config(student.model))
+        shared = same_tower(student, description, digest, dtype)
     except (KeyError, TypeError) as error:
         raise CacheError(
             f"the cache at {reader.url} does not describe its slice: {error!r}; write another cache with alignkd cache-teacher"
         ) from error
-    # Both towers are compared in the teacher's dtype: a student is trained in float32 whatever its checkpoint holds.
-    shared = features_match and module_fingerprint(student.tower, dtype) == digest
     if not shared and not in_cache:
         raise CacheError(
             f"the cache at {reader.url} holds the teacher's slice without its vision tower {digest[:12]}, and the student's"

@@ -100,7 +100,7 @@ class Preparer:
         together = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
         return [values for _, values in loaded], together
 
-    def pictures(self, sample: Sample) -> list[Image.Image]:
+    def decoded_images(self, sample: Sample) -> list[Image.Image]:
         """A sample's images, decoded and otherwise unchanged.
 
         Raises:

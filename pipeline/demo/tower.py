@@ -1,6 +1,6 @@
-"""The demo's vision tower: a small CLIP vision transformer, taught colour and shape as CLIP is taught by captions.
+"""The demo's vision tower: a small CLIP vision transformer, trained to name colour and shape, in place of captions.
 
-It is trained before any vision-language model sees it, and frozen from then on, in teacher and students alike.
+It is trained before any vision-language model uses it. After that it is frozen, in the teacher and in the students.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ IMAGE_SETTINGS = {
 
 
 def tower_config(training: TowerTraining) -> CLIPVisionConfig:
-    """The tower's configuration, in CLIP's own terms."""
+    """The tower's configuration as CLIP's."""
     return CLIPVisionConfig(
         hidden_size=training.hidden_size,
         intermediate_size=training.intermediate_size,
@@ -86,7 +86,7 @@ def train_tower(
 
 
 def _optimizers(tower: CLIPVisionModel, heads: nn.Module, training: TowerTraining) -> list[torch.optim.Optimizer]:
-    # Muon for the matrices of the layers: on a CPU it tells shapes apart after a third of AdamW's epochs.
+    # Muon for the matrices of the layers: on a CPU it learns to tell shapes apart in a third of AdamW's epochs.
     matrices = [p for name, p in tower.named_parameters() if p.ndim == 2 and ".layers." in name]
     taken = {id(p) for p in matrices}
     others = [p for p in (*tower.parameters(), *heads.parameters()) if id(p) not in taken]
@@ -97,12 +97,12 @@ def _optimizers(tower: CLIPVisionModel, heads: nn.Module, training: TowerTrainin
 
 
 def _pooled(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:
-    # The patch tokens themselves, not the class token: they are what a projector gets.
+    # The patch tokens, not the class token: a projector gets the patch tokens.
     return tower(pixels).last_hidden_state[:, 1:].mean(dim=1)  # type: ignore[no-any-return]
 
 
 def _augment(images: torch.Tensor) -> torch.Tensor:
-    """Flip, transpose and shift a batch: the label of a shape or colour stays."""
+    """Flip, transpose and shift a batch at random: the labels of colour and shape stay right."""
     if torch.rand(()) < 0.5:
         images = images.flip(2)
     if torch.rand(()) < 0.5:

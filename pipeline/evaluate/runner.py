@@ -1,4 +1,4 @@
-"""Accuracy of a model on a question file: generate each last answer and compare it with the one in the file."""
+"""Accuracy of a model on a question file: generate the last answer of each sample, and compare it with the file's."""
 
 import json
 import math
@@ -22,6 +22,7 @@ from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.data.tower_features import tower_features
 from alignkd.pipeline.evaluate.metrics import Metric, get_metric
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
+from alignkd.pipeline.runtime.files import replace_text
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.run_record import write_run_record
 from alignkd.plugins import load_plugins
@@ -44,10 +45,10 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Generate and score; writes ``predictions.jsonl`` and ``result.json`` where ``out`` is given.
+    """Generate and score. With ``out``, write ``predictions.jsonl`` and ``result.json`` there.
 
     Raises:
-        ValueError: bad input, or too many rejected samples.
+        AlignkdError: bad input, or too many rejected samples.
     """
     load_plugins(config.plugins)
     metric = get_metric(config.metric)
@@ -84,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects: RejectedSamples) -> list[_Question]:
     preparer.features = {}
-    if vlm.caches_tower:  # benchmarks ask many questions about one image: the tower sees it once a batch
+    if vlm.caches_tower:  # benchmarks ask many questions about one image: the tower runs once for it in a batch
         preparer.features = tower_features(vlm, preparer, list(dict.fromkeys(ref for s in samples for ref in s.images)))
     questions = []
     for sample in samples:
@@ -97,7 +98,7 @@ def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects:
 
 @torch.inference_mode()
 def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
-    """Greedy answers of a batch."""
+    """Answers to a batch of questions, by greedy decoding."""
     # Padded on the left, so that generation continues the prompt.
     batch = vlm.collate(questions, pad_left=True).to(vlm.device)
     output = vlm.model.generate(
@@ -121,5 +122,7 @@ def _line(sample: Sample, prediction: str, metric: Metric) -> dict[str, Any]:
 
 def _write(out: Path, config: EvaluateConfig, lines: list[dict[str, Any]], result: dict[str, Any]) -> None:
     write_run_record(out / "run.json", "evaluate", asdict(config))
-    (out / "predictions.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    # An id may hold half of a surrogate pair, which UTF-8 cannot; backslashreplace writes JSON's own escape for it.
+    (out / "predictions.jsonl").write_text(text, errors="backslashreplace")
+    replace_text(out / "result.json", json.dumps(result, indent=2) + "\n")

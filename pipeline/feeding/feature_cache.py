@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from alignkd.errors import ConfigError
-from alignkd.models.encoders.placeholder import Picture
+from alignkd.models.encoders.placeholder import LoadedImage
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.data.tower_features import IMAGES_AT_ONCE, tower_features
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.runtime.progress import progress_bar
 
 
-class SharedFeatures(dict[str, tuple[str, Picture]]):
+class SharedFeatures(dict[str, tuple[str, LoadedImage]]):
     """Features by image reference, each with its file's SHA-256: rows of one tensor ``[N, P, C]``.
 
     A forked process shares the memory. To a spawned process torch sends the tensor through shared memory: once, where
@@ -29,7 +29,7 @@ class SharedFeatures(dict[str, tuple[str, Picture]]):
     def __init__(self, about: Mapping[str, tuple[str, tuple[int, int]]], features_NPC: torch.Tensor) -> None:
         """``about``: the file's SHA-256 and the image's size of each reference, in the order of the rows."""
         rows = zip(about.items(), features_NPC, strict=True)
-        super().__init__({name: (digest, Picture(values_PC, size)) for (name, (digest, size)), values_PC in rows})
+        super().__init__({name: (digest, LoadedImage(values_PC, size)) for (name, (digest, size)), values_PC in rows})
         self.features_NPC = features_NPC
 
     def __reduce__(self) -> tuple[Any, ...]:

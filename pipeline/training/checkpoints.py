@@ -70,7 +70,7 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((checkpoint / RECORD).read_text())
         complete = all((checkpoint / name).stat().st_size == size for name, size in record["files"].items())
-        state = dict(record["state"])
+        state: dict[str, Any] = {**record["state"]}  # a TypeError where it is not a mapping
         int(state.get("processes", 1))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

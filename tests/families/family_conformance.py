@@ -18,7 +18,7 @@ from conversations import BYTES, ONE, Conversation, suiting
 from PIL import Image
 from plain_transformers import forward, plain_inputs, plain_model
 
-from alignkd.capture.attention import Captured, capture, enable_capture, first_attention
+from alignkd.capture.attention import Captured, capture, enable_capture
 from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.inputs.prompts import IGNORE
 from alignkd.inputs.regions import boxes, tokens_of
@@ -28,6 +28,7 @@ from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective
 from alignkd.pipeline.evaluate.runner import answer
+from tests.reference.attention import first_attention
 
 LENGTH = 2048
 SPOT = 4

@@ -134,7 +134,7 @@ def test_the_description_of_a_slice_with_another_projector_is_refused(official, 
     vlm = load_vlm(official[0])
     description = slice_config(vlm.model)
     description["features"][name] = value
-    with pytest.raises(ValueError, match=f"not the description of a teacher's slice.*{name} is"):
+    with pytest.raises(ValueError, match=f"not the configuration of a teacher's slice.*{name} is"):
         TeacherSlice(description, slice_tensors(vlm, tower=True))
 
 

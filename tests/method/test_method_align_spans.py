@@ -18,7 +18,7 @@ from alignkd.inputs.prompts import PromptError
 from alignkd.inputs.spans import counted
 from alignkd.models.encoders.llama_tokenizer import LlamaSentencePieceTokenizer
 from alignkd.models.encoders.piece_offsets import Piece, piece_offsets
-from alignkd.models.encoders.placeholder import Picture, PlaceholderEncoder
+from alignkd.models.encoders.placeholder import LoadedImage, PlaceholderEncoder
 from alignkd.models.encoders.text_offsets import text_offsets
 from alignkd.models.loading import load_vlm
 
@@ -66,7 +66,7 @@ def encode(encoder, turns):
     """The input; its images are all alike."""
     images = sum(said.count("<image>") for _, said in turns)
     size = (40, 30)
-    loaded = Image.new("RGB", size) if encoder.needs_sizes else Picture(torch.zeros(3, 8, 8), size)
+    loaded = Image.new("RGB", size) if encoder.needs_sizes else LoadedImage(torch.zeros(3, 8, 8), size)
     planned = encoder.plan(turns, images, [size] * images)
     return encoder.finish(turns, planned, [loaded] * images)[0]
 

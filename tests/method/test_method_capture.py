@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from tiny_models import IMAGE, batch_of, eager_attention, mixture, reference, sample, write_checkpoint
 
 from alignkd.capture import attention as capture_module
-from alignkd.capture.attention import capture, first_attention
+from alignkd.capture.attention import capture
 from alignkd.inputs.batch import collate, expand
 from alignkd.inputs.prompts import IGNORE, encode_conversation
 from alignkd.losses.recipes import Recipe
 from alignkd.models.loading import load_vlm
 from alignkd.objective import Objective
+from tests.reference.attention import first_attention
 
 
 @pytest.fixture(scope="module")

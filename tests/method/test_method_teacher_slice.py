@@ -168,9 +168,9 @@ def test_stored_tensors_are_used_in_place(tiny):
 
 
 def test_making_a_slice_draws_no_random_numbers_of_the_run(tiny):
-    description, tensors = slice_config(tiny.model), slice_tensors(tiny, tower=True)
+    config, tensors = slice_config(tiny.model), slice_tensors(tiny, tower=True)
     before = torch.get_rng_state()
-    TeacherSlice(description, tensors)
+    TeacherSlice(config, tensors)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -271,11 +271,11 @@ def other_projection(model):
 
 
 REFUSED = {
-    "another attention": (other_attention, "a OtherAttention where LlamaAttention is known"),
-    "an adapter": (other_projection, "a Sequential where Linear is known"),
+    "another attention": (other_attention, "a OtherAttention where LlamaAttention is expected"),
+    "an adapter": (other_projection, "a Sequential where Linear is expected"),
     "another norm": (
         lambda m: setattr(m.model.language_model.layers[0], "input_layernorm", torch.nn.LayerNorm(24)),
-        "a LayerNorm where LlamaRMSNorm is known",
+        "a LayerNorm where LlamaRMSNorm is expected",
     ),
     "a sliding window": (lambda m: setattr(m.config.text_config, "sliding_window", 8), "sliding_window = 8"),
     "soft-capped scores": (
@@ -314,7 +314,7 @@ def test_a_teacher_of_mixed_dtypes_is_refused(tiny):
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_tensors_that_are_not_those_of_the_description_are_refused(tiny, group):
+def test_tensors_that_are_not_those_of_the_configuration_are_refused(tiny, group):
     tensors = slice_tensors(tiny, tower=True)
     for wrong in (tensors[group][:-1], tensors[group].view(1, -1), tensors[group].int()):
         with pytest.raises(ValueError, match=f"the slice's {group} holds"):
@@ -336,17 +336,17 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("part", "name", "value"), HOSTILE, ids=[f"{part} {name} {value}" for part, name, value in HOSTILE])
-def test_a_hostile_description_is_refused_before_anything_is_allocated(tiny, part, name, value):
-    tensors, description = slice_tensors(tiny, tower=True), slice_config(tiny.model)
-    description[part] = {**description[part], name: value}
+def test_a_hostile_configuration_is_refused_before_anything_is_allocated(tiny, part, name, value):
+    tensors, config = slice_tensors(tiny, tower=True), slice_config(tiny.model)
+    config[part] = {**config[part], name: value}
     with pytest.raises(ValueError, match="slice"):
-        TeacherSlice(description, tensors)
+        TeacherSlice(config, tensors)
 
 
-def test_a_description_that_lacks_something_or_names_something_else(tiny):
-    tensors, description = slice_tensors(tiny, tower=True), slice_config(tiny.model)
-    with pytest.raises(ValueError, match=r"not the description of a teacher's slice \(KeyError: 'vision'"):
-        TeacherSlice({k: v for k, v in description.items() if k != "vision"}, tensors)
-    # What is not of the description is not heard: such names load code in transformers' configurations.
-    description["text"]["attn_implementation"] = "someone/kernel"
-    assert TeacherSlice(description, tensors).model.config.text_config._attn_implementation != "someone/kernel"
+def test_a_configuration_that_lacks_something_or_names_something_else(tiny):
+    tensors, config = slice_tensors(tiny, tower=True), slice_config(tiny.model)
+    with pytest.raises(ValueError, match=r"not the configuration of a teacher's slice \(KeyError: 'vision'"):
+        TeacherSlice({k: v for k, v in config.items() if k != "vision"}, tensors)
+    # What is not of the config is not heard: such names load code in transformers' configurations.
+    config["text"]["attn_implementation"] = "someone/kernel"
+    assert TeacherSlice(config, tensors).model.config.text_config._attn_implementation != "someone/kernel"

@@ -289,7 +289,7 @@ def test_a_changed_image_and_an_answer_split_otherwise_are_refused_by_name(place
     monkeypatch.setattr(data.reader, "row", other_ids)
     failure = data[0]
     assert failure.fatal
-    assert "sample 'square' cannot be mapped to its row in the cache: the teacher splits the answer's" in failure.reason
+    assert "sample 'square' cannot be mapped to its row in the cache: tokenizer mismatch: the" in failure.reason
 
 
 def test_a_misaligned_sample_ends_the_run(place, llava_cache, tmp_path, monkeypatch):

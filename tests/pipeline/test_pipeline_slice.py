@@ -275,7 +275,7 @@ def test_a_flipped_bit_in_the_slice_is_refused(data, sliced, tmp_path):
         ),
         (lambda about: about["features"].update(projector_grid=200), r"40000\), its teacher"),
         (lambda about: about["tower"].pop("sha256"), "does not describe its slice: KeyError"),
-        (lambda about: about.update(vision=3), "not the description of a teacher's slice"),
+        (lambda about: about.update(vision=3), "not the configuration of a teacher's slice"),
         (lambda about: about["text"].update(head_dim=4), r"the slice's text holds \(\d+,\) numbers"),
     ],
     ids=["vocabulary", "grid", "no digest", "no tower", "other sizes"],

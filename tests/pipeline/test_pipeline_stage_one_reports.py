@@ -10,7 +10,7 @@ import pytest
 from tiny_runs import IMAGES, SAMPLES, TEACHER, TEXT_ONLY, record, stage_one_config, write_cache, write_data
 
 from alignkd.pipeline.config.targets import TargetSettings
-from alignkd.pipeline.runtime.progress import Bar
+from alignkd.pipeline.runtime.progress import ProgressBar
 from alignkd.pipeline.stage_one.dry_run import dry_run
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
 
@@ -27,7 +27,7 @@ def long_data(tmp_path):
 
 def test_truncated_samples_are_counted_noted_and_warned_of(long_data, tmp_path, monkeypatch, caplog):
     notes = []
-    monkeypatch.setattr(Bar, "note", lambda self, text: notes.append(text))
+    monkeypatch.setattr(ProgressBar, "note", lambda self, text: notes.append(text))
     caplog.set_level(logging.INFO, LOG)
     done = write_cache(long_data, tmp_path / "cache", max_length=SHORT)
     assert (done["new_samples"], done["truncated_samples"], done["samples_rejected"]) == (3, 2, 1)

@@ -1,8 +1,8 @@
 """The terms of a chunk of answers and, in place of their logits, the gradient.
 
 1. Where the teacher is known token by token, compare both distributions over the vocabulary in one pass.
-2. Elsewhere take the known tokens out of the row, so that what is left is the tail; compare known tokens and tail, which is
-   small work; then fill the row: the tail's softmax, scaled, and the known tokens one by one.
+2. Otherwise take the known tokens out of the row, which leaves the tail; compare known tokens and tail, which is little work;
+   then fill the row: the tail's softmax, scaled, and the known tokens one by one.
 
 Shapes: C answers of a chunk, N vocabulary, X known tokens, or known tokens and the tail.
 """
@@ -22,7 +22,7 @@ SUPERVISED = "supervised"
 
 @dataclass(frozen=True)
 class Terms:
-    """Which terms, and the weight of each in the gradient; the divergences' temperature."""
+    """The terms, the weight of each in the gradient, and the temperature of the divergences."""
 
     weights: Mapping[str, float]
     temperature: float
@@ -46,7 +46,7 @@ def chunk_terms_(
     terms: Terms,
     gradient: bool,
 ) -> dict[str, torch.Tensor]:
-    """Each term ``[C]``. With ``gradient``, ``logits_CN`` become the weighted gradient; else they are spent."""
+    """Each term ``[C]``. With ``gradient``, ``logits_CN`` become the weighted gradient; otherwise their values are lost."""
     label_C = at_least_float32(logits_CN.gather(1, answer_ids_C[:, None]))[:, 0]
     labels = Labels(answer_ids_C, terms.supervised)
     if teacher is None:
@@ -92,7 +92,7 @@ def dense_teacher(rows: Rows, teacher: TeacherAnswers, temperature: float) -> De
 
 
 def _finite(log_C: torch.Tensor) -> torch.Tensor:
-    """Where nothing is left of a row, because every token is known, any finite number does."""
+    """Any finite number will do where every token of a row is known, which leaves no tail."""
     return torch.where(log_C == -torch.inf, 0.0, log_C)
 
 
@@ -125,15 +125,15 @@ def _sparse_(
     # What the row becomes: the known tokens, and at each temperature a multiple of the tail's softmax.
     filled_CX, scales = torch.zeros_like(known_CX), {at: torch.zeros_like(label_C) for at in students}
     if terms.divergences:
-        found, moved_CX, moved_tail_C = _divergences(students[t], teacher, repeats_CX, logits_CN.shape[1], terms)
-        filled_CX, scales[t] = filled_CX + moved_CX, scales[t] + moved_tail_C
+        found, gradient_CX, tail_gradient_C = _divergences(students[t], teacher, repeats_CX, logits_CN.shape[1], terms)
+        filled_CX, scales[t] = filled_CX + gradient_CX, scales[t] + tail_gradient_C
     if SUPERVISED in terms.weights:
         student = students[1.0]
         found[SUPERVISED] = (student.whole.top_C - label_C) + student.whole.log_C
         taken_CX = (ids_CX == labels.ids_C[:, None]).to(known_CX.dtype)
-        moved_CX = (student.logprobs_CX.exp() - taken_CX).masked_fill(repeats_CX, 0.0)
+        gradient_CX = (student.logprobs_CX.exp() - taken_CX).masked_fill(repeats_CX, 0.0)
         if terms.supervised:
-            filled_CX = filled_CX + terms.supervised * moved_CX
+            filled_CX = filled_CX + terms.supervised * gradient_CX
             scales[1.0] = scales[1.0] + terms.supervised * student.tail_C.exp()
     if gradient:
         parts = [Softmax(scales[at], student.tail, at) for at, student in students.items()]
@@ -165,15 +165,15 @@ def _divergences(
     mass_CX[:, :-1].masked_fill_(repeats_CX, 0.0)
     student_CX = student_CX.masked_fill(teacher_CX == -torch.inf, -torch.inf)
     sides = Sides(student_CX, teacher_CX)
-    found, moved_CX = {}, torch.zeros_like(mass_CX)
+    found, gradient_CX = {}, torch.zeros_like(mass_CX)
     for name, weight in terms.divergences.items():
         if name == "forward_kl" and teacher.draws is not None:
             found[name], slope_CX = _drawn_forward_kl(student, teacher.draws)
         else:
             found[name], slope_CX = FORMS[name](sides)
         if weight:
-            moved_CX += (slope_CX - mass_CX * slope_CX.sum(dim=1, keepdim=True)) * (weight / terms.temperature)
-    return found, moved_CX[:, :-1], moved_CX[:, -1]
+            gradient_CX += (slope_CX - mass_CX * slope_CX.sum(dim=1, keepdim=True)) * (weight / terms.temperature)
+    return found, gradient_CX[:, :-1], gradient_CX[:, -1]
 
 
 def _drawn_forward_kl(student: _Student, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
