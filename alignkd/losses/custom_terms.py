@@ -1,5 +1,7 @@
 """Loss terms of your own, without a change to this package. Imports no torch.
 
+Register a function, and give it a weight::
+
     @register_term("my_term", needs=("vision",), averaged_over="with_image")
     def my_term(inputs):                      # inputs: alignkd.losses.contract.TermInputs
         difference = inputs.student_vision_BVD - inputs.targets.vision_BVD
