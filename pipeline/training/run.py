@@ -27,14 +27,14 @@ from alignkd.pipeline.runtime.run_record import write_run_record
 from alignkd.pipeline.runtime.signals import Interrupted, StopFlag, stop_on_signals
 from alignkd.pipeline.training.callbacks import RunCallback
 from alignkd.pipeline.training.checkpoints import find_latest, loading_checkpoint, remove_incomplete, step_of
-from alignkd.pipeline.training.metrics import Metrics
+from alignkd.pipeline.training.monitoring.metrics import Metrics
+from alignkd.pipeline.training.monitoring.tensorboard import TensorBoard
 from alignkd.pipeline.training.optimizers import OptimizerSettings
 from alignkd.pipeline.training.resume_checks import check_out, check_processes, check_same_run, resolved_settings
 from alignkd.pipeline.training.run_inputs import check_options, open_data, open_inputs
 from alignkd.pipeline.training.schedule import Schedule, make_schedule
 from alignkd.pipeline.training.student import build_objective, save_student
 from alignkd.pipeline.training.teacher_source import open_teacher
-from alignkd.pipeline.training.tensorboard import TensorBoard
 from alignkd.pipeline.training.trainer import DistillTrainer
 from alignkd.pipeline.training.training_arguments import training_arguments
 from alignkd.plugins import load_plugins

@@ -24,8 +24,8 @@ from alignkd.pipeline.runtime.processes import Processes
 from alignkd.pipeline.runtime.progress import stderr_console
 from alignkd.pipeline.runtime.signals import StopFlag
 from alignkd.pipeline.training.checkpoints import CheckpointingTrainer, mark_complete
-from alignkd.pipeline.training.health_checks import FiniteCheck, HealthChecks
-from alignkd.pipeline.training.metrics import PRECISION, Metrics
+from alignkd.pipeline.training.monitoring.health_checks import FiniteCheck, HealthChecks
+from alignkd.pipeline.training.monitoring.metrics import PRECISION, Metrics
 from alignkd.pipeline.training.optimizers import OptimizerSettings, optimizer_of
 from alignkd.pipeline.training.schedule import Schedule
 

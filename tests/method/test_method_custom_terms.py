@@ -100,7 +100,7 @@ def test_names_of_recipes_terms_and_log_lines_are_refused(name):
 
 
 def test_every_key_of_a_log_line_is_reserved(tmp_path):
-    from alignkd.pipeline.training.metrics import Metrics
+    from alignkd.pipeline.training.monitoring.metrics import Metrics
 
     metrics = Metrics(tmp_path / "metrics.jsonl", term_weights(Recipe()), writes=True)
     metrics.add({"loss": torch.ones(()), "attention_contrast": torch.ones(())}, samples=1, tokens=1, answers=1)

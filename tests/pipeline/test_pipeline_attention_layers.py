@@ -35,8 +35,8 @@ from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.sample import parse_sample
 from alignkd.pipeline.runtime.signals import Interrupted
 from alignkd.pipeline.stage_one.dry_run import dry_run
-from alignkd.pipeline.training.health_checks import HealthChecks
-from alignkd.pipeline.training.metrics import Metrics
+from alignkd.pipeline.training.monitoring.health_checks import HealthChecks
+from alignkd.pipeline.training.monitoring.metrics import Metrics
 from alignkd.pipeline.training.optimizers import make_optimizer
 from alignkd.targets.logits import LogitSettings
 

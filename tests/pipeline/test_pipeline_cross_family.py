@@ -1,4 +1,4 @@
-"""Teacher and student of different make: a cache of one serves the other through geometry and characters."""
+"""Teacher and student of different model families: a cache of one serves the other through geometry and characters."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from alignkd.losses.custom_terms import register_term
 from alignkd.losses.recipes import get_recipe
 from alignkd.pipeline.runtime.signals import Interrupted
 from alignkd.pipeline.training.callbacks import RunCallback
-from alignkd.pipeline.training.health_checks import HealthChecks
+from alignkd.pipeline.training.monitoring.health_checks import HealthChecks
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from alignkd.losses.recipes import RECIPES, Recipe
-from alignkd.pipeline.training import health_checks
-from alignkd.pipeline.training.health_checks import FiniteCheck, HealthChecks, NotFiniteError
+from alignkd.pipeline.training.monitoring import health_checks
+from alignkd.pipeline.training.monitoring.health_checks import FiniteCheck, HealthChecks, NotFiniteError
 
 BALANCED = {"share/supervised": 0.4, "share/reverse_kl": 0.3, "share/attention": 0.1, "share/vision_all": 0.15}
 BALANCED |= {"share/vision_focus": 0.05}

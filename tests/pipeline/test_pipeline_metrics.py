@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from alignkd.errors import CheckpointError
-from alignkd.pipeline.training import metrics as metrics_module
-from alignkd.pipeline.training.metrics import Metrics
+from alignkd.pipeline.training.monitoring import metrics as metrics_module
+from alignkd.pipeline.training.monitoring.metrics import Metrics
 
 WEIGHTS = {"supervised": 1.0, "reverse_kl": 2.0, "attention": 0.5}
 LOGS = {"loss": 99.0, "grad_norm": 0.75, "learning_rate": 1e-3}
