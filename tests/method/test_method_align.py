@@ -1,4 +1,4 @@
-"""Maps between teachers and students of different model families: exact where layouts are equal, by geometry and characters elsewhere."""
+"""Maps between teachers and students of different model families: exact for equal layouts, else by geometry and characters."""
 
 from __future__ import annotations
 
