@@ -1,9 +1,4 @@
-<<<<<<< HEAD
-"""Maps between teachers and students of different model families: exact where layouts are equal, by geometry and
-characters elsewhere."""
-=======
 """Maps between teachers and students of different model families: exact for equal layouts, else by geometry and characters."""
->>>>>>> h-method
 
 from __future__ import annotations
 
