@@ -60,7 +60,7 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-docs
 	rm -rf docs/api build/docs
-	$(BIN)/python -m sphinx --quiet -b html -d build/doctrees docs build/docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html -d build/doctrees docs build/docs
 	@echo "open build/docs/index.html"
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt

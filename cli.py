@@ -19,9 +19,6 @@ _COMMANDS = {
 }
 """``module:function`` in :mod:`alignkd.pipeline.commands`, in the order that ``--help`` shows."""
 
-RESUMABLE = 75
-"""Exit code of a job that stopped early at a safe point: run the same command again."""
-
 
 class UserError(click.ClickException):
     """One message for the user; exit code 2."""
@@ -49,7 +46,7 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Click's hook."""
-        from alignkd.pipeline.runtime.signals import Interrupted
+        from alignkd.pipeline.runtime.signals import RESUMABLE_EXIT_CODE, Interrupted
 
         try:
             return super().invoke(ctx)
@@ -61,7 +58,7 @@ class LazyGroup(click.Group):
             raise UserError(str(error)) from error
         except Interrupted as stopped:
             click.echo(str(stopped), err=True)
-            ctx.exit(RESUMABLE)
+            ctx.exit(RESUMABLE_EXIT_CODE)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

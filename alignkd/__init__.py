@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from alignkd.pipeline.evaluate.metrics import register_metric as register_metric
     from alignkd.pipeline.evaluate.runner import evaluate as evaluate
     from alignkd.pipeline.stage_one.worker import cache_teacher as cache_teacher
+    from alignkd.pipeline.training.distillation import open_distillation as open_distillation
     from alignkd.pipeline.training.run import distill as distill
     from alignkd.plugins import load_plugins as load_plugins
     from alignkd.targets.logit_settings import LogitSettings as LogitSettings
@@ -53,6 +54,7 @@ _PUBLIC = {
     "get_recipe": "losses.recipes",
     "load_plugins": "plugins",
     "load_vlm": "models.loading",
+    "open_distillation": "pipeline.training.distillation",
     "register_family": "models.registry",
     "register_metric": "pipeline.evaluate.metrics",
     "register_term": "losses.custom_terms",

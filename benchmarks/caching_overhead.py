@@ -29,7 +29,7 @@ from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 from alignkd.pipeline.runtime.ranks import Worker
-from alignkd.pipeline.runtime.run_record import versions
+from alignkd.pipeline.runtime.run_record import collect_versions
 from alignkd.pipeline.runtime.signals import StopFlag
 from alignkd.pipeline.stage_one.shard_work import ReadyBatch
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
@@ -109,7 +109,7 @@ def caching_seconds(stage: StageOne, cache: Path) -> float:
 
 def measure(stage: StageOne, cache: Path, repeats: int) -> dict[str, Any]:
     stage.fingerprint()  # hashes the weights once; the store asks for it every time
-    batches = [stage.load(items) for shard in range(stage.plan.shards) for items in stage.lay_out(shard).batches]
+    batches = [stage.load(items) for shard in range(stage.plan.shards) for items in stage.batch_shard(shard).batches]
     bare_seconds(stage, batches[:1])
     pairs = [(bare_seconds(stage, batches), caching_seconds(stage, cache)) for _ in range(repeats)]
     return {
@@ -152,7 +152,11 @@ def main() -> None:
     stage = StageOne.open(config)
     parameters = sum(p.numel() for p in stage.teacher.model.parameters())
     figures = measure(stage, folder / "cache", arguments.repeats)
-    print(json.dumps({"parameters": parameters, "samples": arguments.samples, **figures, "versions": versions()}, indent=2))
+    print(
+        json.dumps(
+            {"parameters": parameters, "samples": arguments.samples, **figures, "versions": collect_versions()}, indent=2
+        )
+    )
 
 
 if __name__ == "__main__":

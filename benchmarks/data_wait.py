@@ -48,7 +48,7 @@ from alignkd.pipeline.demo.tower import tower_config
 from alignkd.pipeline.feeding.batch_loader import TrainingLoader
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.feature_cache import cache_tower_features
-from alignkd.pipeline.feeding.order import SHARDS_OPEN, BatchOrder, StepSampler
+from alignkd.pipeline.feeding.order import WINDOW_SHARDS, BatchOrder, StepSampler
 from alignkd.pipeline.stage_one.worker import cache_teacher
 
 STUDENT = Path(__file__).parents[1] / "tests" / "data" / "mobilevlm_v2_tiny" / "student"
@@ -77,7 +77,7 @@ class Case:
 
 def training_set(vlm: Vlm, data: Path, images: Path, cache: Path) -> TrainingSet:
     preparer = Preparer.of(vlm, template="v1", max_length=2048, image_root=images, with_spans=False)
-    reader = CacheReader(cache, max_shards=2 * SHARDS_OPEN)
+    reader = CacheReader(cache, max_shards=2 * WINDOW_SHARDS)
     return TrainingSet(SampleFile(data), preparer, student=vlm, reader=reader, needs=ALL, max_rejected=0)
 
 
@@ -194,7 +194,7 @@ def draw_row(
 
 
 def measure(case: Case, workers: int, steps: int) -> dict[str, Any]:
-    order = BatchOrder(case.data.shard_of_sample, seed=0, window=SHARDS_OPEN, batch_size=case.batch_size)
+    order = BatchOrder(case.data.shard_of_sample, seed=0, window=WINDOW_SHARDS, batch_size=case.batch_size)
     sampler = StepSampler(order, steps=steps + 1, world_size=1, rank=0, accumulation=1)
     batches = iter(TrainingLoader(case.data, sampler, workers=workers, pin_memory=torch.cuda.is_available()))
     first = next(batches)

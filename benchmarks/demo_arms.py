@@ -19,7 +19,7 @@ from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.demo.checkpoints import new_checkpoint
 from alignkd.pipeline.demo.run import prepare_data, prepare_models, run_cache, test_accuracy, train_student, train_teacher
 from alignkd.pipeline.runtime.devices import pick_device
-from alignkd.pipeline.runtime.run_record import versions
+from alignkd.pipeline.runtime.run_record import collect_versions
 from alignkd.targets.logits import LogitSettings
 
 ARMS: dict[str, tuple[str, dict[str, str]]] = {
@@ -88,7 +88,7 @@ def main() -> None:
         "seconds": seconds,
         "labelled_questions": cache["samples"],
         "total_seconds": round(time.perf_counter() - started, 1),
-        "versions": versions(),
+        "versions": collect_versions(),
     }
     (arguments.out / "arms.json").write_text(json.dumps(result, indent=2))
     print(json.dumps({"seed": config.seed, "tower": tower, "accuracy": accuracy}), flush=True)

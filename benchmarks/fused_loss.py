@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn import functional
@@ -28,6 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from alignkd.losses.answer_loss import answer_terms
 from alignkd.targets.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.reference.logits import divergence
 
 CHUNK, COMPARED = 128, 512
 Gradients = list[torch.Tensor]
@@ -89,7 +95,7 @@ def reference(inputs: Inputs, targets: Targets) -> Gradients:
         loss = functional.cross_entropy(logits_CN, inputs.labels_A[part], reduction="sum")
         if targets.codec is not None:
             values = {name: value[part] for name, value in targets.values.items()}
-            loss = loss + targets.codec.divergence("reverse_kl", logits_CN, values, 1.0).sum()
+            loss = loss + divergence(targets.codec, "reverse_kl", logits_CN, values, 1.0).sum()
         for sum_, gradient in zip(total, gradients_of(loss / answers, leaves), strict=True):
             sum_ += gradient
     return total

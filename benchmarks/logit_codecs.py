@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import pydoc_data.topics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,13 @@ from alignkd.inputs.batch import collate
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.samples import SampleFile
-from alignkd.pipeline.runtime.progress import bar
-from alignkd.targets.logits import DIVERGENCES, LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
-from alignkd.targets.logits.base import at_temperature
-from alignkd.targets.logits.topk import bucketed
+from alignkd.pipeline.runtime.progress import progress_bar
+from alignkd.targets.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.reference.divergences import DIVERGENCES
+from tests.reference.logits import at_temperature, bucketed, divergence, outcomes
 
 FAR_LAYER, CONTEXT, FIRST = 26, 256, 32
 CHUNK = 64
@@ -231,10 +235,10 @@ class Case:
             sides = self.codec.outcomes(student_AN, teacher_AN)
         else:
             values = {name: value[part] for name, value in self.values.items()}
-            sides = self.codec.outcomes(student_AN, values, 1.0)
-        found = {name: divergence(*sides).sum() for name, divergence in DIVERGENCES.items()}
+            sides = outcomes(self.codec, student_AN, values, 1.0)
+        found = {name: compare(*sides).sum() for name, compare in DIVERGENCES.items()}
         if isinstance(self.codec, LogitCodec) and self.codec.kind == "sampled":
-            found["forward_kl"] = self.codec.divergence("forward_kl", student_AN, values, 1.0).sum()
+            found["forward_kl"] = divergence(self.codec, "forward_kl", student_AN, values, 1.0).sum()
         if sides[1].shape != teacher_AN.shape:
             self.kl = None
         elif self.kl is not None:
@@ -245,14 +249,14 @@ class Case:
 def measure(data: Data, cases: list[Case], tokens: int) -> dict[tuple[str, str], float]:
     """Fill in the cases' angles and KL; returns the dense loss of each student and divergence, in nats a token."""
     dense_losses = {(which, name): 0.0 for which in ("far", "near") for name in DIVERGENCES}
-    with bar("compare", tokens, "tokens") as progress:
+    with progress_bar("compare", tokens, "tokens") as progress:
         for part in chunks(tokens):
             teacher_AN = (data.hidden_AD[part] @ data.head_ND.T).log_softmax(1)
             for which in ("far", "near"):
                 inner_AD, logits_AN = data.student(which, part)
                 student_AN = logits_AN.requires_grad_()
                 logprobs_AN = student_AN.log_softmax(1)
-                dense = {name: divergence(logprobs_AN, teacher_AN).sum() for name, divergence in DIVERGENCES.items()}
+                dense = {name: compare(logprobs_AN, teacher_AN).sum() for name, compare in DIVERGENCES.items()}
                 gradients = gradients_of(dense, student_AN)
                 for name, loss in dense.items():
                     dense_losses[which, name] += loss.item() / tokens

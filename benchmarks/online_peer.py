@@ -18,7 +18,7 @@ from steps import KINDS, ONLINE, ONLINE_SHAPE, Setting, Steps, alone, median_rat
 from alignkd.inputs.batch import Batch
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
-from alignkd.pipeline.runtime.run_record import versions
+from alignkd.pipeline.runtime.run_record import collect_versions
 
 
 def make_batch(arguments: argparse.Namespace, student: Vlm) -> Batch:
@@ -65,7 +65,7 @@ def main() -> None:
     kinds = [ONLINE, *(kind for kind in KINDS if kind != "plain")]
     taken = times(kinds, arguments, setting)
     peaks = {kind: peak(kind, arguments, setting) for kind in kinds}
-    found = versions()
+    found = collect_versions()
     print(
         f"torch {found['torch']}, {found['platform']}, {setting.device}, {arguments.dtype}, widths / {arguments.scale},",
         end=" ",

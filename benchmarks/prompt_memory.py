@@ -15,7 +15,7 @@ from shapes import BEFORE, VISION_TOKENS, batch_of
 from steps import KINDS, Setting, alone, peak_bytes
 
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
-from alignkd.pipeline.runtime.run_record import versions
+from alignkd.pipeline.runtime.run_record import collect_versions
 
 
 def peaks(kind: str, lengths: list[int], setting: Setting, *, checkpointing: bool, optimizer: bool) -> list[int]:
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--no-optimizer", action="store_true")
     arguments = parser.parse_args()
     setting = Setting(arguments.scale, pick_device(arguments.device), parse_dtype(arguments.dtype))
-    found, lengths = versions(), arguments.lengths
+    found, lengths = collect_versions(), arguments.lengths
     print(f"torch {found['torch']}, {found['platform']}, {setting.device}, {arguments.dtype}, widths / {arguments.scale}")
     kinds = ["sft", *(kind for kind in arguments.only if kind != "sft")]
     for checkpointing in {"without": [False], "with": [True], "both": [False, True]}[arguments.checkpointing]:

@@ -24,7 +24,7 @@ from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.cache_store.rows.row import Row
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
-from alignkd.pipeline.feeding.order import SHARDS_OPEN, epoch_order
+from alignkd.pipeline.feeding.order import WINDOW_SHARDS, BatchOrder
 
 TEXT, VISION, ANSWERS, KEPT, VOCABULARY, BATCH = 200, 144, 100, 64, 32_000, 16
 FIELDS = (
@@ -65,8 +65,8 @@ def write_cache(url: str, shard_format: str, rows: int, shard_samples: int) -> C
 
 def batches(reader: CacheReader, epoch: int) -> Iterator[np.ndarray]:
     """Keys of a shuffled epoch, ``[<= BATCH, 16]``."""
-    order = epoch_order(reader.shards_of(reader.plan.keys), seed=0, epoch=epoch, window=SHARDS_OPEN)
-    return (reader.plan.keys[order[start : start + BATCH]] for start in range(0, len(order), BATCH))
+    order = BatchOrder(reader.shards_of(reader.plan.keys), seed=0, window=WINDOW_SHARDS, batch_size=BATCH)
+    return (reader.plan.keys[samples] for samples in order.epoch(epoch))
 
 
 class Epoch(NamedTuple):
@@ -80,7 +80,7 @@ class Epoch(NamedTuple):
 
 def read(url: str, epoch: int) -> Epoch:
     """Every row once."""
-    reader, fields = CacheReader(url, max_shards=SHARDS_OPEN + 2), [field.name for field in FIELDS]
+    reader, fields = CacheReader(url, max_shards=WINDOW_SHARDS + 2), [field.name for field in FIELDS]
     planned = [(keys, reader.shards_of(keys).tolist()) for keys in batches(reader, epoch)]
     started, cpu_started, answers = time.perf_counter(), time.process_time(), 0
     for keys, shards in planned:

@@ -50,7 +50,7 @@ from alignkd.objective import Objective, TeacherShape
 from alignkd.pipeline.cache_io.targets import row_fields
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
-from alignkd.pipeline.runtime.run_record import versions
+from alignkd.pipeline.runtime.run_record import collect_versions
 from alignkd.targets.batch_targets import Targets
 from alignkd.targets.logits import LogitSettings
 from alignkd.targets.logits.topk import TopK
@@ -96,7 +96,7 @@ def targets_of(batch: Batch, heads: int, width: int) -> Targets:
     device, answers = batch.input_ids_BS.device, batch.answer_ids_A.shape[0]
     rows, columns = batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
     return Targets(
-        torch.full((batch.samples, heads, rows, columns), 1 / columns, device=device),
+        {0: torch.full((batch.samples, heads, rows, columns), 1 / columns, device=device)},
         torch.randn(batch.samples, columns, width, device=device),
         {
             "topk_rank_steps": torch.ones(answers, KEPT, dtype=torch.int32, device=device),
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device")
     arguments = parser.parse_args()
-    found = versions()
+    found = collect_versions()
     print(
         f"torch {found['torch']}, transformers {found['transformers']}, {found['platform']}, {torch.get_num_threads()} threads"
     )

@@ -17,7 +17,7 @@ from steps import KINDS, Setting, Steps, alone, median_ratio, peak_bytes, second
 
 from alignkd.inputs.batch import Batch
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
-from alignkd.pipeline.runtime.run_record import versions
+from alignkd.pipeline.runtime.run_record import collect_versions
 
 
 def times(kinds: list[str], batch: Batch, setting: Setting, rounds: int) -> dict[str, list[float]]:
@@ -53,7 +53,7 @@ def main() -> None:
     kinds = ["sft", *(kind for kind in arguments.only if kind != "sft")]
     taken = {} if arguments.no_time else times(kinds, batch, setting, arguments.rounds)
     peaks = {} if arguments.no_memory else {kind: peak(kind, batch, setting) for kind in kinds}
-    found = versions()
+    found = collect_versions()
     print(
         f"torch {found['torch']}, {found['platform']}, {setting.device}, {arguments.dtype}, widths / {arguments.scale},",
         end=" ",

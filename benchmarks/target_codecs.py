@@ -121,7 +121,7 @@ def sampled_batches(arguments: argparse.Namespace) -> list[Sampled]:
     )
     stage = StageOne.open(config)
     chosen = np.linspace(0, stage.plan.samples - 1, min(arguments.samples, stage.plan.samples)).astype(int).tolist()
-    work = stage.lay_out_samples(0, chosen)
+    work = stage.batch_samples(0, chosen)
     found = []
     for items in work.batches:
         ready = stage.load([item for item in items if item.sample.images])

@@ -1,1 +1,1 @@
-"""What is recorded of a forward pass: attention of chosen layers, vision tokens, hidden states at answers."""
+"""What is recorded of a forward pass: attention of some layers, vision tokens, hidden states at answers."""

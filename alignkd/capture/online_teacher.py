@@ -1,6 +1,6 @@
-"""The whole teacher in the training loop: targets as a cache would hold them, by the same capture, without any codec.
+"""The whole teacher in the training loop: the targets of a cache, by the same capture, without a codec.
 
-What stage two is measured against: it needs the memory of both models and the time of both forward passes.
+Stage two is measured against this, which needs the memory of both models and the time of both forward passes.
 
 Shapes: as in :mod:`alignkd.targets.batch_targets`.
 """
@@ -11,10 +11,11 @@ from dataclasses import replace
 import torch
 
 from alignkd.capture.attention import capture, enable_capture
-from alignkd.capture.teacher_slice import same_features, slice_config
+from alignkd.capture.teacher_slice import same_tower, slice_config
+from alignkd.errors import ConfigError
 from alignkd.inputs.batch import Batch
 from alignkd.models.vlm import Vlm, module_fingerprint
-from alignkd.targets.batch_targets import Targets
+from alignkd.targets.batch_targets import DecodedTargets
 from alignkd.targets.logits import LogitSettings
 from alignkd.targets.logits.dense import Hidden
 
@@ -22,7 +23,7 @@ from alignkd.targets.logits.dense import Hidden
 class OnlineTeacher:
     """A :class:`~alignkd.objective.TargetSource` that runs the teacher over every batch.
 
-    No ``nn.Module``, so that it does not become part of a student's checkpoint. Where both towers are the same by hash, the
+    Not an ``nn.Module``, so that it does not become part of a student's checkpoint. Where both towers have the same hash, the
     student's features serve both.
     """
 
@@ -31,24 +32,26 @@ class OnlineTeacher:
     ) -> None:
         """``features_only``: batches will carry the student's tower features, no pixel values.
 
-        ``attention_layers``: those of the teacher whose attention is a target.
+        ``attention_layers``: the teacher's layers whose attention is a target.
 
         Raises:
-            ValueError: the teacher's tower is another and needs the images.
+            ConfigError: the teacher has another tower, which needs the images.
         """
         self.teacher, self.attention_layers = teacher, attention_layers
         teacher.model.requires_grad_(False).eval()
         enable_capture(teacher)
-        self.shares_tower = _same_tower(student, teacher)
+        self.shares_tower = teacher.caches_tower and same_tower(
+            student, slice_config(teacher.model), module_fingerprint(teacher.tower, teacher.dtype), teacher.dtype
+        )
         if features_only and not self.shares_tower:
-            raise ValueError(
+            raise ConfigError(
                 "--cache-tower-features keeps the features of the student's tower, but the teacher's tower is another and needs"
-                " the images: leave it out"
+                " the images: leave the option out"
             )
 
     @property
     def logit_codec(self) -> Hidden:
-        """Every logit of the teacher, from last hidden states as they are."""
+        """Gives every logit of the teacher, from unchanged last hidden states."""
         head_ND, bias_N = self.teacher.head.weight.detach(), self.teacher.head.bias
         tensors = {
             "output_head": head_ND,
@@ -58,7 +61,7 @@ class OnlineTeacher:
         return Hidden(LogitSettings("hidden", hidden_bits=16), tensors)
 
     @torch.no_grad()
-    def fill(self, student: Vlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
+    def fill(self, student: Vlm, batch: Batch, targets: DecodedTargets, needs: frozenset[str]) -> tuple[Batch, DecodedTargets]:
         """See :class:`alignkd.objective.TargetSource`."""
         if self.shares_tower and batch.images.dim() == 4:
             batch = replace(batch, images=student.run_tower(batch.images))
@@ -66,16 +69,7 @@ class OnlineTeacher:
             captured = capture(self.teacher, batch, attention="attention" in needs, layers=self.attention_layers)
         return batch, replace(
             targets,
-            attention_BHTV=captured.attention_BHTV,
-            other_layers={number: found for number, found in captured.layers.items() if number},
+            attention=captured.attention,
             vision_BVD=captured.vision_BVD.float() if "vision" in needs else None,
             answers={"hidden": captured.hidden_AD} if "logits" in needs else {},
         )
-
-
-def _same_tower(student: Vlm, teacher: Vlm) -> bool:
-    if not (student.caches_tower and teacher.caches_tower):
-        return False
-    same = same_features(slice_config(student.model), slice_config(teacher.model))
-    dtype = teacher.dtype
-    return same and module_fingerprint(student.tower, dtype) == module_fingerprint(teacher.tower, dtype)

@@ -1,13 +1,13 @@
 """The teacher's slice: the few per cent of a teacher that its first-layer attention and its vision tokens depend on.
 
-Vision tower, projector, token embeddings, the first layer's input norm and its q and k projections. A cache that keeps these
-tensors once needs neither target in its rows: stage two computes both for each batch, in the teacher's dtype, by the same
-code that captured them in stage one.
+These are the vision tower, the projector, the token embeddings, and the first layer's input norm and q and k projections.
+A cache that stores them once needs neither target in its rows: stage two computes both for each batch, in the teacher's
+dtype, by the same code that captured them in stage one.
 
 1. :func:`check_sliceable` refuses a teacher whose first scores depend on anything else.
-2. :func:`slice_config` and :func:`slice_tensors` are what a cache keeps: the shape of the slice, and one flat tensor for each
-   of its groups, the parameters in the order of their names. The tower is a group of its own, because a student that holds
-   the same frozen tower shares its features.
+2. :func:`slice_config` and :func:`slice_tensors` are what a cache stores: the configuration of the slice, and one flat tensor
+   for each of its groups, the parameters in the order of their names. The tower is a separate group, because a student that
+   has the same frozen tower shares its features.
 3. :class:`TeacherSlice` puts them together again, without a copy.
 
 Shapes: B samples, S positions, T text rows, V vision columns of a sample, M vision tokens of a batch, H heads,
@@ -32,10 +32,11 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import maybe_autocast
 
 from alignkd.capture.attention import by_sample, has_attention, no_attention, text_to_vision
+from alignkd.errors import CacheError, CheckpointError, ConfigError, wrap_errors
 from alignkd.inputs.batch import Batch
 from alignkd.models.modules.mobilevlm import MobileVlm, MobileVlmConfig, MobileVlmModel
-from alignkd.models.vlm import Vlm
-from alignkd.targets.batch_targets import Targets
+from alignkd.models.vlm import Vlm, module_fingerprint
+from alignkd.targets.batch_targets import DecodedTargets
 
 TOWER = "tower"
 _PREFIXES = {TOWER: "vision_tower.", "projector": "multi_modal_projector.", "text": "language_model."}
@@ -45,7 +46,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _OTHER_SCORES = ("sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar")
 
-# What decides the slice's shape and values, and nothing else: a description is data that others may have written.
+# What determines the slice's shape and values, and nothing else: the configuration in a cache is data from outside.
 _FIELDS: dict[str, dict[str, type]] = {
     "text": {
         "hidden_size": int,
@@ -84,10 +85,10 @@ def check_sliceable(vlm: Vlm) -> None:
     """Refuse a teacher whose first-layer attention needs more than embeddings, norm, q, k and static rotary positions.
 
     Raises:
-        ValueError: names what was found instead.
+        ConfigError: names what was found instead.
     """
     if not isinstance(vlm.model, MobileVlm):
-        raise ValueError(
+        raise ConfigError(
             f"--alignment slice does not serve the family {vlm.family}: {vlm.without_slice}. Cache the targets themselves:"
             " --alignment targets"
         )
@@ -100,46 +101,56 @@ def check_sliceable(vlm: Vlm) -> None:
     ]
     expected += [(getattr(attention, name, None), nn.Linear) for name in ("q_proj", "k_proj")]
     # Exact types: a subclass may compute something else.
-    found = [f"a {type(part).__name__} where {kind.__name__} is known" for part, kind in expected if type(part) is not kind]
+    found = [f"a {type(part).__name__} where {kind.__name__} is expected" for part, kind in expected if type(part) is not kind]
     found += [f"{name} = {getattr(config, name)}" for name in _OTHER_SCORES if getattr(config, name, None) is not None]
     rope = config.rope_parameters["rope_type"]
     if rope in _BATCH_DEPENDENT_ROPE:
         found.append(f"{rope} rotary positions, which depend on the longest prompt of a batch")
     if found:
-        raise ValueError(
+        raise ConfigError(
             f"this teacher's first-layer attention cannot be recomputed from a slice: it has {'; '.join(found)}. Cache the"
             " targets themselves: --alignment targets"
         )
 
 
 def slice_config(model: MobileVlm) -> dict[str, dict[str, Any]]:
-    """The shape of a model's slice as plain data: what :class:`TeacherSlice` must know besides the tensors."""
+    """The configuration of a model's slice as plain data: what :class:`TeacherSlice` needs besides the tensors."""
     config = model.config
     sources = {"text": config.text_config, "vision": config.vision_config, "features": config}
     return {part: {name: getattr(sources[part], name) for name in names} for part, names in _FIELDS.items()}
 
 
-def same_features(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two described models make the same features of the same tower weights."""
+def same_tower(student: Vlm, config: Mapping[str, Any], sha256: str, dtype: torch.dtype) -> bool:
+    """Whether the features of the student's tower serve a teacher as well.
+
+    ``config``: the teacher's :func:`slice_config`; ``sha256``: the digest of its tower's weights in ``dtype``, its own. The
+    student's are compared in that dtype: it trains in float32, whatever its checkpoint holds.
+    """
+    if not student.caches_tower:
+        return False
+    own = slice_config(student.model)
     chosen = ("vision_feature_layer", "vision_feature_select_strategy")
-    return one["vision"] == other["vision"] and all(one["features"][name] == other["features"][name] for name in chosen)
+    if config["vision"] != own["vision"] or any(config["features"][name] != own["features"][name] for name in chosen):
+        return False
+    return module_fingerprint(student.tower, dtype) == sha256
 
 
-def slice_sizes(description: Mapping[str, Any]) -> dict[str, int]:
-    """Parameters of each group of a described slice.
+def slice_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """The number of parameters in each group of a slice.
 
     Raises:
-        ValueError: it describes none.
+        CacheError: this is not the configuration of a slice.
     """
-    _, shapes = _read(description)
+    _, shapes = _read(config)
     return {group: sum(shape.numel() for shape in shapes[group].values()) for group in GROUPS}
 
 
 def slice_tensors(vlm: Vlm, *, tower: bool) -> dict[str, torch.Tensor]:
-    """Each group of the slice as one flat tensor ``[parameters]`` on the host, in the model's dtype; the tower if asked for.
+    """Each group of the slice as one flat tensor ``[parameters]`` on the host, in the model's dtype; ``tower``: the tower too.
 
     Raises:
-        ValueError: the model cannot be sliced, or holds numbers that are not finite.
+        ConfigError: the model cannot be sliced.
+        CheckpointError: its tensors do not match its configuration, or hold numbers that are not finite.
     """
     check_sliceable(vlm)
     _, shapes = _read(slice_config(vlm.model))
@@ -150,48 +161,53 @@ def slice_tensors(vlm: Vlm, *, tower: bool) -> dict[str, torch.Tensor]:
 def _flat(group: str, shapes: Mapping[str, torch.Size], state: Mapping[str, torch.Tensor]) -> torch.Tensor:
     wrong = [name for name, shape in shapes.items() if name not in state or state[name].shape != shape]
     if wrong:
-        raise ValueError(f"the teacher's {', '.join(wrong[:3])} is not as its configuration says; merge adapters first")
+        raise CheckpointError(
+            f"the teacher's {', '.join(wrong[:3])} is missing or has another shape than its configuration says; merge adapters"
+            " into the checkpoint first"
+        )
     dtypes = {state[name].dtype for name in shapes}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
-        raise ValueError(f"the teacher's {group} holds {', '.join(sorted(map(str, dtypes)))}: expected one floating dtype")
+        raise CheckpointError(f"the teacher's {group} holds {', '.join(sorted(map(str, dtypes)))}: expected one floating dtype")
     for name in shapes:
         if not state[name].isfinite().all():
-            raise ValueError(f"the teacher's {name} holds NaN or infinite numbers; check the checkpoint, or another --dtype")
+            raise CheckpointError(
+                f"the teacher's {name} holds NaN or infinite numbers; check the checkpoint, or use another --dtype"
+            )
     return torch.cat([state[name].detach().reshape(-1).cpu() for name in shapes])
 
 
 class TeacherSlice:
     """First-layer attention and vision tokens of a teacher for any batch, from the tensors of its slice.
 
-    No ``nn.Module``: it belongs to a cache, so it must not become part of a student's checkpoint. ``head_mean``: give the mean
-    of the heads, as a cache of head means would.
+    Not an ``nn.Module``: it belongs to a cache, so it must not become part of a student's checkpoint. ``head_mean``: give the
+    mean of the heads, as a cache of head means does.
     """
 
     def __init__(
         self,
-        description: Mapping[str, Any],
+        config: Mapping[str, Any],
         tensors: Mapping[str, torch.Tensor],
         *,
         device: torch.device | str = "cpu",
         head_mean: bool = False,
     ) -> None:
-        """Put the groups of :func:`slice_tensors` together; they are used in place where they already lie on the device.
+        """Put the groups of :func:`slice_tensors` together; tensors that are already on the device are not copied.
 
         Raises:
-            ValueError: description and tensors do not belong together.
+            CacheError: ``config`` and ``tensors`` do not belong together.
         """
-        config, shapes = _read(description)
+        slice_model, shapes = _read(config)
         for group, flat in tensors.items():
             expected = sum(shape.numel() for shape in shapes[group].values())
             if flat.shape != (expected,) or flat.dtype not in _DTYPES:
-                raise ValueError(
+                raise CacheError(
                     f"the slice's {group} holds {tuple(flat.shape)} numbers of {flat.dtype}, expected {expected:,} by its"
-                    " description: the cache is damaged; run alignkd cache verify"
+                    " configuration: the cache is damaged; run alignkd cache verify"
                 )
-        # Buffers (rotary frequencies) are computed, parameters are left empty. What modules draw on the way must not be
-        # missing from the random numbers of the run.
+        # Buffers (rotary frequencies) are computed, parameters are left empty. The random numbers that modules draw here must
+        # not be taken from those of the run.
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-            self.model = _skeleton(config)
+            self.model = _skeleton(slice_model)
         for group, flat in tensors.items():
             parts = torch.split(flat.to(device), [shape.numel() for shape in shapes[group].values()])
             state = {name: part.view(shape) for part, (name, shape) in zip(parts, shapes[group].items(), strict=True)}
@@ -203,20 +219,21 @@ class TeacherSlice:
 
     @property
     def shares_tower(self) -> bool:
-        """Whether it has no tower of its own: batches must then carry features instead of pixel values."""
+        """Whether it has no tower: batches must then carry features instead of pixel values."""
         return self.model.vision_tower is None
 
     @torch.no_grad()
-    def fill(self, student: Vlm, batch: Batch, targets: Targets, needs: frozenset[str]) -> tuple[Batch, Targets]:
+    def fill(self, student: Vlm, batch: Batch, targets: DecodedTargets, needs: frozenset[str]) -> tuple[Batch, DecodedTargets]:
         """See :class:`alignkd.objective.TargetSource`."""
         if self.shares_tower and batch.images.dim() == 4:
             batch = replace(batch, images=student.run_tower(batch.images))
         attention_BHTV, vision_BVD = self.targets(batch, attention="attention" in needs)
-        return batch, replace(targets, attention_BHTV=attention_BHTV, vision_BVD=vision_BVD)
+        attention = {} if attention_BHTV is None else {0: attention_BHTV}
+        return batch, replace(targets, attention=attention, vision_BVD=vision_BVD)
 
     @torch.no_grad()
     def targets(self, batch: Batch, *, attention: bool = True) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """``attention_BHTV`` (None where not asked for) and ``vision_BVD``, both float32; nothing waits for the device."""
+        """``attention_BHTV`` (None without ``attention``) and ``vision_BVD``, both float32; nothing waits for the device."""
         assert self.shares_tower == (batch.images.dim() == 3) or not batch.images.numel()
         with maybe_autocast(batch.input_ids_BS.device.type, enabled=False):
             tokens_NVD = self.model.encode_images(batch.images)
@@ -249,22 +266,21 @@ class TeacherSlice:
         return rotated
 
 
-def _read(description: Mapping[str, Any]) -> tuple[MobileVlmConfig, dict[str, dict[str, torch.Size]]]:
-    """The slice's configuration, and :func:`_shapes`; nothing of the described sizes is allocated.
+def _read(given: Mapping[str, Any]) -> tuple[MobileVlmConfig, dict[str, dict[str, torch.Size]]]:
+    """The slice's configuration, and :func:`_shapes`; no tensors of these sizes are allocated.
 
-    Its decoder has one layer, of which the parts after the scores are never kept.
+    Its decoder has one layer, whose parts after the scores are never stored.
     """
-    try:
+    # transformers' configurations raise many kinds of error on values that they do not accept.
+    with wrap_errors(CacheError, "this is not the configuration of a teacher's slice"):
         values = {
-            part: {name: _checked(name, description[part][name], kind) for name, kind in kinds.items()}
+            part: {name: _checked(name, given[part][name], kind) for name, kind in kinds.items()}
             for part, kinds in _FIELDS.items()
         }
         text = LlamaConfig(**values["text"], num_hidden_layers=1, intermediate_size=1)
         vision = CLIPVisionConfig(**values["vision"])
         config = MobileVlmConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), **values["features"])
         return config, _shapes(config)
-    except Exception as error:  # transformers' configurations raise many kinds of error on values they do not take
-        raise ValueError(f"this is not the description of a teacher's slice ({type(error).__name__}: {error})") from error
 
 
 def _checked(name: str, value: Any, kind: type) -> Any:
@@ -275,7 +291,7 @@ def _checked(name: str, value: Any, kind: type) -> Any:
 
 
 def _skeleton(config: MobileVlmConfig) -> MobileVlmModel:
-    """The teacher's own modules without those that its first scores do not need."""
+    """The teacher's modules without those that its first scores do not need."""
     model = MobileVlmModel(config)
     text, layer = model.language_model, model.language_model.layers[0]
     del text.norm, layer.mlp, layer.post_attention_layernorm, layer.self_attn.v_proj, layer.self_attn.o_proj

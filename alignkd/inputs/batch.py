@@ -1,4 +1,4 @@
-"""Samples to one batch: placeholders expanded to V positions each, and where text, vision and answers are.
+"""Samples to one batch: placeholders are expanded to V positions each; positions of text, vision and answers are found.
 
 Every position is found from the token ids, so any template, length, number of images and order of text works.
 
@@ -22,11 +22,10 @@ from alignkd.inputs.spans import NO_SPANS
 class ModelInput:
     """One prepared sample: ids and labels ``[length]``, and its images.
 
-    ``images`` is what its family takes: ``[n, 3, h, w]`` pixel values or ``[n, P, C]`` tower features; n may be 0.
-    ``token_inputs``: whatever else its model wants of each token, ``[length]``; ``image_inputs``: of its images.
-    ``regions_R8``: where its vision tokens lie (:mod:`alignkd.inputs.regions`). ``spans``: which characters of the
-    conversation each
-    id stands for (:mod:`alignkd.inputs.spans`), ``[length, 2]``.
+    ``images`` has the form that its family takes: ``[n, 3, h, w]`` pixel values or ``[n, P, C]`` tower features; n may be 0.
+    ``token_inputs``: other inputs that its model needs for each token, ``[length]``; ``image_inputs``: for its images.
+    ``regions_R8``: coordinates of its vision tokens (:mod:`alignkd.inputs.regions`). ``spans``: the characters of the
+    conversation that each id stands for (:mod:`alignkd.inputs.spans`), ``[length, 2]``.
     """
 
     input_ids: np.ndarray
@@ -55,7 +54,7 @@ class Layout:
 def expand(
     input_ids: np.ndarray, labels: np.ndarray, tokens_per_placeholder: int, image_token_id: int = IMAGE_TOKEN_ID
 ) -> Layout:
-    """Expand each image placeholder to its vision tokens and find every position the method needs."""
+    """Expand each image placeholder to its vision tokens and find every position that the method needs."""
     is_image = input_ids == image_token_id
     repeats = np.where(is_image, tokens_per_placeholder, 1)
     ids = np.repeat(input_ids, repeats)
@@ -67,9 +66,9 @@ def expand(
     return Layout(ids, positions[after & (ids != image_token_id)], vision, supervised, labels[supervised + 1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What terms are averaged over: answers, samples with text after an image, samples with an image.
+    """What terms are averaged over: answer tokens, samples with text after an image, samples with an image, all samples.
 
     Where a step has several batches, on one process or many, these are counts of the whole step: the terms and the gradients
     of its batches then add up to those of one large batch. ``processes`` whose gradients are averaged afterwards.
@@ -78,12 +77,13 @@ class Counts:
     answers: float
     with_text_after_image: float
     with_image: float
+    samples: float
     processes: int = 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch. Masks are True where a value is real."""
+    """A padded batch. Masks are False at padding."""
 
     input_ids_BS: torch.Tensor
     attention_mask_BS: torch.Tensor
@@ -102,9 +102,9 @@ class Batch:
     answer_samples_A: torch.Tensor
     """Which sample of the batch each answer token belongs to."""
     token_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """What else the model wants of each token, by its name there, ``[B, S]``."""
+    """Other inputs of the model for each token, ``[B, S]``, by their names there."""
     image_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """What else the model wants of its images, by its name there."""
+    """Other inputs of the model for its images, by their names there."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on another device (asynchronously from pinned memory)."""
@@ -126,10 +126,26 @@ class Batch:
         return self.input_ids_BS.shape[0]
 
     def counts(self) -> Counts:
-        """Those of this batch; it should lie on the host, or this waits for the device."""
-        seen_B = self.vision_mask_BV.any(dim=1)
-        attended_B = seen_B & self.text_mask_BT.any(dim=1)
-        return Counts(len(self.answer_ids_A), float(attended_B.sum()), float(seen_B.sum()))
+        """The counts of this batch. It should be on the host: otherwise this waits for the device."""
+        return Counts(
+            answers=len(self.answer_ids_A),
+            with_text_after_image=float(self.samples_with_text_after_image().sum()),
+            with_image=float(self.samples_with_image().sum()),
+            samples=self.samples,
+        )
+
+    def samples_with_image(self) -> torch.Tensor:
+        """Samples with an image, ``[B]`` of bool."""
+        return self.vision_mask_BV.any(dim=1)
+
+    def samples_with_text_after_image(self) -> torch.Tensor:
+        """Samples with text after an image, ``[B]`` of bool."""
+        return self.samples_with_image() & self.text_mask_BT.any(dim=1)
+
+    def samples_of_answers(self, chosen_A: torch.Tensor) -> torch.Tensor:
+        """Samples that a chosen answer token belongs to, ``[B]`` of bool."""
+        found_B = torch.zeros(self.samples, dtype=torch.int32, device=chosen_A.device)
+        return found_B.index_add_(0, self.answer_samples_A, chosen_A.to(torch.int32)) > 0
 
 
 def collate(
@@ -140,7 +156,7 @@ def collate(
     image_token_id: int = IMAGE_TOKEN_ID,
     pad_left: bool = False,
 ) -> Batch:
-    """Pad samples into one batch: on the right or, to generate from it, on the left, where positions then are of no use."""
+    """Pad samples into one batch: on the right or, for generation, on the left; positions are then not usable."""
     layouts = [expand(s.input_ids, s.labels, tokens_per_placeholder, image_token_id) for s in samples]
     ids, mask = _pad([x.input_ids for x in layouts], pad_token_id, left=pad_left)
     rows, row_mask = _pad([x.text_rows for x in layouts], 0)
@@ -186,9 +202,9 @@ def _pad(arrays: Sequence[np.ndarray], value: int, *, left: bool = False) -> tup
     padded = np.full((len(arrays), longest), value, dtype=np.int64)
     mask = np.zeros((len(arrays), longest), dtype=bool)
     for i, array in enumerate(arrays):
-        place = slice(longest - len(array), longest) if left else slice(0, len(array))
-        padded[i, place] = array
-        mask[i, place] = True
+        part = slice(longest - len(array), longest) if left else slice(0, len(array))
+        padded[i, part] = array
+        mask[i, part] = True
     return torch.from_numpy(padded), torch.from_numpy(mask)
 
 

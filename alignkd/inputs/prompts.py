@@ -1,11 +1,11 @@
 """Conversations to token ids and labels, exactly as MobileVLM V2's training code makes them.
 
 1. ``<image>`` moves to the front of its turn; 2. the template joins the turns; 3. text between images is tokenised piece
-by piece, each image one placeholder id; 4. everything but the answers is masked with -100.
+by piece, and each image is one placeholder id; 4. everything except the answers is masked with -100.
 
 Source: ``preprocess_multimodal``, ``preprocess_plain``, ``preprocess_v1`` and ``tokenizer_image_token`` of the reference
-training code (after LLaVA's). Their quirks are kept, since a model trained with them expects them; the golden tests hold
-the ids. One departure: a turn with several ``<image>`` keeps them all, where the reference keeps one.
+training code (after LLaVA's). Their quirks are kept, since a model trained with them expects them; the golden tests compare
+the ids. One difference: a turn with several ``<image>`` keeps them all, where the reference keeps one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from alignkd.errors import SampleError
+from alignkd.errors import ConfigError, SampleError
 
 Template = Literal["v1", "plain"]
 TEMPLATES: tuple[str, ...] = get_args(Template)
@@ -35,17 +35,17 @@ _ANSWER_MARK = " ASSISTANT: "
 
 
 class PromptError(SampleError):
-    """A conversation that its template cannot hold."""
+    """A conversation that its template cannot express."""
 
 
 def check_template(template: str, known: Sequence[str]) -> None:
     """Refuse a template that a model does not know.
 
     Raises:
-        ValueError: names those it knows.
+        ConfigError: names those it knows.
     """
     if template not in known:
-        raise ValueError(f"--template {template!r}: known are {', '.join(known)}")
+        raise ConfigError(f"--template {template!r}: known are {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Encoded:
 
     @property
     def supervised(self) -> int:
-        """Answer tokens that can be predicted: label positions after the first."""
+        """Answer tokens that can be predicted: supervised positions after the first."""
         return int((self.labels[1:] != IGNORE).sum())
 
     @property
@@ -78,20 +78,21 @@ def encode_conversation(turns: Turns, *, template: str, tokenizer: Any, has_imag
     """Token ids and labels of a whole conversation, cut at ``max_length`` ids (an image counts as one).
 
     Raises:
-        PromptError: the turns do not alternate, or do not fit the template.
-        ValueError: an unknown template.
+        PromptError: the turns do not alternate, or the template cannot express them.
+        ConfigError: an unknown template.
     """
     turns = _image_first(turns) if has_image else list(turns)
     if template == "plain":
         ids, labels = _encode_plain(turns, tokenizer, has_image)
+        length = len(ids)
     elif template == "v1":
-        ids, labels = _encode_v1(turns, tokenizer, has_image, max_length)
+        ids, labels, length = _encode_v1(turns, tokenizer, has_image, max_length)
     else:
-        raise ValueError(f"template is {template!r}; known are {', '.join(TEMPLATES)}")
+        raise ConfigError(f"template is {template!r}; known are {', '.join(TEMPLATES)}")
     return Encoded(
         np.asarray(ids[:max_length], dtype=np.int64),
         np.asarray(labels[:max_length], dtype=np.int64),
-        truncated=len(ids) > max_length,
+        truncated=length > max_length,
     )
 
 
@@ -112,10 +113,10 @@ def encode_question(turns: Turns, *, template: str, tokenizer: Any, has_image: b
 
 
 def parts_of(turns: Turns, *, template: str, has_image: bool) -> tuple[list[Part], int]:
-    """What :func:`encode_conversation` tokenises, part by part, and how many turns before it are left out.
+    """What :func:`encode_conversation` tokenises, part by part, and how many turns before it are not used.
 
     Raises:
-        PromptError: the turns do not alternate, or do not fit the template.
+        PromptError: the turns do not alternate, or the template cannot express them.
     """
     turns = _image_first(turns) if has_image else list(turns)
     if template == "plain":
@@ -141,13 +142,13 @@ def _ids(text: str, tokenizer: Any) -> Sequence[int]:
 
 
 def _image_first(turns: Turns) -> list[tuple[str, str]]:
-    moved = []
+    reordered = []
     for speaker, text in turns:
         count = text.count(IMAGE_TAG)
         if count:
             text = (f"{IMAGE_TAG}\n" * count + text.replace(IMAGE_TAG, "").strip()).strip()
-        moved.append((speaker, text))
-    return moved
+        reordered.append((speaker, text))
+    return reordered
 
 
 def _encode_plain(turns: Turns, tokenizer: Any, has_image: bool) -> tuple[list[int], list[int]]:
@@ -181,13 +182,16 @@ def _v1_parts(turns: Turns) -> Iterator[Part]:
         yield (" ", _END)[index % 2] if message else "", False
 
 
-def _encode_v1(turns: Turns, tokenizer: Any, has_image: bool, max_length: int) -> tuple[list[int], list[int]]:
+def _encode_v1(turns: Turns, tokenizer: Any, has_image: bool, max_length: int) -> tuple[list[int], list[int], int]:
+    """Ids, labels, and the length before anything was cut."""
+
     def tokenize(text: str) -> Sequence[int]:
         return tokenize_with_images(text, tokenizer) if has_image else _ids(text, tokenizer)
 
     text = _v1_text(turns)
     # Without an image the reference lets the tokenizer cut the whole text, but not the rounds it counts with.
-    ids = list(tokenize(text) if has_image else tokenize(text)[:max_length])
+    whole = tokenize(text)
+    ids = list(whole if has_image else whole[:max_length])
     labels = list(ids)
     position = 1
     labels[:position] = [IGNORE] * min(position, len(labels))
@@ -200,7 +204,7 @@ def _encode_v1(turns: Turns, tokenizer: Any, has_image: bool, max_length: int) -
         labels[position : position + instruction] = [IGNORE] * len(labels[position : position + instruction])
         position += len(tokenize(round_text))
     labels[position:] = [IGNORE] * len(labels[position:])
-    # The reference masks the whole sample when its own count disagrees; such a sample is rejected by name later.
+    # The reference masks the whole sample when its own count disagrees; that sample is rejected later, with its id.
     if position < max_length and position != len(ids) - ids.count(tokenizer.pad_token_id):
         labels = [IGNORE] * len(labels)
-    return ids, labels
+    return ids, labels, len(whole)

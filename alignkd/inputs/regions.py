@@ -1,7 +1,8 @@
-"""Where vision tokens lie in the images they were made of.
+"""Coordinates of vision tokens: where they lie in their images.
 
-A sample's vision tokens are those of its regions, one after the other: a region is a grid of tokens, row by row, over a box
-of an image. A model with tiles has several regions an image; a separator after each row, or a token about all, has no box.
+A sample's vision tokens are those of its regions, one after the other. A region is a grid of tokens, row by row, over a box
+of an image. A model with tiles has several regions per image. A separator after each row, or a token about the whole image,
+has no coordinates.
 
 Shapes: R regions, V vision tokens of a sample.
 """
@@ -12,12 +13,12 @@ from typing import Literal
 import numpy as np
 
 SquareMode = Literal["pad", "crop", "stretch"]
-"""How an image becomes square: with borders, by its central square, or by distortion."""
+"""How an image becomes square: ``pad`` adds borders, ``crop`` takes the central square, ``stretch`` distorts."""
 
 COLUMNS = ("image", "rows", "columns", "row_ends", "top", "left", "bottom", "right")
-"""What a region says, float32 ``[R, 8]``: which image of the sample; rows and columns of its grid; tokens without a place after
-each row; its box in fractions of the image's height and width, which may reach over the image's border.
-A region without a place has a box of no size."""
+"""The columns of a region, float32 ``[R, 8]``: which image of the sample; rows and columns of its grid; tokens without
+coordinates after each row; its box in fractions of the image's height and width, which may reach over the image's border.
+A region without coordinates has a box of size 0."""
 
 NO_REGIONS = np.zeros((0, len(COLUMNS)), dtype=np.float32)
 
@@ -30,15 +31,15 @@ def region(
 
 
 def region_without_coordinates(image: int, tokens: int) -> np.ndarray:
-    """Tokens about no place in particular, ``[8]``."""
+    """A region of tokens without coordinates, ``[8]``."""
     return region(image, (1, tokens), (0, 0, 0, 0))
 
 
-def square_box(size: tuple[int, int], fit: SquareMode) -> tuple[float, float, float, float]:
+def square_box(size: tuple[int, int], mode: SquareMode) -> tuple[float, float, float, float]:
     """The box that a square input covers of an image of ``size`` (width, height)."""
-    if fit == "stretch":
+    if mode == "stretch":
         return 0.0, 0.0, 1.0, 1.0
-    side = max(size) if fit == "pad" else min(size)
+    side = max(size) if mode == "pad" else min(size)
     (left, right), (top, bottom) = (((1 - side / n) / 2, (1 + side / n) / 2) for n in size)
     return top, left, bottom, right
 
@@ -56,7 +57,7 @@ def tokens_of(regions_R8: np.ndarray) -> np.ndarray:
 
 
 def boxes(regions_R8: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each vision token its image ``[V]`` and its box (top, left, bottom, right), ``[V, 4]``; of no size without a place."""
+    """The image ``[V]`` and the box (top, left, bottom, right) ``[V, 4]`` of each vision token; size 0 without coordinates."""
     images, found = [np.zeros(0, np.int64)], [np.zeros((0, 4))]
     for image, rows, columns, ends, top, left, bottom, right in regions_R8.tolist():
         height, width = (bottom - top) / max(rows, 1), (right - left) / max(columns, 1)

@@ -1,7 +1,7 @@
 """Which characters of a conversation a token stands for, whatever the template and the tokenizer.
 
-Characters are counted over the conversation's own text, turn after turn, without white space and without image tags: templates
-add, move and strip these. A token of the template's own text stands for none: an empty span, where the next would begin.
+Characters are counted over the text of the conversation, turn after turn, without white space and image tags, which templates
+add, move and strip. A token of the template's text stands for no characters: it has an empty span, where the next one begins.
 
 Shapes: L ids, C characters of a text.
 """
@@ -14,10 +14,10 @@ import numpy as np
 from alignkd.inputs.prompts import IMAGE_TAG, Part
 
 NO_SPANS = np.zeros((0, 2), dtype=np.int32)
-"""Of an input whose encoder gives no spans."""
+"""The spans of an input whose encoder gives none."""
 
 _WORD_START = "\u2581"
-"""SentencePiece cannot tell it from a space."""
+"""The character that SentencePiece writes for a space."""
 
 
 def counted(text: str) -> np.ndarray:
@@ -28,7 +28,7 @@ def counted(text: str) -> np.ndarray:
     return found_C
 
 
-def places(parts: Iterable[Part], before: int = 0) -> np.ndarray:
-    """How many counted characters lie before each place of the parts' joined text, ``[C + 1]``; ``before`` it: left out."""
+def places(parts: Iterable[Part], skipped: int = 0) -> np.ndarray:
+    """How many characters count before each position of the parts' joined text, ``[C + 1]``, ``skipped`` others included."""
     flags = [counted(text) if own else np.zeros(len(text), dtype=bool) for text, own in parts]
-    return np.concatenate([[before], before + np.concatenate(flags or [np.zeros(0, bool)]).cumsum()]).astype(np.int32)
+    return np.concatenate([[skipped], skipped + np.concatenate(flags or [np.zeros(0, bool)]).cumsum()]).astype(np.int32)

@@ -1,10 +1,10 @@
 """Maps between teacher and student where head counts and widths differ.
 
-A trained map on the teacher's side invites collapse: teacher and student can agree on zero. So by default
+A trained map on the teacher's side can collapse: teacher and student can agree on zero. So by default
 
-* heads: each student head meets a **convex mixture** of teacher heads. A row of a mixture of attention rows is still a
-  sub-distribution with the teacher's total mass on the image; no setting of the weights makes it small.
-* widths: the student's vision tokens are **lifted** to the teacher's width; the target itself is never touched.
+* heads: each student head is compared with a **convex mixture** of teacher heads. A row of a mixture of attention rows is still
+  a sub-distribution with the teacher's total mass on the image; no setting of the weights makes it small.
+* widths: the student's vision tokens are **lifted** to the teacher's width; the target itself is not changed.
 
 The 1 x 1 convolution over heads and the teacher-side projection of the released Align-KD code are here for comparison;
 unlike there, they are trained.
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from alignkd.errors import ConfigError
 from alignkd.losses.recipes import HeadMap, WidthMap
 
 
@@ -42,8 +43,8 @@ class HeadConvolution(nn.Module):
 
     def forward(self, attention_BHTV: torch.Tensor) -> torch.Tensor:
         """Combine heads: ``[B, Ht, T, V] -> [B, Hs, T, V]``."""
-        mixed_BHTV = torch.einsum("sh,bhtv->bstv", self.weight.float(), attention_BHTV.float())
-        return mixed_BHTV + self.bias.float()[:, None, None]
+        combined_BHTV = torch.einsum("sh,bhtv->bstv", self.weight.float(), attention_BHTV.float())
+        return combined_BHTV + self.bias.float()[:, None, None]
 
 
 class HeadMean(nn.Module):
@@ -55,7 +56,7 @@ class HeadMean(nn.Module):
 
 
 def _grouped(teacher_heads: int, student_heads: int) -> torch.Tensor:
-    """Start with each student head mixing its share of the teacher's, at least one: ``[Hs, Ht]`` of 0 and 1."""
+    """Initial weights ``[Hs, Ht]`` of 0 and 1: each student head takes its share of the teacher's heads, at least one."""
     weights = torch.zeros(student_heads, teacher_heads)
     for student in range(student_heads):
         first = student * teacher_heads // student_heads
@@ -65,7 +66,7 @@ def _grouped(teacher_heads: int, student_heads: int) -> torch.Tensor:
 
 
 class WidthAdapter(nn.Module):
-    """Bring vision tokens of both sides to one width: ``(student [.., Ds], teacher [.., Dt]) -> both [.., D]``.
+    """Map vision tokens of both sides to one width: ``(student [.., Ds], teacher [.., Dt]) -> both [.., D]``.
 
     ``lift``: a trained linear map of the student to the teacher's width. ``isometry``: a fixed map with orthonormal rows or
     columns between the widths, applied to the wider side. ``projection``: a trained map of the teacher to the student's
@@ -104,13 +105,13 @@ def _orthonormal(rows: int, columns: int) -> torch.Tensor:
 
 
 def make_head_map(kind: HeadMap, teacher_heads: int, student_heads: int) -> nn.Module:
-    """The head map a recipe names.
+    """The head map that a recipe names.
 
     Raises:
-        ValueError: the targets hold only the head mean, but the recipe compares heads.
+        ConfigError: the targets hold only the head mean, but the recipe compares heads.
     """
     if teacher_heads == 1 and student_heads > 1 and kind != "mean":
-        raise ValueError(
+        raise ConfigError(
             f"head_map is {kind!r}, which needs every teacher head, but the cache holds their mean;"
             " use --set head_map=mean, or cache with --attention per-head"
         )

@@ -1,10 +1,12 @@
-"""Which decoder layers a recipe compares, in words or by number, and which layer of the teacher each one meets.
+"""Which decoder layers a recipe compares, in words or by number, and which layer of the teacher matches each one.
 
-Layers count from 0. ``middle`` is the stretch from a third to three fifths of the depth, the layers that CompoDistill
-(arXiv 2510.12184) aligns: 8 to 14 of 24, 13 to 23 of 40.
+Layers count from 0. ``middle`` are the layers from a third to three fifths of the depth, which CompoDistill (arXiv 2510.12184)
+compares: 8 to 14 of 24, 13 to 23 of 40.
 """
 
 import re
+
+from alignkd.errors import ConfigError
 
 _WORDS = ("first", "last", "middle", "all")
 _NUMBERS = re.compile(r"\d+(,\d+)*")
@@ -12,25 +14,25 @@ EXPECTED = f"{', '.join(_WORDS)}, or layers such as 0,5,11"
 
 
 def check_layers(text: str) -> None:
-    """Refuse what names no layers.
+    """Refuse a text that does not name layers.
 
     Raises:
-        ValueError: says what was expected.
+        ConfigError: says what is expected.
     """
     if text in _WORDS:
         return
     if not _NUMBERS.fullmatch(text):
-        raise ValueError(f"{text!r} names no layers, expected {EXPECTED}")
+        raise ConfigError(f"{text!r} names no layers, expected {EXPECTED}")
     numbers = text.split(",")
     if len(set(map(int, numbers))) < len(numbers):
-        raise ValueError(f"{text!r} names a layer twice")
+        raise ConfigError(f"{text!r} names a layer twice")
 
 
 def find_layers(text: str, depth: int) -> tuple[int, ...]:
-    """The layers that the words mean in a model of ``depth`` layers, in order.
+    """The layers that the text names in a model of ``depth`` layers, in order.
 
     Raises:
-        ValueError: they mean none, or one that it does not have.
+        ConfigError: it names none, or one that the model does not have.
     """
     check_layers(text)
     last = depth - 1
@@ -42,28 +44,28 @@ def find_layers(text: str, depth: int) -> tuple[int, ...]:
     }
     layers = tuple(named[text]) if text in named else tuple(sorted(int(number) for number in text.split(",")))
     if layers[-1] > last:
-        raise ValueError(f"layer {layers[-1]} is wanted, but there are {depth}: 0 to {last}")
+        raise ConfigError(f"layer {layers[-1]} is wanted, but there are {depth}: 0 to {last}")
     return layers
 
 
 def find_teacher_layers(text: str, depth: int) -> tuple[int, ...]:
-    """As :func:`find_layers`; ``WORDS@N`` are the layers that those of a student of N layers meet.
+    """As :func:`find_layers`; ``WORDS@N`` are the layers that match those of a student of N layers.
 
     Raises:
-        ValueError: as there.
+        ConfigError: as there.
     """
     words, at, student = text.partition("@")
     if not at:
         return find_layers(words, depth)
     if not student.isdigit() or int(student) < 1:
-        raise ValueError(f"{text!r}: after @ stand the layers of the student, such as {words}@24")
+        raise ConfigError(f"{text!r}: expected the student's number of layers after @, such as {words}@24")
     return tuple(sorted({matching_teacher_layer(layer, int(student), depth) for layer in find_layers(words, int(student))}))
 
 
 def matching_teacher_layer(layer: int, depth: int, teacher_depth: int) -> int:
-    """The layer of a teacher that a layer of a student of ``depth`` layers meets.
+    """The layer of a teacher that matches a layer of a student of ``depth`` layers.
 
-    At the same relative depth, rounded (half up): the first meets the first, the last meets the last.
+    At the same relative depth, rounded (half up): the first matches the first, the last matches the last.
     """
     return _rounded(layer * (teacher_depth - 1), max(depth - 1, 1))
 

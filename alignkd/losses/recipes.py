@@ -1,14 +1,16 @@
-"""Named sets of terms and weights. Every number of the objective is a field here and nowhere else."""
+"""Named sets of terms and weights. Every number of the objective is a field here and nowhere else. Imports no torch."""
 
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 
+from alignkd.errors import ConfigError, wrap_errors
 from alignkd.losses.layers import EXPECTED, check_layers
+from alignkd.losses.term_registry import find_term, registered_terms
 from alignkd.targets.logit_settings import DIVERGENCE_NAMES
 
 HeadMap = Literal["mixture", "convolution", "mean"]
@@ -24,20 +26,24 @@ _CHOICES = {
     "weighting": Weighting,
 }
 
+_WEIGHTS = ("supervised", *DIVERGENCE_NAMES, "attention", "vision")
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """Weights and settings of the objective; a weight of 0 leaves a term out (its target is then not needed).
+    """Weights and settings of the objective. A term of weight 0 is left out, and its target is not needed.
 
-    ``normalise``: measure attention against uniform attention and vision tokens against their variance, so that weights
+    ``normalise``: measure attention relative to uniform attention and vision tokens relative to their variance, so that weights
     mean the same at any number of vision tokens and any width. ``vision_focus`` is the paper's lambda, ``focus_k`` its k.
-    The gradient of the logit term carries no extra temperature factor: its weight says it all.
+    The gradient of a logit term has no extra factor of the temperature: its weight is all.
 
     ``attention_distance`` and ``attention_rows``: see :mod:`alignkd.losses.attention_distance`. ``attention_layers``: the
-    student's,
-    see :mod:`alignkd.losses.layers`; the term is the mean over them. ``weighting``: see :mod:`alignkd.losses.learned_weights`,
-    whose
-    weights have a learning rate of their own, as a model's would hardly move them.
+    student's, see :mod:`alignkd.losses.layers`; the term is the mean over them. ``weighting``: see
+    :mod:`alignkd.losses.learned_weights`; learned weights have a learning rate of their own, since that of a model would hardly
+    change them. ``extra``: weights of terms from outside the package (:mod:`alignkd.losses.custom_terms`), by name.
+
+    Raises:
+        ConfigError: a value out of range, a choice that is not known, an extra term that is not registered, or a contradiction.
     """
 
     name: str = "custom"
@@ -58,41 +64,70 @@ class Recipe:
     attention_layers: str = "first"
     weighting: Weighting = "fixed"
     weighting_learning_rate: float = 1e-3
+    extra: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name in ("supervised", *DIVERGENCE_NAMES, "attention", "vision", "vision_focus"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"recipe {self.name}: {name} is {getattr(self, name)}, expected a weight of 0 or more")
+        # In the order of names: the loss is a sum, whose last bits depend on the order.
+        object.__setattr__(self, "extra", {name: float(self.extra[name]) for name in sorted(self.extra)})
+        for name in self.extra:
+            with _of_recipe(self, "extra"):
+                find_term(name)
+        for name, weight in {**self.weights, "vision_focus": self.vision_focus}.items():
+            if not 0 <= weight < float("inf"):
+                raise ConfigError(f"recipe {self.name}: {name} is {weight}, expected a weight of 0 or more")
         for name in ("temperature", "weighting_learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"recipe {self.name}: {name} is {getattr(self, name)}, expected more than 0")
+                raise ConfigError(f"recipe {self.name}: {name} is {getattr(self, name)}, expected more than 0")
         if self.focus_k < 1:
-            raise ValueError(f"recipe {self.name}: focus_k is {self.focus_k}, expected 1 or more")
+            raise ConfigError(f"recipe {self.name}: focus_k is {self.focus_k}, expected 1 or more")
         for name, choice in _CHOICES.items():
             if getattr(self, name) not in get_args(choice):
                 known = ", ".join(get_args(choice))
-                raise ValueError(f"recipe {self.name}: {name} is {getattr(self, name)!r}; known are {known}")
-        try:
+                raise ConfigError(f"recipe {self.name}: {name} is {getattr(self, name)!r}; known are {known}")
+        with _of_recipe(self, "attention_layers"):
             check_layers(self.attention_layers)
-        except ValueError as error:
-            raise ValueError(f"recipe {self.name}: attention_layers: {error}") from error
         if self.attention_distance == "kl" and self.head_map == "convolution":
-            raise ValueError(
+            raise ConfigError(
                 f"recipe {self.name}: attention_distance kl compares distributions, which head_map convolution does not give;"
                 " use head_map mixture or mean"
             )
 
     @property
+    def weights(self) -> dict[str, float]:
+        """The weights by name, those of extra terms included; not ``vision_focus``, which is a factor of ``vision``."""
+        return {name: getattr(self, name) for name in _WEIGHTS} | dict(self.extra)
+
+    @property
     def divergences(self) -> tuple[str, ...]:
-        """The logit terms that count."""
+        """The logit terms whose weight is above 0."""
         return tuple(name for name in DIVERGENCE_NAMES if getattr(self, name) > 0)
 
     @property
+    def extra_terms(self) -> tuple[str, ...]:
+        """The terms from outside the package whose weight is above 0."""
+        return tuple(name for name, weight in self.extra.items() if weight > 0)
+
+    @property
+    def compares_attention(self) -> bool:
+        """Whether a term compares the student's attention with the teacher's."""
+        return self.attention > 0 or any("attention" in find_term(name).needs for name in self.extra_terms)
+
+    @property
     def needs(self) -> frozenset[str]:
-        """The targets the recipe cannot do without: of ``attention``, ``vision``, ``logits``."""
+        """The targets that the recipe needs: of ``attention``, ``vision``, ``logits``."""
         wanted = {"attention": self.attention > 0, "vision": self.vision > 0, "logits": bool(self.divergences)}
         wanted["attention"] |= self.vision > 0 and self.vision_focus > 0
-        return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
+        built_in = {name for name, is_wanted in wanted.items() if is_wanted}
+        return frozenset(built_in.union(*(find_term(name).needs for name in self.extra_terms)))
+
+
+@contextmanager
+def _of_recipe(recipe: Recipe, field_name: str) -> Iterator[None]:
+    """Errors say which field of which recipe they are about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"recipe {recipe.name}: {field_name}: {error}") from error
 
 
 RECIPES = {
@@ -117,35 +152,19 @@ RECIPES = {
     )
 }
 
-ABOUT = {
-    "align-kd": "Align-KD (arXiv 2412.01282), terms normalised so that weights mean the same at any size",
-    "paper": "Align-KD as its paper states the terms, with the head map of its released code, which is trained here",
-    "sft": "no teacher",
-    "logits-only": "reverse KL alone",
-    "llavadi-forward": "the logit distillation of LLaVADI (arXiv 2407.19409), forward KL on answer tokens; its distilled"
-    " features, affinities and generated data are not here",
-    "llavadi-reverse": "the same with reverse KL",
-    "llavadi-js": "the same with the Jensen-Shannon divergence, the middle of its generalised ones",
-    "compodistill": "after CompoDistill (arXiv 2510.12184): cosine of head-mean attention in the middle layers, forward KL;"
-    " rows are text and not vision tokens, each compared by itself; layers meet one to one and not in groups; high"
-    " attention is not filtered; no three stages, and the teacher's projector is not taken over",
-    "beta-kd": "align-kd with a learned precision for each term, after Beta-KD (arXiv 2603.21426), its form of one precision"
-    " a term; it cites Kendall et al. (arXiv 1705.07115) for it",
-}
-"""What each recipe is, whose it is after, and what differs."""
-
 
 def get_recipe(name_or_file: str, overrides: Mapping[str, str] | None = None) -> Recipe:
     """A recipe by name or from a YAML file of its fields, with ``key=value`` overrides.
 
-    A YAML file may name a recipe to start from: ``base: align-kd``.
+    A YAML file may start from another recipe: ``base: align-kd``. Keys are fields of a recipe, and names of registered terms
+    (:mod:`alignkd.losses.custom_terms`), whose values are weights.
 
     Raises:
-        ValueError: an unknown recipe, field or value.
+        ConfigError: an unknown recipe, key or value, or a file that is not readable.
     """
     recipe = _read(Path(name_or_file)) if Path(name_or_file).suffix in (".yaml", ".yml") else RECIPES.get(name_or_file)
     if recipe is None:
-        raise ValueError(f"recipe {name_or_file!r} is not known; known are {', '.join(RECIPES)}, or a FILE.yaml")
+        raise ConfigError(f"recipe {name_or_file!r} is not known; known are {', '.join(RECIPES)}, or a FILE.yaml")
     values = {key: _parse(key, text) for key, text in (overrides or {}).items()}
     return _replace(recipe, values, "--set")
 
@@ -154,87 +173,110 @@ _NEXT_TO_NOTHING = 2.0**-40
 
 
 def one_term_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """For each term that counts, by its name in the objective, a recipe of that term alone with the weight it has.
+    """For each term whose weight is above 0, by its name in the objective, a recipe of that term alone with its weight.
 
     ``vision_focus`` is a factor of ``vision``, which cannot be 0: there all vision tokens keep a weight of 1e-12.
     """
-    weights = {name: getattr(recipe, name) for name in ("supervised", *DIVERGENCE_NAMES, "attention", "vision")}
-    nothing = dict.fromkeys(weights, 0.0)
-    found = {name: {**nothing, name: weight} for name, weight in weights.items() if weight > 0}
+    nothing: dict[str, Any] = {**dict.fromkeys(_WEIGHTS, 0.0), "extra": {}}
+    found = {name: {**nothing, name: getattr(recipe, name)} for name in _WEIGHTS if getattr(recipe, name) > 0}
     if vision := found.pop("vision", None):
         found["vision_all"] = {**vision, "vision_focus": 0.0}
         if recipe.vision_focus > 0:
             focus = recipe.vision * recipe.vision_focus / _NEXT_TO_NOTHING
             found["vision_focus"] = {**nothing, "vision": _NEXT_TO_NOTHING, "vision_focus": focus}
+    found |= {name: {**nothing, "extra": {name: recipe.extra[name]}} for name in recipe.extra_terms}
     return {term: replace(recipe, name=f"{recipe.name}: {term} alone", **values) for term, values in found.items()}
 
 
 def _read(path: Path) -> Recipe:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"recipe file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe file {path} is not YAML: {error}") from error
+    with wrap_errors(ConfigError, f"recipe file {path} cannot be read", OSError):
+        content = path.read_bytes()
+    with wrap_errors(ConfigError, f"recipe file {path} is not YAML"):
+        values = yaml.safe_load(content)
     if not isinstance(values, dict):
-        raise ValueError(f"recipe file {path} holds a {type(values).__name__}, expected fields of a recipe")
+        raise ConfigError(f"recipe file {path} holds a {type(values).__name__}, expected fields of a recipe")
     base = values.pop("base", None)
     if base is not None and (not isinstance(base, str) or base not in RECIPES):
-        raise ValueError(f"recipe file {path}: base is {base!r}; known are {', '.join(RECIPES)}")
+        raise ConfigError(f"recipe file {path}: base is {base!r}; known are {', '.join(RECIPES)}")
     values.setdefault("name", path.stem)
     return _replace(RECIPES[base] if base else Recipe(), values, str(path))
 
 
 def _parse(key: str, text: str) -> Any:
-    try:
+    with wrap_errors(ConfigError, f"--set {key}={text}: not a value"):
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {key}={text}: not a value ({error.__class__.__name__})") from error
 
 
 def _replace(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
-    types = {f.name: type(getattr(Recipe(), f.name)) for f in fields(Recipe)}
-    converted: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in types:
-            raise ValueError(f"{where}: {key!r} is no field of a recipe; known are {', '.join(types)}")
-        kind = types[key]
-        if key == "attention_layers":
-            value = _layers(value, where)
-        if kind is float and isinstance(value, str):  # YAML takes 1e-2 for a string
-            with suppress(ValueError):
-                value = float(value)
-        accepted = (int, float) if kind is float else (kind,)
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{where}: {key} is {value!r}, expected {kind.__name__}")
-        converted[key] = kind(value)
-    return replace(recipe, **converted)
+    """The recipe with the values of some fields and of some registered terms."""
+    types = {f.name: type(getattr(Recipe(), f.name)) for f in fields(Recipe) if f.name != "extra"}
+    changed: dict[str, Any] = {}
+    extra = dict(recipe.extra)
+    for key, value in _flat(values, where).items():
+        if key in types:
+            changed[key] = _converted(key, value, types[key], where)
+        elif key in registered_terms():
+            extra[key] = _converted(key, value, float, where)
+        else:
+            raise ConfigError(
+                f"{where}: {key!r} is no field of a recipe; known are {', '.join(types)}, and the terms registered from outside"
+                f" the package: {', '.join(registered_terms()) or 'none'}"
+            )
+    return replace(recipe, **changed, extra=extra)
+
+
+def _flat(values: Mapping[str, Any], where: str) -> dict[Any, Any]:
+    """The values with those under ``extra``, where a recorded recipe holds its extra terms, beside the others."""
+    extra = values.get("extra", {})
+    if not isinstance(extra, Mapping):
+        raise ConfigError(f"{where}: extra is {extra!r}, expected weights of registered terms by name")
+    return {**{key: value for key, value in values.items() if key != "extra"}, **extra}
+
+
+def _converted(key: str, value: Any, kind: type, where: str) -> Any:
+    if key == "attention_layers":
+        value = _layers(value, where)
+    if kind is float and isinstance(value, str):  # YAML reads 1e-2 as a string
+        with suppress(ValueError):
+            value = float(value)
+    accepted = (int, float) if kind is float else (kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{where}: {key} is {value!r}, expected {kind.__name__}")
+    try:
+        return kind(value)
+    except OverflowError as error:  # an integer beyond the range of a float
+        raise ConfigError(f"{where}: {key} is out of range, expected {kind.__name__}") from error
 
 
 def _layers(value: Any, where: str) -> str:
-    """Layers as a file may give them, a list or a number among others, in the form that the field has."""
+    """Layers as a file may give them, such as a list or a number, in the form of the field."""
     numbers = value if isinstance(value, list) else [value]
     if all(type(number) is int and number >= 0 for number in numbers) and numbers:
         return ",".join(map(str, numbers))
     if not isinstance(value, str):
-        raise ValueError(f"{where}: attention_layers is {value!r}, expected {EXPECTED}")
+        raise ConfigError(f"{where}: attention_layers is {value!r}, expected {EXPECTED}")
     return value.replace(" ", "")
 
 
-def describe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, for a run's resolved configuration."""
-    return asdict(recipe)
+def recipe_record(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, for the record of a run; ``extra`` only where it has extra terms, as in older records."""
+    record = asdict(recipe)
+    if not recipe.extra:
+        del record["extra"]
+    return record
 
 
 TERMS = ("supervised", *DIVERGENCE_NAMES, "attention", "vision_all", "vision_focus")
+"""The terms of this package, by their names in the objective."""
 
 
 def term_weights(recipe: Recipe) -> dict[str, float]:
-    """The factor of each unweighted term in the loss."""
+    """The factor of each unweighted term in the loss, by the term's name in the objective."""
     return {
         "supervised": recipe.supervised,
         **{name: getattr(recipe, name) for name in DIVERGENCE_NAMES},
         "attention": recipe.attention,
         "vision_all": recipe.vision,
         "vision_focus": recipe.vision * recipe.vision_focus,
+        **recipe.extra,
     }

@@ -11,10 +11,7 @@ Shapes: B samples, H heads, T text rows, V vision columns, D width, A answers, N
 
 import torch
 
-
-def wide(values: torch.Tensor) -> torch.Tensor:
-    """float32, or float64 as it is."""
-    return values if values.dtype == torch.float64 else values.float()
+from alignkd.losses.dtypes import at_least_float32
 
 
 def attention_loss(
@@ -29,20 +26,20 @@ def attention_loss(
 
     Zero for samples without text after an image.
 
-    ``relative_to_uniform`` measures each probability against 1 / V, which multiplies the error by V squared: entries are of
-    the order of 1 / V, so the plain error (1e-5 and below) would be nothing beside a cross-entropy.
+    ``relative_to_uniform`` measures each probability relative to 1 / V, which multiplies the error by V squared: entries are of
+    the order of 1 / V, so that the plain error (1e-5 and below) would be negligible beside a cross-entropy.
     """
-    real_BTV = text_mask_BT[:, :, None] & vision_mask_BV[:, None, :]
-    entries_B = real_BTV.sum(dim=(1, 2))
-    error_BTV = (wide(student_BHTV) - wide(teacher_BHTV)).square().mean(dim=1)
-    loss_B = (error_BTV * real_BTV).sum(dim=(1, 2)) / entries_B.clamp(min=1)
+    mask_BTV = text_mask_BT[:, :, None] & vision_mask_BV[:, None, :]
+    entries_B = mask_BTV.sum(dim=(1, 2))
+    error_BTV = (at_least_float32(student_BHTV) - at_least_float32(teacher_BHTV)).square().mean(dim=1)
+    loss_B = (error_BTV * mask_BTV).sum(dim=(1, 2)) / entries_B.clamp(min=1)
     if relative_to_uniform:
         loss_B = loss_B * vision_mask_BV.sum(dim=1).square()
     return loss_B
 
 
 def focus_mask(attention_BHTV: torch.Tensor, vision_mask_BV: torch.Tensor, k: int) -> torch.Tensor:
-    """The k vision tokens of each sample that the teacher's text attends to most, ``[B, V]`` of bool.
+    """The k vision tokens of each sample to which the teacher's text attends most, ``[B, V]`` of bool.
 
     Score: first-layer attention summed over text rows and averaged over heads. All tokens when a sample has k or fewer.
     """
@@ -64,10 +61,10 @@ def vision_loss(
     Zero for samples without an image.
 
     ``relative_to_variance`` divides by the variance of the teacher's tokens of that sample (over all its tokens and
-    features): 1 is what a constant would reach. Where that is zero, nothing is divided.
+    features): a constant would reach 1. Where the variance is zero, nothing is divided.
     """
-    teacher_BVD = wide(teacher_BVD)
-    error_BV = (wide(student_BVD) - teacher_BVD).square().mean(dim=2)
+    teacher_BVD = at_least_float32(teacher_BVD)
+    error_BV = (at_least_float32(student_BVD) - teacher_BVD).square().mean(dim=2)
     chosen_B = token_mask_BV.sum(dim=1)
     loss_B = (error_BV * token_mask_BV).sum(dim=1) / chosen_B.clamp(min=1)
     if relative_to_variance:
@@ -81,6 +78,6 @@ def _variance(tokens_BVD: torch.Tensor, mask_BV: torch.Tensor) -> torch.Tensor:
     mean_B = (tokens_BVD * mask_BV1).sum(dim=(1, 2)) / count_B
     centred_BVD = (tokens_BVD - mean_B[:, None, None]) * mask_BV1
     variance_B = centred_BVD.square().sum(dim=(1, 2)) / count_B
-    # A sample without an image has no variance, nor have tokens that are all alike, as an untrained Gemma 3 gives them:
-    # one keeps the division finite, and the loss of the first zero.
+    # A sample without an image has no variance, nor have equal tokens, which an untrained Gemma 3 gives: 1 keeps the division
+    # finite, and the loss of a sample without an image zero.
     return torch.where(variance_B > 0, variance_B, torch.ones_like(mean_B))

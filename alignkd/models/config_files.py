@@ -86,8 +86,8 @@ def check_sizes(config: Mapping[str, Any], where: object) -> None:
     for name, value in config.items():
         if isinstance(value, dict):
             check_sizes(value, where)
-        elif isinstance(value, int | float) and value > (most := _LARGEST.get(name, float("inf"))):
-            raise CheckpointError(f"{where}: {name} is {short(value)}, expected at most {most:,}; the file is damaged")
+        elif name in _LARGEST and isinstance(value, int | float) and not 0 <= value <= _LARGEST[name]:
+            raise CheckpointError(f"{where}: {name} is {short(value)}, expected 0 to {_LARGEST[name]:,}; the file is damaged")
 
 
 def short(value: Any) -> str:

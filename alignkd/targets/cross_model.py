@@ -1,12 +1,12 @@
-"""Targets of one teacher in the layout of another make of student: vision tokens by where they lie, text by its characters.
+"""Cross-architecture targets: those of a teacher, in the layout of a student of another model family.
 
-1. Vision: a teacher's token shares its attention among the student's tokens over the same piece of the image, by area; a
-   student's token is to be the mean, by area, of the teacher's tokens over it.
-2. Text: a student's row is to attend as the mean of the teacher's rows over the same characters does, where both have seen the
-   same images.
-3. Answers: a student's answer token has the logits of the teacher's answer token of the same id over the same characters.
+1. Vision tokens are matched by coordinates. The attention on a teacher's token is shared among the student's tokens that lie
+   over the same part of the image, by area; the target of a student's token is the mean, by area, of the teacher's there.
+2. Text rows are matched by characters. The target of a student's row is the mean of the teacher's rows over the same
+   characters, where the same images come before both.
+3. Answer tokens are matched by id and characters: the target is the logits of the matching answer token of the teacher.
 
-Equal layouts give identities, to the bit.
+Equal layouts give exact identities.
 
 Shapes: R regions, V vision tokens of a sample, T text rows, L ids, A answers; a trailing t or s: of teacher or student.
 """
@@ -17,23 +17,25 @@ from functools import lru_cache
 
 import numpy as np
 
+from alignkd.errors import SampleError
 from alignkd.inputs.prompts import IGNORE
 from alignkd.inputs.regions import COLUMNS, boxes, tokens_of
 
 _TINY = 1e-6
-"""Of a token's side: cells that touch overlap by rounding errors."""
+"""In units of a token's side: neighbouring cells overlap by rounding errors, which are not counted."""
 
 
-class CrossModelError(ValueError):
-    """Teacher and student see a sample in ways that cannot be aligned; the message says which."""
+class CrossModelError(SampleError):
+    """A sample whose targets cannot be mapped from the teacher to the student; the message says why."""
 
 
 @dataclass(frozen=True)
 class VisionMap:
-    """Between the vision tokens of a teacher and those of a student, of one sample, float32.
+    """Between the vision tokens of a teacher and those of a student, for one sample, float32.
 
-    ``share`` ``[Vt, Vs]``: attention on teacher's columns times it is attention on the student's. ``mean`` ``[Vs, Vt]`` times
-    the teacher's vision tokens are the student's targets. ``known`` ``[Vs]``: which of its tokens have one.
+    ``share`` ``[Vt, Vs]``: attention on the teacher's columns times ``share`` is attention on the student's. ``mean``
+    ``[Vs, Vt]``: ``mean`` times the teacher's vision tokens are the student's targets. ``known`` ``[Vs]``: which of the
+    student's tokens have a target.
     """
 
     share: np.ndarray
@@ -43,7 +45,7 @@ class VisionMap:
 
 @dataclass(frozen=True)
 class RowMap:
-    """``mean`` ``[Ts, Tt]`` times the teacher's rows are the student's targets; ``known`` ``[Ts]``: which rows have one."""
+    """``mean`` ``[Ts, Tt]`` times the teacher's rows are the student's targets; ``known`` ``[Ts]``: which have one."""
 
     mean: np.ndarray
     known: np.ndarray
@@ -51,7 +53,7 @@ class RowMap:
 
 @dataclass(frozen=True)
 class Text:
-    """What one side has of a sample's text: ids and labels ``[L]``, spans ``[L, 2]`` (:mod:`alignkd.inputs.spans`).
+    """A sample's text on one side: ids and labels ``[L]``, spans ``[L, 2]`` (:mod:`alignkd.inputs.spans`).
 
     ``image_token_id`` in ``input_ids`` stands for ``tokens_per_placeholder`` vision tokens.
     """
@@ -66,11 +68,11 @@ class Text:
 def map_vision(teacher_R8: np.ndarray, student_R8: np.ndarray) -> VisionMap:
     """The map between two layouts (:mod:`alignkd.inputs.regions`) of the same images.
 
-    An image that both lay out alike is mapped token by token. So is one in which either has no token with a place, if both
-    have as many.
+    An image with equal layouts is mapped token by token. So is an image in which one side has no token with coordinates, if
+    both sides have the same number of tokens.
 
     Raises:
-        CrossModelError: the numbers of images differ, or tokens without a place meet another number of tokens.
+        CrossModelError: the numbers of images differ, or tokens without coordinates have to match another number of tokens.
     """
     return _map_vision(np.asarray(teacher_R8, np.float32).tobytes(), np.asarray(student_R8, np.float32).tobytes())
 
@@ -78,12 +80,12 @@ def map_vision(teacher_R8: np.ndarray, student_R8: np.ndarray) -> VisionMap:
 @lru_cache(maxsize=16)
 def _map_vision(teacher: bytes, student: bytes) -> VisionMap:
     teacher_R8, student_R8 = (np.frombuffer(x, np.float32).reshape(-1, len(COLUMNS)) for x in (teacher, student))
-    seen = [sorted(set(regions_R8[:, 0].astype(int).tolist())) for regions_R8 in (teacher_R8, student_R8)]
-    if seen[0] != seen[1]:
-        raise CrossModelError(f"the teacher saw {len(seen[0])} images, the student {len(seen[1])}")
+    images = [sorted(set(regions_R8[:, 0].astype(int).tolist())) for regions_R8 in (teacher_R8, student_R8)]
+    if images[0] != images[1]:
+        raise CrossModelError(f"the teacher has {len(images[0])} images of this sample, the student {len(images[1])}")
     columns = [np.repeat(regions_R8[:, 0].astype(int), tokens_of(regions_R8)) for regions_R8 in (teacher_R8, student_R8)]
     area = np.zeros((len(columns[0]), len(columns[1])))
-    for image in seen[0]:
+    for image in images[0]:
         theirs, ours = (regions_R8[regions_R8[:, 0] == image] for regions_R8 in (teacher_R8, student_R8))
         area[np.ix_(columns[0] == image, columns[1] == image)] = _overlap(image, theirs, ours)
     share, mean = _shares(area).astype(np.float32), _shares(area.T).astype(np.float32)
@@ -98,7 +100,7 @@ def _overlap(image: int, teacher_R8: np.ndarray, student_R8: np.ndarray) -> np.n
     if np.array_equal(teacher_R8, student_R8):
         return np.eye(int(tokens_of(teacher_R8).sum()))
     (_, theirs), (_, ours) = boxes(teacher_R8), boxes(student_R8)
-    if not all(_has_place(box_V4).any() for box_V4 in (theirs, ours)):
+    if not all(_has_coordinates(box_V4).any() for box_V4 in (theirs, ours)):
         if len(theirs) != len(ours):
             raise CrossModelError(
                 f"image {image} is {len(theirs)} vision tokens of the teacher and {len(ours)} of the student, and one side's"
@@ -110,9 +112,9 @@ def _overlap(image: int, teacher_R8: np.ndarray, student_R8: np.ndarray) -> np.n
     return area
 
 
-def _has_place(box_V4: np.ndarray) -> np.ndarray:
-    placed: np.ndarray = (box_V4[:, 2] > box_V4[:, 0]) & (box_V4[:, 3] > box_V4[:, 1])
-    return placed
+def _has_coordinates(box_V4: np.ndarray) -> np.ndarray:
+    found: np.ndarray = (box_V4[:, 2] > box_V4[:, 0]) & (box_V4[:, 3] > box_V4[:, 1])
+    return found
 
 
 def _common(a_N2: np.ndarray, b_M2: np.ndarray) -> np.ndarray:
@@ -123,7 +125,7 @@ def _common(a_N2: np.ndarray, b_M2: np.ndarray) -> np.ndarray:
 
 
 def _shares(area: np.ndarray) -> np.ndarray:
-    """Each row over its sum; rows of zeros stay."""
+    """Each row divided by its sum; rows of zeros stay."""
     total = area.sum(axis=1, keepdims=True)
     shares: np.ndarray = area / np.where(total > 0, total, 1.0)
     return shares
@@ -132,23 +134,26 @@ def _shares(area: np.ndarray) -> np.ndarray:
 def map_rows(teacher: Text, student: Text, teacher_regions_R8: np.ndarray, student_regions_R8: np.ndarray) -> RowMap:
     """The map between the text rows of both sides.
 
-    A row has a target where rows of the teacher cover characters of its own, all of which had seen as many images as it has:
-    a text that stands before an image in one prompt and after it in the other is no target. Rows of equal ids and spans map
-    one by one, the template's own text too.
+    A row has a target where rows of the teacher cover some of its characters and come after the same number of images: a text
+    that is before an image in one prompt and after it in the other is no target. Rows of equal ids and spans are mapped one to
+    one, those of the template's text included.
     """
-    (theirs, seen_Tt), (ours, seen_Ts) = _seen_rows(teacher, teacher_regions_R8), _seen_rows(student, student_regions_R8)
+    (theirs, images_Tt), (ours, images_Ts) = (
+        _text_rows(teacher, teacher_regions_R8),
+        _text_rows(student, student_regions_R8),
+    )
     spans_Tt2, spans_Ts2 = teacher.spans[theirs], student.spans[ours]
     ids = teacher.input_ids[theirs], student.input_ids[ours]
-    if all(np.array_equal(*pair) for pair in (ids, (spans_Tt2, spans_Ts2), (seen_Tt, seen_Ts))):
+    if all(np.array_equal(*pair) for pair in (ids, (spans_Tt2, spans_Ts2), (images_Tt, images_Ts))):
         return RowMap(np.eye(len(ours), dtype=np.float32), np.ones(len(ours), dtype=bool))
     common = _common(spans_Ts2.astype(np.float64), spans_Tt2.astype(np.float64))
-    common *= seen_Ts[:, None] == seen_Tt[None, :]
+    common *= images_Ts[:, None] == images_Tt[None, :]
     known: np.ndarray = common.sum(axis=1) > 0
     return RowMap(_shares(common).astype(np.float32), known)
 
 
-def _seen_rows(text: Text, regions_R8: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places in the ids of the text rows, those after the first image, and how many images each has seen whole, ``[T]``."""
+def _text_rows(text: Text, regions_R8: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in the ids of the text rows (those after the first image), and how many whole images precede each, ``[T]``."""
     is_image = text.input_ids == text.image_token_id
     rows = np.flatnonzero(is_image.cumsum() * ~is_image)
     tokens_T = is_image.cumsum()[rows] * text.tokens_per_placeholder
@@ -157,10 +162,10 @@ def _seen_rows(text: Text, regions_R8: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def pair_answers(teacher: Text, student: Text) -> np.ndarray:
-    """Of each answer of the student the teacher's with the same id over the same characters, ``[As]``; -1 for none.
+    """For each answer token of the student, the teacher's with the same id over the same characters, ``[As]``; -1 for none.
 
-    None may be: the end of a turn and white space, which templates spell in several ways; what the teacher's template or its
-    maximum length left out of its answers.
+    An answer token may have none: the end of a turn and white space, which differ between templates; and what the teacher's
+    template or maximum length cut from its answers.
 
     Raises:
         CrossModelError: the teacher splits the same characters into other ids.
@@ -175,14 +180,18 @@ def pair_answers(teacher: Text, student: Text) -> np.ndarray:
         start, end, token = key
         found.append(waiting[key].popleft() if waiting[key] else -1)
         if found[-1] < 0 and start < end <= reached and key not in known:
-            raise CrossModelError(f"the teacher splits the answer's characters {start} to {end} otherwise than into id {token}")
+            raise CrossModelError(
+                f"tokenizer mismatch: the teacher has no id {token} for characters {start} to {end}, as the student has"
+            )
     return np.asarray(found, dtype=np.int64)
 
 
 def _answers(text: Text) -> np.ndarray:
-    """Places of the supervised ids, but for a first one, which nothing predicts."""
+    """Positions of the supervised ids, except a first one, which nothing predicts."""
     return np.flatnonzero(text.labels[1:] != IGNORE) + 1
 
 
-def _keys(text: Text, places: np.ndarray) -> list[tuple[int, ...]]:
-    return [(*span, token) for span, token in zip(text.spans[places].tolist(), text.input_ids[places].tolist(), strict=True)]
+def _keys(text: Text, positions: np.ndarray) -> list[tuple[int, ...]]:
+    return [
+        (*span, token) for span, token in zip(text.spans[positions].tolist(), text.input_ids[positions].tolist(), strict=True)
+    ]

@@ -1,9 +1,9 @@
-"""Targets as the small integers that a cache stores: they travel to the device as they are, and become float32 there.
+"""Targets as the small integers that a cache stores: they are copied to the device in this form and become float32 there.
 
-One function a codec: the arithmetic of the cache's own decoder, operation by operation, so that both give the same bits.
-Nothing here waits for the device.
+There is one function per codec. It repeats the arithmetic of the cache's decoder, operation by operation, so that both give the
+same bits. Nothing here waits for the device.
 
-Shapes: ``[.., N]`` is any padded target, N its last axis; codes of four bits are two a byte, ``[.., ceil(N / 2)]``.
+Shapes: ``[.., N]`` is any padded target, N its last axis; codes of four bits are stored two per byte, ``[.., ceil(N / 2)]``.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ class Quantised:
     parts: Parts
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Quantised":
-        """The same target with a function applied to each part, as to move it."""
+        """The same target with a function applied to each part, for example to move it."""
         return replace(self, parts={name: function(part) for name, part in self.parts.items()})
 
     def dequantise(self) -> torch.Tensor:
@@ -60,7 +60,7 @@ def _sqrt8(parts: Parts, shape: Shape) -> torch.Tensor:
 
 
 def _sqrt4(parts: Parts, shape: Shape) -> torch.Tensor:
-    """The same with codes of four bits."""
+    """As :func:`_sqrt8`, with codes of four bits."""
     return _squares(_nibbles(parts["codes"], shape), parts["scales"], levels=15)
 
 
@@ -69,7 +69,7 @@ def _squares(codes: torch.Tensor, scales: torch.Tensor, levels: int) -> torch.Te
 
 
 def _nibbles(packed: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Two codes a byte, the first in the low half, to uint8 ``shape``."""
+    """Two codes per byte, the first in the low half, to uint8 ``shape``."""
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., : shape[-1]]
 
 
@@ -81,4 +81,4 @@ DEQUANTISERS: Mapping[str, Callable[[Parts, Shape], torch.Tensor]] = {
     "sqrt8": _sqrt8,
     "sqrt4": _sqrt4,
 }
-"""Every codec that targets may be stored in."""
+"""Every codec in which targets may be stored."""

@@ -1,4 +1,4 @@
-"""How cached log-probabilities of kept tokens are coded, and their way back in numpy: for who reads a row without torch.
+"""The code of cached log-probabilities of kept tokens, and its decoder in numpy, for reading a row without torch.
 
 Stage two decodes the same codes on its device (:mod:`alignkd.targets.logits.kept`).
 
@@ -10,11 +10,11 @@ import math
 import numpy as np
 
 LOWEST = -36.0
-"""Log-probabilities below are stored as this: e^-36."""
+"""Smaller log-probabilities are stored as this: e^-36."""
 LEVELS_PER_E = 12.0
-"""Levels a factor of e."""
+"""Levels per factor of e."""
 FINE = 0.3
-"""Where levels begin to widen: at x below zero they are (x + 0.3) / 12 apart."""
+"""Where levels begin to widen: at -x they are (x + 0.3) / 12 apart."""
 LOWEST_CODE = round(math.log(1 - LOWEST / FINE) * LEVELS_PER_E)
 
 
@@ -23,7 +23,7 @@ def decode_kept(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids ``[A, K]`` int64 and log-probabilities ``[A, K]`` of kept tokens, and the log mass of all others ``[A]``, float32.
 
-    ChainedOptimizer they sum to one, as in :meth:`alignkd.targets.logits.topk.TopK.kept`.
+    Together they sum to one, as in :meth:`alignkd.targets.logits.topk.TopK.kept`.
     """
     ids_AK = id_of_rank_N[rank_steps_AK.astype(np.int64).cumsum(axis=1)].astype(np.int64)
     logprobs_AK = (1 - np.exp(codes_AK.astype(np.float32) / np.float32(LEVELS_PER_E))) * np.float32(FINE)

@@ -6,7 +6,7 @@ from typing import Any
 from alignkd.settings import Settings, setting
 
 DIVERGENCE_NAMES = ("reverse_kl", "forward_kl", "jensen_shannon")
-"""The terms that compare answer distributions; :mod:`alignkd.targets.logits.divergences` computes them."""
+"""The terms that compare answer distributions; :mod:`alignkd.losses.answer_loss.forms` has their formulas."""
 
 LOGIT_KINDS = ("topk", "sampled", "sketch", "hidden")
 

@@ -1,5 +1,7 @@
 """One shard as one object: a tar archive that webdataset can read, with an index for reading rows in any order.
 
+The members of the archive, in order::
+
     __index__     JSON: "ids" [[key, sample_id, image_sha256], ...]; "size", the number of bytes after the index; "fields": for
                   each field dims, dtype (decoded), codec, per_image, "shapes" of the rows, and "parts": for each part its
                   dtype, and "offsets" and "sizes" of the rows' frames

@@ -1,1 +1,1 @@
-"""Look after a cache without a model: progress, audit, one row. Needs no torch."""
+"""Look after a cache without a model: progress, audit, one row. Loads no torch."""

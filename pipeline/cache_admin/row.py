@@ -1,4 +1,7 @@
-"""Look into a cache: its specification, or one row decoded, in words and as a picture."""
+"""One row of a cache: decoded arrays, figures about them, and a plot of its attention.
+
+Shapes: H heads, T text rows, V vision columns, D teacher width, A answers, K kept tokens, R regions, N vocabulary.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +10,9 @@ import numpy as np
 
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.rows.row import Row
+from alignkd.errors import CacheError, DataError, wrap_errors
 from alignkd.pipeline.config.cache_layout import LOGIT_TENSOR, attention_layer, is_slice
+from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 from alignkd.targets.logit_levels import decode_kept
 
 _RECOMPUTED = "stage two recomputes attention and vision tokens from the teacher's slice, which the cache holds once"
@@ -17,40 +22,48 @@ def find_row(reader: CacheReader, sample_id: str) -> Row:
     """The row of a sample id; the first one where several samples share it.
 
     Raises:
-        ValueError: the cache has none.
+        DataError: the cache has none.
     """
     keys = reader.find(sample_id)
-    if not keys:
-        rejected = next((r for r in reader.rejected.values() if r.sample_id == sample_id), None)
+    row_keys = [key for key in keys if key not in reader.rejected]
+    if not row_keys:
+        rejected = reader.rejected[keys[0]] if keys else None
         why = f"it was rejected: {rejected.reason}" if rejected else f"it holds {len(reader)} other samples"
-        raise ValueError(f"{reader.url} has no row of sample {sample_id!r}; {why}")
-    return reader.row(keys[0])
+        raise DataError(f"{reader.url} has no row of sample {sample_id!r}; {why}")
+    return reader.row(row_keys[0])
 
 
 def row_arrays(reader: CacheReader, row: Row) -> dict[str, np.ndarray]:
-    """A row's values under the names that ``alignkd show --save`` uses; log-probabilities as stage two decodes them."""
-    values = row.values
+    """A row's values, under the names that ``alignkd show --save`` uses; log-probabilities as stage two decodes them.
+
+    Raises:
+        CacheError: fingerprint, row and tensors of the cache contradict each other.
+    """
+    check_fingerprint_keys(reader.fingerprint, "targets", cache=reader.url)
+    message = f"the row of {row.sample_id!r} in the cache at {reader.url} cannot be decoded: run alignkd cache verify"
+    with wrap_errors(CacheError, message, KeyError, IndexError, TypeError, ValueError):
+        return _decode(reader, row.values)
+
+
+def _decode(reader: CacheReader, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     arrays = {"input_ids": values["input_ids"].astype(np.int64), "labels": values["labels"].astype(np.int64)}
     layers = {name: layer for name in values if (layer := attention_layer(name)) is not None}
     arrays |= {f"attention_{layer}_HTV" if layer else "attention_HTV": values[name] for name, layer in layers.items()}
     if "vision_tokens" in values:
         arrays["vision_tokens_VD"] = values["vision_tokens"]
-    if reader.fingerprint["targets"]["logits"] is not None:
-        arrays |= _answer_arrays(reader, values)
-    return arrays
-
-
-def _answer_arrays(reader: CacheReader, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    if reader.fingerprint["targets"]["logits"]["kind"] == "hidden":
-        return {"hidden_AD": values["hidden"]}
+    logits = reader.fingerprint["targets"]["logits"]
+    if logits is None:
+        return arrays
+    if logits["kind"] == "hidden":
+        return {**arrays, "hidden_AD": values["hidden"]}
     id_of_rank_N = reader.tensors[LOGIT_TENSOR.format("id_of_rank")]
     kept = values["topk_rank_steps"], values["topk_logprob_codes"], values["tail_logmass"]
     ids_AK, logprobs_AK, tail_A = decode_kept(*kept, id_of_rank_N)
-    return {"topk_ids_AK": ids_AK, "topk_logprobs_AK": logprobs_AK, "tail_mass_A": np.exp(tail_A)}
+    return {**arrays, "topk_ids_AK": ids_AK, "topk_logprobs_AK": logprobs_AK, "tail_mass_A": np.exp(tail_A)}
 
 
 def row_figures(reader: CacheReader, row: Row) -> dict[str, Any]:
-    """A row in words."""
+    """What a row is about, and the shapes of its arrays."""
     arrays = row_arrays(reader, row)
     figures: dict[str, Any] = {
         "id": row.sample_id,
@@ -69,18 +82,26 @@ def row_figures(reader: CacheReader, row: Row) -> dict[str, Any]:
 
 
 def plot_row(reader: CacheReader, row: Row, path: str) -> None:
-    """Draw a row's attention over a grey field: the cache holds no image.
+    """Plot a row's attention over a grey image: the cache holds no images.
 
     Raises:
-        ValueError: the cache holds no attention, or the sample no image.
+        CacheError: the cache holds no attention, or not where it lies in the image.
+        DataError: the sample has no image.
     """
-    from alignkd.pipeline.figures.attention import attention_figure, save_figure
+    from alignkd.pipeline.figures.attention import attention_figure, save_figure  # loads matplotlib
 
-    arrays = row_arrays(reader, row)
-    if not arrays.get("attention_HTV", np.zeros(0)).size:
-        why = f": {_RECOMPUTED}; alignkd show draws a model's own" if is_slice(reader.fingerprint) else ""
-        raise ValueError(f"the row of {row.sample_id!r} holds no attention to draw{why}")
+    attention_HTV = row_arrays(reader, row).get("attention_HTV")
+    if attention_HTV is None:
+        why = f": {_RECOMPUTED}; alignkd show plots a model's own" if is_slice(reader.fingerprint) else ""
+        raise CacheError(f"the row of {row.sample_id!r} holds no attention to draw{why}")
+    if not attention_HTV.size:
+        raise DataError(f"the row of {row.sample_id!r} holds no attention to draw: it has no text after an image")
+    if "regions" not in row.values:
+        raise CacheError(
+            f"the row of {row.sample_id!r} does not say where its vision tokens lie in the image: write another cache with"
+            " alignkd cache-teacher"
+        )
     regions_R8 = row.values["regions"]
-    pictures = [np.full((96, 96, 3), 0.5)] * len(set(regions_R8[:, 0].tolist()))
-    figure = attention_figure(pictures, arrays["attention_HTV"], regions_R8, f"{row.sample_id}: cached teacher attention")
+    images = [np.full((96, 96, 3), 0.5)] * len(set(regions_R8[:, 0].tolist()))
+    figure = attention_figure(images, attention_HTV, regions_R8, f"{row.sample_id}: cached teacher attention")
     save_figure(figure, path)

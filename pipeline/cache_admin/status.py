@@ -1,20 +1,25 @@
-"""Progress and size of a cache in plain figures."""
+"""Progress and size of a cache, as figures."""
 
 from typing import Any
 
 from alignkd.cache_store.protocol.status import Status
 from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.pipeline.config.cache_layout import logit_width
+from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 
 RECENT_S = 600.0
-"""What counts as of late, before the commit that came last."""
+"""The recent rate covers this many seconds before the last commit."""
 
 
 def status_figures(store: CacheStore) -> dict[str, Any]:
-    """Progress and size of a cache, as plain figures; it may be running."""
-    status = store.status()
-    teacher = store.spec.fingerprint["teacher"]
-    dense = dense_bytes(status.decoded_bytes_by_field, logit_width(store.spec.fingerprint), int(teacher["width"]))
+    """Progress and size of a cache, which workers may still be writing.
+
+    Raises:
+        CacheError: its fingerprint does not describe its targets.
+    """
+    status, fingerprint = store.status(), store.spec.fingerprint
+    check_fingerprint_keys(fingerprint, "teacher", "targets", cache=store.url)
+    dense = dense_bytes(status.decoded_bytes_by_field, logit_width(fingerprint), fingerprint["teacher"]["width"])
     return {
         "cache": store.url,
         "format": store.manifest.shard_format,
@@ -38,7 +43,7 @@ def status_figures(store: CacheStore) -> dict[str, Any]:
 
 
 def per_sample(status: Status, dense: dict[str, int]) -> dict[str, dict[str, int]]:
-    """Stored bytes a sample by field, and what the same targets take uncompressed in 16 bits."""
+    """Stored bytes a sample by field, and the bytes of the same targets uncompressed in 16 bits."""
     done = max(status.samples_done, 1)
     return {
         "bytes_per_sample_by_field": {name: round(size / done) for name, size in status.bytes_by_field.items()},
@@ -47,13 +52,13 @@ def per_sample(status: Status, dense: dict[str, int]) -> dict[str, dict[str, int
 
 
 def recent_figures(status: Status) -> dict[str, Any]:
-    """How fast all workers together have been of late, and how long the rest will take them."""
+    """The recent rate of all workers together, and the time left at that rate."""
     finished = sorted(((record.finished, record) for record in status.records.values()), key=lambda pair: pair[0])
     if len(finished) < 2:
         return {"recent_workers": len(finished), "recent_samples_per_second": None, "seconds_left": None}
     last = finished[-1][0]
     recent = [record for when, record in finished if when >= last - RECENT_S]
-    # The first of them was worked on before the window; what counts is what was finished since.
+    # The first of them was made before the window began: only the samples finished after it count.
     samples = sum(record.rows for record in recent[1:])
     span = last - recent[0].finished
     rate = samples / span if span > 0 else None
@@ -71,7 +76,10 @@ def rejected_samples(status: Status) -> list[dict[str, str]]:
 
 
 def dense_bytes(decoded_bytes_by_field: dict[str, int], vocabulary: int, width: int) -> dict[str, int]:
-    """What the same targets take uncompressed in 16 bits: attention and vision tokens as they are, logits in full."""
+    """Bytes of the same targets uncompressed in 16 bits: all of attention and vision tokens, and logits over all ids.
+
+    ``vocabulary``: ids that logits are over. ``width``: of the teacher's hidden states.
+    """
     dense: dict[str, int] = {
         name: decoded_bytes_by_field[name] // 2 for name in ("attention", "vision_tokens") if name in decoded_bytes_by_field
     }

@@ -1,1 +1,1 @@
-"""Between the method's tensors and the rows of a cache."""
+"""Encode and decode targets: between the method's tensors and the rows of a cache."""

@@ -1,22 +1,27 @@
-"""Whether a cache, a recipe and an earlier run fit what stage two is asked to do: refused with both values and the way out."""
+"""Whether a cache or an online teacher is compatible with a student and a recipe.
+
+Every refusal names what differs, both values, and what to do.
+"""
 
 from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 from alignkd.capture.layer_pairs import compared_layers, needed_layers
+from alignkd.errors import CacheError, ConfigError
 from alignkd.losses.recipes import Recipe
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.cross_model import CrossModelMap
-from alignkd.pipeline.cache_io.teacher_fingerprint import describe_teacher
+from alignkd.pipeline.cache_io.teacher_fingerprint import model_fingerprint
 from alignkd.pipeline.config.cache_layout import logit_width
+from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 
 VISUAL = frozenset({"attention", "vision"})
 ALL = VISUAL | {"logits"}
 
 
-def check_student_matches(
+def check_student_compatible(
     student: Vlm,
-    found: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     template: str,
     max_length: int,
     cache: str,
@@ -24,178 +29,193 @@ def check_student_matches(
     needs: Set[str] = ALL,
     fields: Collection[str] = (),
 ) -> CrossModelMap | None:
-    """Refuse a cache that this student, template or maximum length does not fit. ``found``: its fingerprint.
+    """Refuse a cache that is incompatible with this student, template or maximum length.
 
-    A student of the teacher's make meets its rows as they are: None. One of another make needs rows that say where their vision
-    tokens lie and which characters their ids cover (``fields`` of the cache), and for logits the teacher's tokenizer, or its
-    first ids where the cache keeps the distribution over those.
+    Returns None where teacher and student have the same architecture, tokenizer and preprocessing: cached rows are then used
+    unchanged. Otherwise returns the map from the teacher's tokens to the student's. It needs rows that hold the coordinates
+    of vision tokens and the characters of token ids (``fields``: those of the cache). Logits also need the teacher's tokenizer,
+    or its first ids where the cache keeps the distribution over those.
 
     Raises:
-        ValueError: names what differs, both values and the way out.
+        CacheError: names what differs, both values, and what to do.
     """
-    make = _differing(_make(student, template, found), "in the cache")
-    if not make or not needs:
-        settings = {
-            "template": (found["template"], template),
-            "maximum length": (found["max_length"], max_length),
-            "vocabulary": (logit_width(found) if "logits" in needs else found["teacher"]["vocabulary"], student.vocabulary),
-        }
-        differing = "" if make else _differing(settings, "in the cache")
-        if differing:
-            shorter = _first_ids(student, found) if "logits" in needs else ""
-            raise ValueError(
-                f"the cache {cache} does not fit: {differing}. Use a student and settings that match the teacher's, or write"
-                f" another cache with alignkd cache-teacher{shorter and f'; {shorter}'}"
-            )
-        return None
-    _check_across(student, found, needs, fields, f"the cache {cache} is of another make than the student ({make})")
-    return CrossModelMap.of(student, found)
-
-
-def _check_across(student: Vlm, found: Mapping[str, Any], needs: Set[str], fields: Collection[str], differs: str) -> None:
-    if found.get("alignment") == "slice":
-        raise ValueError(
-            f"{differs}, and holds a slice of the teacher, which serves students of the teacher's make alone: cache with"
-            " --alignment targets"
+    check_fingerprint_keys(fingerprint, cache=cache)
+    mismatch = _differences(_model_pairs(student, template, fingerprint), "in the cache")
+    if mismatch and needs:
+        prefix = f"the cache {cache} was written by a teacher that does not match the student ({mismatch})"
+        _check_cross_model(student, fingerprint, needs, fields, prefix)
+        return CrossModelMap.of(student, fingerprint)
+    width = logit_width(fingerprint) if "logits" in needs else fingerprint["teacher"]["vocabulary"]
+    settings = {
+        "template": (fingerprint["template"], template),
+        "maximum length": (fingerprint["max_length"], max_length),
+        "vocabulary": (width, student.vocabulary),
+    }
+    # A recipe without teacher targets reads no row: a teacher that does not match is then no reason to refuse.
+    if not mismatch and (differences := _differences(settings, "in the cache")):
+        hint = _vocabulary_hint(student, fingerprint) if "logits" in needs else ""
+        raise CacheError(
+            f"the cache {cache} is incompatible with this run: {differences}. Use a student and settings that match the"
+            f" teacher's, or write another cache with alignkd cache-teacher{hint and f'; {hint}'}"
         )
-    lacking = {"spans"} | ({"regions"} if needs & VISUAL else set())
-    if not lacking <= set(fields):
-        raise ValueError(
-            f"{differs}, and its rows do not say where their tokens lie and which characters they cover: write another cache"
-            " with alignkd cache-teacher"
+    return None
+
+
+def _check_cross_model(
+    student: Vlm, fingerprint: Mapping[str, Any], needs: Set[str], fields: Collection[str], prefix: str
+) -> None:
+    """Refuse a cross-architecture cache whose targets cannot be mapped to the student. ``prefix`` begins the message."""
+    if fingerprint.get("alignment") == "slice":
+        raise CacheError(
+            f"{prefix}, and it holds a slice of the teacher, which only a student with the teacher's architecture, tokenizer"
+            " and preprocessing can use: write another cache with --alignment targets"
         )
-    teacher = found["teacher"]
-    if needs & VISUAL and (why := student.without_coordinates or teacher.get("no_place", "")):
-        tokens = found["vision_tokens_per_image"], student.vision_tokens_per_image
-        if None in tokens or tokens[0] != tokens[1]:
-            raise ValueError(
-                f"{differs}, and the vision tokens of one of them cannot be matched: {why}. Use a pair of one family, or a"
-                " recipe without attention and vision"
-            )
-    if "logits" in needs and (differing := _differing(_vocabularies(student, found), "in the cache")):
-        shorter = _first_ids(student, found)
-        raise ValueError(
-            f"{differs}, and logits need one tokenizer and one width of the output head: {differing}. Leave the logits out"
-            " (--set reverse_kl=0, forward_kl=0, jensen_shannon=0, as the recipe has them): attention and vision tokens can"
-            f" be used; or choose a pair with one tokenizer{shorter and f'; {shorter}'}"
+    lacking = sorted(({"spans"} | ({"regions"} if needs & VISUAL else set())) - set(fields))
+    if lacking:
+        raise CacheError(
+            f"{prefix}, and its rows lack {' and '.join(lacking)}, which map the teacher's tokens to the student's: write"
+            " another cache with alignkd cache-teacher"
+        )
+    without_coordinates = student.without_coordinates or fingerprint["teacher"].get("no_place", "")
+    counts = fingerprint.get("vision_tokens_per_image"), student.vision_tokens_per_image
+    if needs & VISUAL and without_coordinates and (None in counts or counts[0] != counts[1]):
+        raise CacheError(
+            f"{prefix}, and the vision tokens of one of the two have no coordinates, so they cannot be mapped:"
+            f" {without_coordinates}. Use teacher and student of one model family, or a recipe without attention and vision"
+        )
+    if "logits" in needs and (differences := _differences(_vocabulary_pairs(student, fingerprint), "in the cache")):
+        hint = _vocabulary_hint(student, fingerprint)
+        raise CacheError(
+            f"{prefix}, and logits need the same tokenizer and output head width: {differences}. Train without logits (--set"
+            " reverse_kl=0, forward_kl=0 or jensen_shannon=0, whichever the recipe uses): attention and vision tokens work"
+            f" across tokenizers. Or choose teacher and student with the same tokenizer{hint and f'; {hint}'}"
         )
 
 
-def _vocabularies(student: Vlm, found: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What teacher and student must share for one's logits to be about the other's tokens."""
-    width = logit_width(found)
-    if "tokenizer_first_ids" in found:
-        tokenizers = found["tokenizer_first_ids"], student.tokenizer_fingerprint(width)
+def _vocabulary_pairs(student: Vlm, fingerprint: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What must be equal so that the teacher's logits are about the student's tokens: (of the cache, of the student)."""
+    width = logit_width(fingerprint)
+    if "tokenizer_first_ids" in fingerprint:
+        name, cached = f"tokenizer's first {width} ids", fingerprint["tokenizer_first_ids"]
+        own = student.tokenizer_fingerprint(width)
     else:
-        tokenizers = found["tokenizer"], student.tokenizer_fingerprint()
-    name = f"tokenizer's first {width} ids" if "tokenizer_first_ids" in found else "tokenizer"
-    return {name: (_short(tokenizers[0]), _short(tokenizers[1])), "vocabulary": (width, student.vocabulary)}
+        name, cached, own = "tokenizer", fingerprint["tokenizer"], student.tokenizer_fingerprint()
+    return {name: (_short(cached), _short(own)), "vocabulary": (width, student.vocabulary)}
 
 
-def _first_ids(student: Vlm, found: Mapping[str, Any]) -> str:
-    """The way out where the teacher may have all tokens of the student and more; empty where it cannot have them."""
-    wanted = student.vocabulary
-    if wanted == logit_width(found) or wanted > found["teacher"]["vocabulary"]:
+def _vocabulary_hint(student: Vlm, fingerprint: Mapping[str, Any]) -> str:
+    """How to cache logits for this student, where its vocabulary may be the beginning of the teacher's; else empty."""
+    size = student.vocabulary
+    if size == logit_width(fingerprint) or size > fingerprint["teacher"]["vocabulary"]:
         return ""
-    if found["tokenizer"] == student.tokenizer_fingerprint():
-        return f"cache with --logit-vocabulary {wanted} to keep the student's share of the teacher's logits"
+    if fingerprint["tokenizer"] == student.tokenizer_fingerprint():
+        return f"cache with --logit-vocabulary {size} to keep the student's share of the teacher's logits"
     return (
-        f"if the student's vocabulary is the first {wanted} tokens of the teacher's, cache with --logit-vocabulary {wanted},"
+        f"if the student's vocabulary is the first {size} tokens of the teacher's, cache with --logit-vocabulary {size},"
         " which keeps the distribution over those"
     )
 
 
-def check_teacher(student: Vlm, teacher: Vlm, template: str) -> None:
-    """Refuse a teacher in the loop whose targets this student cannot be compared with batch by batch.
+def check_online_teacher(student: Vlm, teacher: Vlm, template: str) -> None:
+    """Refuse an online teacher that cannot run on the student's own batches.
 
     Raises:
-        ValueError: names what differs, and both values.
+        ConfigError: names what differs, both values, and what to do.
     """
     pairs = {
-        **_make(student, template, describe_teacher(teacher, template)),
+        **_model_pairs(student, template, model_fingerprint(teacher, template)),
         "vocabulary": (teacher.vocabulary, student.vocabulary),
     }
-    if differing := _differing(pairs, "of the teacher"):
-        wanted = student.vocabulary
-        extends = wanted < teacher.vocabulary and teacher.tokenizer_fingerprint(wanted) == student.tokenizer_fingerprint(wanted)
-        option = f" --logit-vocabulary {wanted}" if extends else ""
-        raise ValueError(
-            f"--online-teacher {teacher.folder} does not fit: {differing}. A teacher in the loop reads the student's own"
-            f" batches: use a pair that matches, or cache it first (alignkd cache-teacher{option}), which serves other makes"
+    if differences := _differences(pairs, "of the teacher"):
+        size = student.vocabulary
+        is_prefix = size < teacher.vocabulary and teacher.tokenizer_fingerprint(size) == student.tokenizer_fingerprint(size)
+        option = f" --logit-vocabulary {size}" if is_prefix else ""
+        raise ConfigError(
+            f"--online-teacher {teacher.folder} is incompatible with the student: {differences}. An online teacher runs on the"
+            " student's own batches: use a pair of one architecture, tokenizer and preprocessing, or cache it first (alignkd"
+            f" cache-teacher{option}), which also serves students of other architectures"
         )
 
 
-def _make(student: Vlm, template: str, found: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What teacher and student must share for one's rows to be about the other's tokens as they are.
+def _model_pairs(student: Vlm, template: str, fingerprint: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What must be equal so that the teacher's rows serve the student unchanged: (of the teacher, of the student).
 
-    Not the template's name where the student knows it: another one is then a choice, and refused.
+    The name of the template is compared only where the student does not know it. Where it does, another template is a choice of
+    the user, which :func:`check_student_compatible` refuses as such.
     """
-    own = describe_teacher(student, template)
-    names = {
+    own = model_fingerprint(student, template)
+    keys = {
         "vision tokens an image": "vision_tokens_per_image",
         "tokenizer": "tokenizer",
         "image preprocessing": "image_preprocessing",
         "chat template": "chat_template",
     }
-    pairs = {name: (_short(found.get(key)), _short(own.get(key))) for name, key in names.items()}
-    family = found["teacher"].get("family", own["teacher"]["family"])
-    unknown = {} if found["template"] in student.templates else {"template": (found["template"], template)}
-    return {"family": (family, own["teacher"]["family"]), **unknown, **pairs}
+    pairs = {name: (_short(fingerprint.get(key)), _short(own.get(key))) for name, key in keys.items()}
+    family = own["teacher"]["family"]
+    unknown = {} if fingerprint["template"] in student.templates else {"template": (fingerprint["template"], template)}
+    return {"family": (fingerprint["teacher"].get("family", family), family), **unknown, **pairs}
 
 
 def _short(value: Any) -> Any:
     return value[:12] if isinstance(value, str) else value
 
 
-def _differing(pairs: Mapping[str, tuple[Any, Any]], where: str) -> str:
-    return "; ".join(f"{name}: {was} {where}, {now} here" for name, (was, now) in pairs.items() if was != now)
+def _differences(pairs: Mapping[str, tuple[Any, Any]], where: str) -> str:
+    return "; ".join(f"{name}: {first} {where}, {second} here" for name, (first, second) in pairs.items() if first != second)
 
 
-def check_targets(found: Mapping[str, Any], recipe: Recipe) -> None:
-    """Refuse a recipe whose targets the cache lacks, or logits cached at another temperature.
+def check_recipe_targets(fingerprint: Mapping[str, Any], recipe: Recipe) -> None:
+    """Refuse a recipe whose targets the cache lacks, or logits that were cached at another temperature.
 
     Raises:
-        ValueError: names the target, and the way out.
+        CacheError: names the target, and what to do.
     """
-    held = found["targets"]
-    lacking = sorted(name for name in recipe.needs if not held[name])
+    check_fingerprint_keys(fingerprint)
+    targets = fingerprint["targets"]
+    lacking = sorted(name for name in recipe.needs if not targets[name])
     if lacking:
-        raise ValueError(
+        raise CacheError(
             f"recipe {recipe.name!r} needs {', '.join(lacking)}, which the cache does not hold; choose another --recipe,"
             f" or cache with --targets {','.join(sorted(recipe.needs))}"
         )
-    # Hidden states serve any temperature: theirs is None.
-    if "logits" in recipe.needs and held["logits"]["temperature"] not in (None, recipe.temperature):
-        raise ValueError(
-            f"the cache holds logits at temperature {held['logits']['temperature']}, the recipe wants"
-            f" {recipe.temperature}: such targets of one temperature do not serve another; use --set"
-            f" temperature={held['logits']['temperature']} or cache with --temperature {recipe.temperature}"
+    # Hidden states serve any temperature: their fingerprint has none.
+    temperature = targets["logits"].get("temperature") if "logits" in recipe.needs else None
+    if temperature not in (None, recipe.temperature):
+        raise CacheError(
+            f"the cache holds logits at temperature {temperature}, but recipe {recipe.name!r} has temperature"
+            f" {recipe.temperature}, and logits of this kind serve one temperature only: use --set"
+            f" temperature={temperature}, or cache with --temperature {recipe.temperature} (or with --logits hidden, which"
+            " serves any)"
         )
 
 
-def check_attention_layers(student: Vlm, found: Mapping[str, Any], recipe: Recipe) -> int | None:
-    """Refuse a recipe that compares layers whose attention the cache lacks; how many layers the teacher has.
+def check_attention_layers(student: Vlm, fingerprint: Mapping[str, Any], recipe: Recipe) -> int | None:
+    """Refuse a recipe that compares layers whose attention the cache lacks; the number of the teacher's layers.
 
-    A cache of the first layer alone does not tell: None. ``found``: the cache's fingerprint.
+    None where the fingerprint does not say it: the cache then holds the first layer only.
 
     Raises:
-        ValueError: names the layers wanted and held, and the way out.
+        CacheError: names the layers needed and held, and what to do.
     """
-    about = found["targets"].get("attention_layers", {"held": [0], "of": None})
-    held, teacher_layers, layers = about["held"], about["of"], compared_layers(recipe, student)
+    check_fingerprint_keys(fingerprint, "targets")
+    cached = fingerprint["targets"].get("attention_layers", {})
+    held, teacher_layers = cached.get("held", [0]), cached.get("of")
+    layers = compared_layers(recipe, student)
     known = teacher_layers is not None or not any(layers)
     if known and set(needed_layers(recipe, student, teacher_layers)) <= set(held):
         return teacher_layers  # type: ignore[no-any-return]
     if not any(layers):
-        raise ValueError(
+        raise CacheError(
             f"recipe {recipe.name!r} needs the attention of the teacher's first layer, but the cache holds layers"
-            f" {_listed(held)} alone: cache with 0 among --attention-layers, or use --set vision_focus=0 --set attention=0"
+            f" {_listed(held)} only: cache with 0 among --attention-layers, or use --set vision_focus=0 --set attention=0"
         )
-    slice_too = " and --alignment targets, as a slice gives the first layer alone" if found["alignment"] == "slice" else ""
-    raise ValueError(
-        f"recipe {recipe.name!r} compares attention of the student's layers {_listed(layers)} of {student.layers} with the"
-        f" teacher's at the same relative depth, and the cache holds the teacher's layers {_listed(held)} alone; use --set"
-        f" attention_layers=first, or cache with --attention-layers {recipe.attention_layers}@{student.layers}{slice_too}"
+    sliced = fingerprint.get("alignment") == "slice"
+    needs_targets = " and --alignment targets, as a slice gives the first layer only" if sliced else ""
+    raise CacheError(
+        f"recipe {recipe.name!r} compares the student's layers {_listed(layers)} of {student.layers} with the teacher's layers"
+        f" at the same relative depth, but the cache holds the attention of the teacher's layers {_listed(held)} only; use"
+        f" --set attention_layers=first, or cache with --attention-layers {recipe.attention_layers}@{student.layers}"
+        f"{needs_targets}"
     )
 
 

@@ -1,7 +1,6 @@
-"""A row that a teacher of another make left, in the student's layout; and what of a batch then has a target.
+"""Cached rows of one teacher as targets of a student of another architecture, and which parts of a batch have a target.
 
-The row is decoded on the host, mapped by :mod:`alignkd.targets.cross_model`, and handed on as exact float32 in place of what
-was stored.
+A row is decoded on the host, mapped by :mod:`alignkd.targets.cross_model`, and passed on as exact float32.
 
 Shapes: H teacher heads, T text rows, V vision tokens, D teacher width, A answers; a trailing s: of the student.
 """
@@ -18,16 +17,20 @@ from alignkd.cache_store.rows.spec import FieldSpec
 from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.cache_layout import attention_layer
+from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 from alignkd.targets.batch_targets import Targets
 from alignkd.targets.cross_model import CrossModelError, Text, map_rows, map_vision, pair_answers
 
 LAYOUT = frozenset({"input_ids", "labels", "spans", "regions"})
-"""Fields of a row that say what its targets are about."""
+"""Fields of a row that say which tokens its targets are about."""
 
 
 @dataclass(frozen=True)
 class TargetMask:
-    """What of a sample has a target, of bool: text rows ``[Ts]``, vision tokens ``[Vs]``, answers ``[As]``; None for all."""
+    """Which parts of a sample have a target, as booleans: text rows ``[Ts]``, vision tokens ``[Vs]``, answers ``[As]``.
+
+    None: all of them.
+    """
 
     rows: np.ndarray | None = None
     columns: np.ndarray | None = None
@@ -36,9 +39,9 @@ class TargetMask:
 
 @dataclass(frozen=True)
 class CrossModelMap:
-    """How rows of one teacher become targets of a student of another make.
+    """Maps rows of one teacher to targets of a student of another architecture.
 
-    Of each side the id that stands for vision tokens, and how many of them one such id becomes.
+    ``teacher_image`` and ``student_image``: the placeholder of each, and the number of vision tokens that replace one.
     """
 
     teacher_image: tuple[int, int]
@@ -46,59 +49,71 @@ class CrossModelMap:
 
     @classmethod
     def of(cls, student: Vlm, fingerprint: Mapping[str, Any]) -> "CrossModelMap":
-        """Between the teacher that a cache's fingerprint describes and a student."""
-        teacher = fingerprint["teacher"]
-        theirs = int(teacher["image_token_id"]), int(teacher["tokens_per_placeholder"])
-        return cls(theirs, (student.image_token_id, student.tokens_per_placeholder))
-
-    def __call__(
-        self, row: Row, given: ModelInput, stored: Mapping[str, EncodedField]
-    ) -> tuple[dict[str, EncodedField], TargetMask]:
-        """Targets in the student's layout: ``row`` holds all fields decoded that are no answers', ``stored`` those of answers.
+        """The map from the teacher that a cache's fingerprint describes to a student.
 
         Raises:
-            CrossModelError: the two cannot be aligned, and why.
+            CacheError: the fingerprint does not describe the teacher's placeholder.
+        """
+        check_fingerprint_keys(fingerprint, "teacher.image_token_id", "teacher.tokens_per_placeholder")
+        teacher = fingerprint["teacher"]
+        teacher_image = teacher["image_token_id"], teacher["tokens_per_placeholder"]
+        return cls(teacher_image, (student.image_token_id, student.tokens_per_placeholder))
+
+    def __call__(
+        self, row: Row, model_input: ModelInput, answer_fields: Mapping[str, EncodedField]
+    ) -> tuple[dict[str, EncodedField], TargetMask]:
+        """Targets in the student's layout.
+
+        ``row`` holds all fields decoded but those of answers, ``answer_fields`` those of answers still encoded.
+
+        Raises:
+            CrossModelError: the two cannot be matched, and why.
         """
         values = row.values
+        if lacking := sorted({"input_ids", "labels", "spans"} - values.keys()):
+            raise CrossModelError(f"the row lacks {', '.join(lacking)}: write another cache with alignkd cache-teacher")
         teacher = _text(values["input_ids"], values["labels"], values["spans"], self.teacher_image)
-        student = _text(given.input_ids, given.labels, given.spans, self.student_image)
-        found, compared = dict(stored), TargetMask()
+        student = _text(model_input.input_ids, model_input.labels, model_input.spans, self.student_image)
+        targets, mask = dict(answer_fields), TargetMask()
         if "regions" in values:
-            mapped, rows, columns = _vision(values, teacher, student, given.regions_R8)
-            found, compared = found | mapped, TargetMask(rows, columns)
-        if stored:
+            mapped, rows, columns = _map_visual(values, teacher, student, model_input.regions_R8)
+            targets, mask = targets | mapped, TargetMask(rows, columns)
+        if answer_fields:
             pairs = pair_answers(teacher, student)
-            found |= {name: _chosen(target, pairs[pairs >= 0]) for name, target in stored.items()}
-            compared = replace(compared, answers=pairs >= 0)
-        return found, compared
+            targets |= {name: _select(field, pairs[pairs >= 0]) for name, field in answer_fields.items()}
+            mask = replace(mask, answers=pairs >= 0)
+        return targets, mask
 
 
 def _text(input_ids: np.ndarray, labels: np.ndarray, spans: np.ndarray, image: tuple[int, int]) -> Text:
     if len(spans) != len(input_ids):
-        raise CrossModelError("of one of the two, the tokenizer does not tell which characters an id covers")
+        raise CrossModelError(
+            f"one tokenizer of the two says for {len(spans)} of {len(input_ids)} token ids which characters they cover;"
+            " it must say so for all"
+        )
     return Text(input_ids, labels, spans, *image)
 
 
-def _vision(
+def _map_visual(
     values: Mapping[str, np.ndarray], teacher: Text, student: Text, student_R8: np.ndarray
 ) -> tuple[dict[str, EncodedField], np.ndarray, np.ndarray]:
     """Attention and vision tokens of a row in the student's layout, and which text rows and vision tokens have a target."""
     vision = map_vision(values["regions"], student_R8)
     rows = map_rows(teacher, student, values["regions"], student_R8)
-    found = {}
+    mapped = {}
     for name, target in values.items():
         if attention_layer(name) is not None:
-            _check(name, target.shape[1:], (rows.mean.shape[1], vision.share.shape[0]))
-            found[name] = _exact(name, rows.mean @ (target @ vision.share))
+            _check_shape(name, target.shape[1:], (rows.mean.shape[1], vision.share.shape[0]))
+            mapped[name] = _exact(name, rows.mean @ (target @ vision.share))
         elif name == "vision_tokens":
-            _check(name, target.shape[:1], vision.share.shape[:1])
-            found[name] = _exact(name, vision.mean @ target)
-    return found, rows.known, vision.known
+            _check_shape(name, target.shape[:1], vision.share.shape[:1])
+            mapped[name] = _exact(name, vision.mean @ target)
+    return mapped, rows.known, vision.known
 
 
-def _check(name: str, held: tuple[int, ...], described: tuple[int, ...]) -> None:
-    if held != described:
-        raise CrossModelError(f"the row's {name} is for {held} rows and columns, its ids and regions say {described}")
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise CrossModelError(f"the row's {name} has {found} rows and columns, but its ids and regions give {expected}")
 
 
 def _exact(name: str, values: np.ndarray) -> EncodedField:
@@ -107,22 +122,22 @@ def _exact(name: str, values: np.ndarray) -> EncodedField:
     return EncodedField(FieldSpec(name, dims, "float32", "exact"), values.shape, {"values": values})
 
 
-def _chosen(target: EncodedField, answers: np.ndarray) -> EncodedField:
-    """Some of the answers."""
-    parts = {name: values[answers] for name, values in target.parts.items()}
-    return EncodedField(target.field, (len(answers), *target.shape[1:]), parts)
+def _select(field: EncodedField, answers: np.ndarray) -> EncodedField:
+    """Some of the answers, by their indices."""
+    parts = {name: values[answers] for name, values in field.parts.items()}
+    return EncodedField(field.field, (len(answers), *field.shape[1:]), parts)
 
 
-def with_masks(targets: Targets, compared: Sequence[TargetMask], batch: Batch) -> Targets:
-    """Targets with what of the batch they are about."""
-    rows, columns = [x.rows for x in compared if x.rows is not None], [x.columns for x in compared if x.columns is not None]
+def with_masks(targets: Targets, masks: Sequence[TargetMask], batch: Batch) -> Targets:
+    """A batch's targets with the padded masks of its samples; answers have none where each of them has a target."""
+    rows, columns = [m.rows for m in masks if m.rows is not None], [m.columns for m in masks if m.columns is not None]
     if rows:
         targets = replace(
             targets,
             row_mask_BT=_padded(rows, batch.text_rows_BT.shape[1]),
             column_mask_BV=_padded(columns, batch.vision_columns_BV.shape[1]),
         )
-    answers = [x.answers for x in compared if x.answers is not None]
+    answers = [m.answers for m in masks if m.answers is not None]
     if answers and not (paired_A := np.concatenate(answers)).all():
         paired_P, unpaired_U = (torch.from_numpy(np.flatnonzero(chosen)) for chosen in (paired_A, ~paired_A))
         targets = replace(targets, paired_P=paired_P, unpaired_U=unpaired_U)

@@ -1,4 +1,4 @@
-"""Where the method meets the disk: captured targets to cache rows, and cache rows to a batch's targets.
+"""Targets in a cache: the fields of a row, and the rows of a batch's samples as its targets.
 
 Shapes: H teacher heads, T text rows, V vision columns, D teacher width, A answers, J draws, L ids.
 """
@@ -18,12 +18,12 @@ from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.targets.batch_targets import Targets
 from alignkd.targets.dequantise import Quantised
 
-QUANTISED = {"attention": "attention_BHTV", "vision_tokens": "vision_BVD"}
-"""Fields that stay as they are stored until they are on the device, and what they become there."""
-
 
 def row_fields(settings: TargetSettings, vocabulary: int) -> tuple[FieldSpec, ...]:
-    """The fields of a cache's rows: ids and labels always, what another make of student needs, then the targets."""
+    """The fields of a cache's rows: token ids and labels, what maps them to students of other architectures, then the targets.
+
+    ``vocabulary``: columns of the teacher's output head.
+    """
     fields = [FieldSpec("input_ids", ("L",), "int32", "exact"), FieldSpec("labels", ("L",), "int32", "exact")]
     if settings.across:
         fields.append(FieldSpec("spans", ("L", "E"), "int32", "exact"))
@@ -40,41 +40,35 @@ def row_fields(settings: TargetSettings, vocabulary: int) -> tuple[FieldSpec, ..
 
 
 def collate_targets(stored: Sequence[Mapping[str, EncodedField]], batch: Batch) -> Targets:
-    """Pad what the batch's samples have in the cache, in its order, to the batch's shapes; all of it stays as it is stored.
+    """The encoded fields of a batch's samples, in its order, padded to the batch's shapes and still encoded.
 
-    Fields that the samples lack are absent.
+    A target whose fields the samples lack stays None.
     """
-    quantised = {
-        target: _pad([row[name] for row in stored], _padded_shape(name, stored, batch))
-        for name, target in QUANTISED.items()
-        if name in stored[0]
-    }
-    layers = {
-        layer: _pad([row[name] for row in stored], _padded_shape(name, stored, batch))
-        for name in stored[0]
-        if (layer := attention_layer(name))
-    }
-    others = [name for name in stored[0] if name not in QUANTISED and attention_layer(name) is None]
-    answers = {name: _concatenate([row[name] for row in stored]) for name in others}
-    return Targets(quantised=quantised, quantised_answers=answers, quantised_layers=layers)
+    attention, vision, answers = {}, None, {}
+    for name in stored[0]:
+        of_samples = [row[name] for row in stored]
+        if (layer := attention_layer(name)) is not None:
+            attention[layer] = _pad(of_samples, _attention_shape(of_samples, batch))
+        elif name == "vision_tokens":
+            vision = _pad(of_samples, (batch.vision_columns_BV.shape[1], max(row.shape[1] for row in of_samples)))
+        else:
+            answers[name] = _concatenate(of_samples)
+    return Targets(attention, vision, answers)
 
 
 def _concatenate(stored: Sequence[EncodedField]) -> Quantised:
-    """Answer after answer."""
+    """The answers of all samples, one after the other."""
     parts = {part: torch.from_numpy(np.concatenate([row.parts[part] for row in stored])) for part in stored[0].parts}
     return Quantised(stored[0].field.codec, (sum(row.shape[0] for row in stored), *stored[0].shape[1:]), parts)
 
 
-def _padded_shape(name: str, stored: Sequence[Mapping[str, EncodedField]], batch: Batch) -> tuple[int, ...]:
-    """``[H, T, V]`` or ``[V, D]`` of the batch."""
-    text, vision = batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
-    if attention_layer(name) is not None:
-        return max(row[name].shape[0] for row in stored), text, vision
-    return vision, max(row[name].shape[1] for row in stored)
+def _attention_shape(stored: Sequence[EncodedField], batch: Batch) -> tuple[int, int, int]:
+    """``[H, T, V]`` of the batch."""
+    return max(row.shape[0] for row in stored), batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
 
 
 def _pad(stored: Sequence[EncodedField], shape: tuple[int, ...]) -> Quantised:
-    """The parts of each sample in a corner of zeros: a codec decodes those to zeros."""
+    """Pad the parts of each sample with zeros, which every codec decodes to zeros."""
     field, parts = stored[0].field, {}
     for part, (part_shape, dtype) in get_codec(field.codec).layout(shape, field.numpy_dtype).items():
         padded = np.zeros((len(stored), *part_shape), dtype.newbyteorder("="))

@@ -1,26 +1,26 @@
-"""What of a teacher decides whether a student can be trained from its cache."""
+"""The part of a cache's fingerprint that decides which students can be trained from it."""
 
 from typing import Any
 
 from alignkd.models.vlm import Vlm
 
 
-def describe_teacher(teacher: Vlm, template: str) -> dict[str, Any]:
-    """What of a teacher decides whether a student fits it, as in a cache's fingerprint."""
-    digest = teacher.template_fingerprint()
+def model_fingerprint(vlm: Vlm, template: str) -> dict[str, Any]:
+    """A model's architecture, tokenizer, template and preprocessing, under the keys of a cache's fingerprint."""
+    digest = vlm.template_fingerprint()
     return {
         "teacher": {
-            "family": teacher.family,
-            "vocabulary": teacher.vocabulary,
-            "heads": teacher.heads,
-            "width": teacher.hidden_size,
-            "image_token_id": teacher.image_token_id,
-            "tokens_per_placeholder": teacher.tokens_per_placeholder,
-            **({"no_place": teacher.without_coordinates} if teacher.without_coordinates else {}),
+            "family": vlm.family,
+            "vocabulary": vlm.vocabulary,
+            "heads": vlm.heads,
+            "width": vlm.hidden_size,
+            "image_token_id": vlm.image_token_id,
+            "tokens_per_placeholder": vlm.tokens_per_placeholder,
+            **({"no_place": vlm.without_coordinates} if vlm.without_coordinates else {}),
         },
-        "tokenizer": teacher.tokenizer_fingerprint(),
+        "tokenizer": vlm.tokenizer_fingerprint(),
         "template": template,
         **({"chat_template": digest} if digest else {}),
-        "image_preprocessing": teacher.image_fingerprint(),
-        "vision_tokens_per_image": teacher.vision_tokens_per_image,
+        "image_preprocessing": vlm.image_fingerprint(),
+        "vision_tokens_per_image": vlm.vision_tokens_per_image,
     }

@@ -1,4 +1,4 @@
-"""Tensors as the arrays that a cache keeps once, and back: the bits of bfloat16, which numpy does not know, as uint16."""
+"""Tensors to the arrays that a cache keeps once, and back. numpy has no bfloat16: its bits are kept as uint16."""
 
 import warnings
 
@@ -7,13 +7,13 @@ import torch
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
-    """A host tensor as an array that shares its memory."""
+    """An array that shares the memory of a tensor on the host."""
     array: np.ndarray = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
     return array
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """An array of a cache as a tensor that shares its memory, which is read-only: nothing may write into it."""
+    """A tensor that shares the memory of a cache's array, which is read-only: nothing may write into it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(array)

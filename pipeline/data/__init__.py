@@ -1,1 +1,1 @@
-"""Data files and images as samples, prepared for a model."""
+"""Samples: read, prepared for a model, and counted where they are rejected."""

@@ -1,4 +1,4 @@
-"""easy-VQA (PyPI ``easy-vqa``, MIT) as LLaVA-format files, and what can be said without looking at the image.
+"""easy-VQA (PyPI ``easy-vqa``, MIT) as LLaVA-format files, and how far its questions can be answered without the image.
 
 5,000 images of 64 x 64 pixels, one coloured shape each; 38,575 training and 9,673 test questions; 13 answers.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from alignkd.errors import ConfigError, DataError, wrap_errors
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -39,20 +41,24 @@ def load_easy_vqa() -> EasyVqa:
     """Read the installed package.
 
     Raises:
-        ValueError: it is not installed.
+        ConfigError: it is not installed.
+        DataError: its files are not those of easy-VQA 1.0.
     """
     try:
         import easy_vqa
     except ImportError as error:
-        raise ValueError("the demo needs the package easy-vqa; install it with: pip install 'alignkd[demo]'") from error
+        raise ConfigError("the demo needs the package easy-vqa; install it with: pip install 'alignkd[demo]'") from error
     root = Path(easy_vqa.__file__).parent / "data"
     splits = {}
     for name in ("train", "test"):
-        triples = json.loads((root / name / "questions.json").read_text())
-        splits[name] = [
-            Question(f"{name}-{i}", f"{name}/images/{image}.png", text, answer)
-            for i, (text, answer, image) in enumerate(triples)
-        ]
+        path = root / name / "questions.json"
+        damaged = f"{path} is damaged; install the package again: pip install --force-reinstall 'alignkd[demo]'"
+        with wrap_errors(DataError, damaged, OSError, ValueError, TypeError):
+            triples = json.loads(path.read_text())
+            splits[name] = [
+                Question(f"{name}-{i}", f"{name}/images/{image}.png", text, answer)
+                for i, (text, answer, image) in enumerate(triples)
+            ]
     return EasyVqa(root, splits["train"], splits["test"])
 
 
@@ -79,7 +85,7 @@ def write_llava(questions: Iterable[Question], path: Path) -> Path:
 
 
 def question_only_floor(train: list[Question], test: list[Question]) -> float:
-    """Accuracy of answering each question text with its commonest training answer, the image unseen."""
+    """Accuracy of answering each question with the most common training answer to its text, without the image."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for question in train:
         answers[question.text][question.answer] += 1
@@ -89,7 +95,7 @@ def question_only_floor(train: list[Question], test: list[Question]) -> float:
 
 
 def concept_labels(questions: list[Question]) -> dict[str, tuple[int, int]]:
-    """Colour and shape of each image as its "what ..." questions tell, -1 where none does: what a caption would say."""
+    """Colour and shape of each image from its "what ..." questions, -1 where no question names it: like a caption."""
     labels: dict[str, list[int]] = defaultdict(lambda: [-1, -1])
     for question in questions:
         if not question.text.lower().startswith(("what", "which")):

@@ -15,7 +15,7 @@ from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.encoder import Encoder, Planned
 from alignkd.models.encoders.images import ImageError, decode_image, image_size, read_image_bytes
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.data.samples import Sample
+from alignkd.pipeline.data.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Preparer:
         together = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
         return [values for _, values in loaded], together
 
-    def pictures(self, sample: Sample) -> list[Image.Image]:
+    def decoded_images(self, sample: Sample) -> list[Image.Image]:
         """A sample's images, decoded and otherwise unchanged.
 
         Raises:

@@ -1,9 +1,14 @@
-"""Rejected samples are counted, named and capped: a bad image folder must not become a small data set in silence."""
+"""Rejected samples are counted, named and limited, so that a wrong image folder does not silently shrink the data set."""
 
+import logging
 from dataclasses import dataclass, field
 
+from alignkd.errors import DataError
 
-class TooManyRejectedError(ValueError):
+_logger = logging.getLogger(__name__)
+
+
+class TooManyRejectedError(DataError):
     """More samples were rejected than ``--max-rejected`` allows."""
 
 
@@ -17,10 +22,10 @@ class RejectedSamples:
     _seen: set[str] = field(default_factory=set)
 
     def add(self, sample_id: str, reason: str, *, key: str | None = None) -> None:
-        """Note one; a sample of a ``key`` that was noted before (in an earlier epoch) is not counted again.
+        """Count a sample; with a ``key`` only once, as it comes again in every epoch.
 
         Raises:
-            TooManyRejectedError: the limit is passed; names the first few.
+            TooManyRejectedError: more than the limit; names the first few.
         """
         if key is not None:
             if key in self._seen:
@@ -28,6 +33,7 @@ class RejectedSamples:
             self._seen.add(key)
         self.count += 1
         self.reasons.setdefault(sample_id, reason)
+        _logger.info("sample rejected: %s: %s", sample_id, reason)
         if self.count > self.limit:
             first = "; ".join(f"{name}: {why}" for name, why in list(self.reasons.items())[:3])
             raise TooManyRejectedError(

@@ -1,8 +1,6 @@
-"""LLaVA-format data files, read as a stream and indexed by byte offset, so that a file of several GB is never held whole.
+"""LLaVA-format data files, indexed by byte offset, so that a file of several GB is never held in memory as a whole.
 
-A sample is ``{"id", "image" (absent, a path or a list), "conversations": [{"from": "human"|"gpt", "value"}]}``; the file is a
-JSON list or JSON lines. A video is a list of its frames, which are images: ``{"video": ["0.jpg", "1.jpg"]}``, or a list of such
-lists, each in the place of a ``<video>`` in the text.
+A file is a JSON list, or JSON lines, of the records that :mod:`alignkd.pipeline.data.sample` reads.
 """
 
 import hashlib
@@ -12,103 +10,19 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from alignkd.inputs.prompts import IMAGE_TAG
+from alignkd.errors import DataError
+from alignkd.pipeline.data.sample import Sample, parse_sample
 
 _CHUNK = 4 * 2**20
 _LARGEST_SAMPLE = 64 * 2**20
 _NO_IMAGE = 0
-"""Stands for the hash of no image references."""
-_VIDEO_TAG = "<video>"
-_TAGS = re.compile(f"{IMAGE_TAG}|{_VIDEO_TAG}")
-_quote = json.encoder.encode_basestring
+"""The image hash of a sample without images."""
 _BETWEEN = re.compile(r"[ \t\r\n]*(?P<comma>,?)[ \t\r\n]*(?P<end>\]?)")
-
-
-class DataError(ValueError):
-    """A data file is not LLaVA's format."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One conversation about zero or more images; ``key`` is a hash of everything else, 32 hex characters."""
-
-    id: str
-    images: tuple[str, ...]
-    turns: tuple[tuple[str, str], ...]
-    key: str
-
-
-def parse_sample(record: Any, where: str) -> Sample:
-    """Check one record and give it its key.
-
-    Raises:
-        DataError: a field is missing or of the wrong kind, or the number of ``<image>`` is not the number of images.
-    """
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: found a {type(record).__name__}, expected an object with 'conversations'")
-    conversations = record.get("conversations")
-    if not isinstance(conversations, list) or not conversations:
-        raise DataError(f"{where}: 'conversations' is {_short(conversations)}, expected a list of turns")
-    turns = []
-    for turn in conversations:
-        if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
-            raise DataError(f"{where}: turn {_short(turn)}, expected {{'from': 'human' or 'gpt', 'value': text}}")
-        turns.append((turn["from"], turn["value"]))
-    image = record.get("image")
-    images = [] if image is None else [image] if isinstance(image, str) else image
-    if not _are_paths(images):
-        raise DataError(f"{where}: 'image' is {_short(image)}, expected a path or a list of paths")
-    if record.get("video") is not None:
-        images, turns = _with_frames(images, turns, record["video"], where)
-    tags = sum(text.count(IMAGE_TAG) for _, text in turns)
-    if tags != len(images):
-        raise DataError(f"{where}: {tags} {IMAGE_TAG} in the text but {len(images)} images; they must be as many")
-    sample_id = "" if record.get("id") is None else str(record["id"])
-    return Sample(sample_id, tuple(images), tuple(turns), _key(sample_id, images, turns))
-
-
-def _are_paths(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(path, str) and path for path in value)
-
-
-def _with_frames(
-    images: list[str], turns: list[tuple[str, str]], video: Any, where: str
-) -> tuple[list[str], list[tuple[str, str]]]:
-    """Images and turns with each ``<video>`` replaced by an ``<image>`` for each of its frames."""
-    videos = [video] if _are_paths(video) else video
-    if not isinstance(videos, list) or not all(_are_paths(frames) and frames for frames in videos):
-        raise DataError(
-            f"{where}: 'video' is {_short(video)}, expected a list of its frames' image files: take frames from a video file"
-            " first"
-        )
-    tags = [tag for _, text in turns for tag in _TAGS.findall(text)]
-    if (tags.count(_VIDEO_TAG), tags.count(IMAGE_TAG)) != (len(videos), len(images)):
-        raise DataError(
-            f"{where}: {tags.count(IMAGE_TAG)} {IMAGE_TAG} and {tags.count(_VIDEO_TAG)} {_VIDEO_TAG} in the text but"
-            f" {len(images)} images and {len(videos)} videos; they must be as many"
-        )
-    left, shown = {IMAGE_TAG: iter([[path] for path in images]), _VIDEO_TAG: iter(videos)}, list[str]()
-
-    def put(tag: re.Match[str]) -> str:
-        frames = next(left[tag[0]])
-        shown.extend(frames)
-        return "\n".join([IMAGE_TAG] * len(frames))
-
-    turns = [(speaker, _TAGS.sub(put, text)) for speaker, text in turns]
-    return shown, turns
-
-
-def _key(sample_id: str, images: list[str], turns: list[tuple[str, str]]) -> str:
-    # What json.dumps gives for the three, without spaces, in a third of its time: millions of samples are planned.
-    spoken = ",".join(f"[{_quote(speaker)},{_quote(text)}]" for speaker, text in turns)
-    content = f"[{_quote(sample_id)},[{','.join(map(_quote, images))}],[{spoken}]]"
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _image_hash(references: tuple[str, ...]) -> bytes:
@@ -117,16 +31,11 @@ def _image_hash(references: tuple[str, ...]) -> bytes:
     return hashlib.blake2b("\0".join(references).encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 class SampleFile:
     """Random access to the samples of a data file; holds offsets and keys, not texts.
 
-    ``SampleFile(path)`` reads the whole file once and checks every sample; ``SampleFile.known`` goes by what such a
-    reading found before.
+    ``SampleFile(path)`` reads the whole file once and checks every sample; ``SampleFile.known`` takes offsets and keys that
+    an earlier reading found.
 
     Raises:
         DataError: not LLaVA's format; names the record and what was found.
@@ -168,9 +77,9 @@ class SampleFile:
 
     def __getitem__(self, index: int) -> Sample:
         if not self._opened:
-            # The first of two threads wins: to put one open file in another's place would close that while it is read.
+            # The first of two threads wins: replacing an open file would close it while another thread reads it.
             self._opened.setdefault("file", self.path.open("rb"))
-        # Without a shared position in the file, several threads may read.
+        # pread has no shared position in the file, so several threads may read.
         text = os.pread(self._opened["file"].fileno(), int(self.lengths[index]), int(self.starts[index]))
         with suppress(DataError):
             sample = self._parse(text, index)
@@ -195,29 +104,29 @@ class SampleFile:
         return np.sort(order[new])
 
     def by_image(self) -> np.ndarray:
-        """The indices of :meth:`unique`, but samples of the same image references together, where the first of them is.
+        """The indices of :meth:`unique`, with samples of the same image references moved to the first of them.
 
-        A cache then stores what depends on the images alone once, or twice where a shard ends between them.
+        A cache then stores per-image data once, or twice where a shard ends between two such samples.
         """
-        assert self.image_hashes is not None, "the file was not read, only looked into"
+        assert self.image_hashes is not None, "by_image needs a SampleFile that read its file: not one of SampleFile.known"
         order = self.unique()
         hashes = self.image_hashes[order]
         _, first, image = np.unique(hashes, return_index=True, return_inverse=True)
-        place = np.where(hashes == _NO_IMAGE, np.arange(len(order)), first[image])
-        return order[np.argsort(place, kind="stable")]
+        group = np.where(hashes == _NO_IMAGE, np.arange(len(order)), first[image])
+        return order[np.argsort(group, kind="stable")]
 
     def _parse(self, text: bytes, number: int, record: Any = None) -> Sample:
         if record is None:
             try:
                 record = json.loads(text)
-            except (ValueError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"data file {self.path}, record {number}: not JSON ({error})") from error
         name = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
         return parse_sample(record, f"data file {self.path}, record {number}{name}")
 
 
 def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes, Any]]:
-    """``(offset, bytes, value or None where it is still to be decoded)`` of each record of a JSON list or of JSON lines."""
+    """``(offset, bytes, value)`` of each record of a JSON list or of JSON lines; the value is None where it is not decoded."""
     start = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
     file.seek(start)
     first = file.read(_CHUNK).lstrip()[:1]
@@ -251,7 +160,7 @@ def _list_records(file: BinaryIO, path: Path, offset: int) -> Iterator[tuple[int
                 raise DataError(
                     f"data file {path}: not a JSON list: a comma is missing or too many at byte {offset + position}"
                 )
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 value, end = decoder.raw_decode(text, match.end())
         if end == len(text):
             more = file.read(_CHUNK).decode("latin-1")

@@ -9,18 +9,19 @@ from contextlib import suppress
 import torch
 
 from alignkd.errors import SampleError
-from alignkd.models.encoders.placeholder import Picture
+from alignkd.models.encoders.placeholder import LoadedImage
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.data.preparer import Preparer
 
 IMAGES_AT_ONCE = 64
+"""Images that go through the tower in one batch."""
 
 
 @torch.no_grad()
-def tower_features(vlm: Vlm, preparer: Preparer, references: Sequence[str]) -> dict[str, tuple[str, Picture]]:
+def tower_features(vlm: Vlm, preparer: Preparer, references: Sequence[str]) -> dict[str, tuple[str, LoadedImage]]:
     """Features ``[P, C]`` of images by reference, each with its file's SHA-256.
 
-    An unreadable image is absent: the sample that uses it is then named and counted.
+    An unreadable image is left out: the sample that uses it is rejected when its turn comes.
     """
     features = {}
     for start in range(0, len(references), IMAGES_AT_ONCE):
@@ -32,5 +33,5 @@ def tower_features(vlm: Vlm, preparer: Preparer, references: Sequence[str]) -> d
             pixels = torch.stack([images[0].values for images, _ in loaded.values()]).to(vlm.device)
             encoded = vlm.run_tower(pixels).cpu()
             for (reference, (images, digest)), values in zip(loaded.items(), encoded, strict=True):
-                features[reference] = (digest, Picture(values.clone(), images[0].size))
+                features[reference] = (digest, LoadedImage(values.clone(), images[0].size))
     return features

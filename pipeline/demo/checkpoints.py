@@ -1,4 +1,4 @@
-"""New, untrained checkpoints in the official MobileVLM V2 layout: tokenizer, tower, LDPv2 projector, Llama."""
+"""Make untrained checkpoints in the official MobileVLM V2 layout: tokenizer, tower, LDPv2 projector, Llama."""
 
 import json
 from pathlib import Path
@@ -17,16 +17,16 @@ from alignkd.pipeline.data.easy_vqa import Question
 from alignkd.pipeline.demo.tower import IMAGE_SETTINGS
 
 VISION_GRID = 4
-"""Side of the pooled grid: 16 vision tokens an image instead of the published 144, for images of 64 x 64 pixels."""
+"""Side of the pooled grid: 16 vision tokens for an image of 64 x 64 pixels, where the published model has 144."""
 
 
 def train_tokenizer(questions: list[Question], folder: Path) -> Path:
-    """A SentencePiece tokenizer of the training questions, its files in ``folder``.
+    """Train a SentencePiece tokenizer on the training questions; its files are written to ``folder``.
 
-    The v1 template's system text is one piece, so that CPU time goes to the question and not to a constant.
+    The v1 template's system text is a single token, so that no CPU time is spent on a constant text.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [text for q in questions for text in (f"USER: \n{q.text} ASSISTANT: {q.answer}",)]
+    texts = [f"USER: \n{q.text} ASSISTANT: {q.answer}" for q in questions]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_prefix=str(folder / "tokenizer"),

@@ -1,6 +1,6 @@
 """The demo, stage by stage.
 
-1. easy-VQA to LLaVA-format files. 2. A vision tower taught colour and shape. 3. A teacher fine-tuned on all training
+1. easy-VQA to LLaVA-format files. 2. A vision tower trained on colour and shape. 3. A teacher fine-tuned on all training
 questions. 4. ``cache-teacher`` over the questions of a few labelled images. 5. Two students from the same start, seed,
 questions and steps: plain fine-tuning, and Align-KD from the cache. 6. Accuracy of all on the official test split, by
 generation. 7. One HTML report.
@@ -8,7 +8,7 @@ generation. 7. One HTML report.
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from alignkd.errors import ConfigError
 from alignkd.losses.recipes import Recipe, get_recipe
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.demo import DemoConfig, Paths
@@ -36,8 +37,9 @@ from alignkd.pipeline.demo.tower import train_tower
 from alignkd.pipeline.evaluate.runner import evaluate
 from alignkd.pipeline.report.demo_page import write_report
 from alignkd.pipeline.runtime.devices import peak_memory_bytes, pick_device
-from alignkd.pipeline.runtime.progress import console
-from alignkd.pipeline.runtime.run_record import versions, write_run
+from alignkd.pipeline.runtime.files import replace_text
+from alignkd.pipeline.runtime.progress import stderr_console
+from alignkd.pipeline.runtime.run_record import collect_versions, write_run_record
 from alignkd.pipeline.stage_one.worker import cache_teacher
 from alignkd.pipeline.training.run import distill
 
@@ -58,8 +60,8 @@ class _Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time one stage and say that it begins."""
-        console.rule(name, style="dim")
+        """Print the name of a stage, then measure its time and memory."""
+        stderr_console.rule(name, style="dim")
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
@@ -72,13 +74,13 @@ def demo(config: DemoConfig) -> DemoResult:
     """Run everything and write the report.
 
     Raises:
-        ValueError: easy-vqa is not installed, or ``out`` already holds a demo.
+        ConfigError: easy-vqa is not installed, or ``out`` already holds a demo.
     """
     paths = Paths(Path(config.out))
     if (paths.out / "result.json").exists() or paths.teacher_run.exists():
-        raise ValueError(f"--out {config.out} already holds a demo; choose another folder, or remove it")
+        raise ConfigError(f"--out {config.out} already holds a demo; choose another folder, or remove it")
     device = pick_device(config.device)
-    write_run(paths.out / "run.json", "demo", asdict(config))
+    write_run_record(paths.out / "run.json", "demo", asdict(config))
     stages = _Stages()
     with stages.stage("data: easy-VQA"):
         data = prepare_data(config, paths)
@@ -104,11 +106,11 @@ def demo(config: DemoConfig) -> DemoResult:
         "accuracy": accuracies,
         "cache": {k: cache[k] for k in ("bytes", "samples", "bytes_by_field", "dense_bytes_by_field", "samples_per_second")},
         "stages": stages.taken,
-        "versions": versions(),
+        "versions": collect_versions(),
     }
     report = write_report(config, paths, data, figures, device)
     figures["report"] = str(report)
-    (paths.out / "result.json").write_text(json.dumps(figures, indent=2) + "\n")
+    replace_text(paths.out / "result.json", json.dumps(figures, indent=2) + "\n")
     return DemoResult(figures, summary(figures))
 
 
@@ -123,7 +125,7 @@ def prepare_data(config: DemoConfig, paths: Paths) -> EasyVqa:
 
 
 def prepare_models(config: DemoConfig, paths: Paths, data: EasyVqa, device: str) -> dict[str, float]:
-    """Train the tower; write untrained teacher and student around it. Returns the tower's test accuracy."""
+    """Train the tower, and write an untrained teacher and student around it. Returns the tower's test accuracy."""
     set_seed(config.seed)
     labels, held_out = concept_labels(data.train), concept_labels(data.test)
     tower, accuracy = train_tower(data.root, labels, held_out, config.tower, device)
@@ -170,7 +172,7 @@ def run_cache(config: DemoConfig, paths: Paths, data: EasyVqa, device: str) -> d
 def train_student(
     config: DemoConfig, paths: Paths, data: EasyVqa, device: str, recipe: Recipe, name: str | None = None
 ) -> None:
-    """Stage two with one recipe, from the same start and seed as every other."""
+    """Stage two with one recipe; every recipe has the same start and seed."""
     distill(
         DistillConfig(
             student=str(paths.student_start),
@@ -217,8 +219,7 @@ def summary(figures: dict[str, Any]) -> str:
     """The table that ends the demo."""
     total = sum(stage["seconds"] for stage in figures["stages"])
     rows: list[tuple[str, str]] = [("question-only floor", f"{figures['question_only_floor']:6.1%}")]
-    order: Callable[[str], bool] = lambda name: name == "teacher"  # noqa: E731
-    for name in sorted(figures["accuracy"], key=order):
+    for name in sorted(figures["accuracy"], key=lambda name: name == "teacher"):  # the teacher last
         result = figures["accuracy"][name]
         low, high = result["interval_95"]
         rows.append((name, f"{result['accuracy']:6.1%}   95 % interval {low:.1%} to {high:.1%}"))

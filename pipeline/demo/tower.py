@@ -1,6 +1,6 @@
-"""The demo's vision tower: a small CLIP vision transformer, taught colour and shape as CLIP is taught by captions.
+"""The demo's vision tower: a small CLIP vision transformer, trained to name colour and shape, in place of captions.
 
-It is trained before any vision-language model sees it, and frozen from then on, in teacher and students alike.
+It is trained before any vision-language model uses it. After that it is frozen, in the teacher and in the students.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, get_wsd_schedule
 from alignkd.models.encoders.images import ImagePreprocessor, decode_image, read_image_bytes
 from alignkd.pipeline.config.demo import TowerTraining
 from alignkd.pipeline.data.easy_vqa import COLOURS, SHAPES
-from alignkd.pipeline.runtime.progress import bar
+from alignkd.pipeline.runtime.progress import progress_bar
 
 IMAGE_SETTINGS = {
     "size": {"shortest_edge": 64},
@@ -26,7 +26,7 @@ IMAGE_SETTINGS = {
 
 
 def tower_config(training: TowerTraining) -> CLIPVisionConfig:
-    """The tower's configuration, in CLIP's own terms."""
+    """The tower's configuration as CLIP's."""
     return CLIPVisionConfig(
         hidden_size=training.hidden_size,
         intermediate_size=training.intermediate_size,
@@ -43,7 +43,7 @@ def load_pixels(root: Path, references: list[str]) -> torch.Tensor:
     """Pixel values ``[n, 3, 64, 64]`` of images, in their order."""
     preprocess = ImagePreprocessor(IMAGE_SETTINGS, "pad")
     loaded = []
-    with bar("read images", len(references), "images") as progress:
+    with progress_bar("read images", len(references), "images") as progress:
         for reference in references:
             loaded.append(preprocess(decode_image(read_image_bytes(root / reference), reference)))
             progress.advance()
@@ -66,7 +66,7 @@ def train_tower(
     steps = training.epochs * (len(pixels) // training.batch_size)
     optimizers = _optimizers(tower, heads, training)
     schedules = [get_wsd_schedule(o, steps // 10, 6 * steps // 10, num_training_steps=steps) for o in optimizers]
-    with bar("train vision tower", steps, "steps") as progress:
+    with progress_bar("train vision tower", steps, "steps") as progress:
         for _ in range(training.epochs):
             order = torch.randperm(len(pixels))
             for start in range(0, len(pixels) - training.batch_size + 1, training.batch_size):
@@ -86,7 +86,7 @@ def train_tower(
 
 
 def _optimizers(tower: CLIPVisionModel, heads: nn.Module, training: TowerTraining) -> list[torch.optim.Optimizer]:
-    # Muon for the matrices of the layers: on a CPU it tells shapes apart after a third of AdamW's epochs.
+    # Muon for the matrices of the layers: on a CPU it learns to tell shapes apart in a third of AdamW's epochs.
     matrices = [p for name, p in tower.named_parameters() if p.ndim == 2 and ".layers." in name]
     taken = {id(p) for p in matrices}
     others = [p for p in (*tower.parameters(), *heads.parameters()) if id(p) not in taken]
@@ -97,12 +97,12 @@ def _optimizers(tower: CLIPVisionModel, heads: nn.Module, training: TowerTrainin
 
 
 def _pooled(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:
-    # The patch tokens themselves, not the class token: they are what a projector gets.
+    # The patch tokens, not the class token: a projector gets the patch tokens.
     return tower(pixels).last_hidden_state[:, 1:].mean(dim=1)  # type: ignore[no-any-return]
 
 
 def _augment(images: torch.Tensor) -> torch.Tensor:
-    """Flip, transpose and shift a batch: the label of a shape or colour stays."""
+    """Flip, transpose and shift a batch at random: the labels of colour and shape stay right."""
     if torch.rand(()) < 0.5:
         images = images.flip(2)
     if torch.rand(()) < 0.5:

@@ -1,1 +1,1 @@
-"""Judge a model: answers to questions, and one sample as the model sees it."""
+"""Judge a model: its accuracy on a question file, and one sample as the model sees it."""

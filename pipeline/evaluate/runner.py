@@ -1,8 +1,8 @@
-"""Accuracy of a model on a question file: generate each last answer and compare it with the one in the file."""
+"""Accuracy of a model on a question file: generate the last answer of each sample, and compare it with the file's."""
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,15 @@ from alignkd.pipeline.config.evaluate import EvaluateConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
-from alignkd.pipeline.data.samples import Sample, SampleFile
+from alignkd.pipeline.data.sample import Sample
+from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.data.tower_features import tower_features
+from alignkd.pipeline.evaluate.metrics import Metric, get_metric
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
-from alignkd.pipeline.runtime.progress import bar
-from alignkd.pipeline.runtime.run_record import write_run
-
-
-def exact(prediction: str, answer: str) -> bool:
-    """The same words, whatever their case, surrounding space or final full stop."""
-    return prediction.strip().rstrip(".").casefold() == answer.strip().rstrip(".").casefold()
-
-
-def contains(prediction: str, answer: str) -> bool:
-    """The answer occurs in the prediction, whatever the case."""
-    return answer.strip().rstrip(".").casefold() in prediction.casefold()
-
-
-METRICS: dict[str, Callable[[str, str], bool]] = {"exact": exact, "contains": contains}
+from alignkd.pipeline.runtime.files import replace_text
+from alignkd.pipeline.runtime.progress import progress_bar
+from alignkd.pipeline.runtime.run_record import write_run_record
+from alignkd.plugins import load_plugins
 
 
 @dataclass(frozen=True)
@@ -54,11 +45,13 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Generate and score; writes ``predictions.jsonl`` and ``result.json`` where ``out`` is given.
+    """Generate and score. With ``out``, write ``predictions.jsonl`` and ``result.json`` there.
 
     Raises:
-        ValueError: bad input, or too many rejected samples.
+        AlignkdError: bad input, or too many rejected samples.
     """
+    load_plugins(config.plugins)
+    metric = get_metric(config.metric)
     samples = SampleFile(config.data)
     tower = Path(config.vision_tower) if config.vision_tower else None
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
@@ -66,13 +59,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     preparer = Preparer.of(vlm, template=template, max_length=DEFAULT_MAX_LENGTH, image_root=config.images)
     rejects = RejectedSamples(config.max_rejected)
     lines: list[dict[str, Any]] = []
-    with bar("evaluate", len(samples), "samples") as progress:
+    with progress_bar("evaluate", len(samples), "samples") as progress:
         for start in range(0, len(samples), config.batch_size):
             indices = range(start, min(start + config.batch_size, len(samples)))
             questions = _questions(vlm, [samples[i] for i in indices], preparer, rejects)
             if questions:
                 predictions = answer(vlm, [question.input for question in questions], config.max_new_tokens)
-                lines += [_line(q.sample, p, METRICS[config.metric]) for q, p in zip(questions, predictions, strict=True)]
+                lines += [_line(q.sample, p, metric) for q, p in zip(questions, predictions, strict=True)]
             progress.advance(len(indices))
     correct = sum(line["correct"] for line in lines)
     low, high = wilson_interval(correct, len(lines))
@@ -92,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects: RejectedSamples) -> list[_Question]:
     preparer.features = {}
-    if vlm.caches_tower:  # benchmarks ask many questions about one image: the tower sees it once a batch
+    if vlm.caches_tower:  # benchmarks ask many questions about one image: the tower runs once for it in a batch
         preparer.features = tower_features(vlm, preparer, list(dict.fromkeys(ref for s in samples for ref in s.images)))
     questions = []
     for sample in samples:
@@ -105,7 +98,7 @@ def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects:
 
 @torch.inference_mode()
 def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
-    """Greedy answers of a batch."""
+    """Answers to a batch of questions, by greedy decoding."""
     # Padded on the left, so that generation continues the prompt.
     batch = vlm.collate(questions, pad_left=True).to(vlm.device)
     output = vlm.model.generate(
@@ -122,12 +115,14 @@ def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> li
     return [vlm.answer_text(ids) for ids in new_ids]
 
 
-def _line(sample: Sample, prediction: str, metric: Callable[[str, str], bool]) -> dict[str, Any]:
+def _line(sample: Sample, prediction: str, metric: Metric) -> dict[str, Any]:
     expected = sample.turns[-1][1]
     return {"id": sample.id, "prediction": prediction, "answer": expected, "correct": metric(prediction, expected)}
 
 
 def _write(out: Path, config: EvaluateConfig, lines: list[dict[str, Any]], result: dict[str, Any]) -> None:
-    write_run(out / "run.json", "evaluate", asdict(config))
-    (out / "predictions.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_run_record(out / "run.json", "evaluate", asdict(config))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    # An id may hold half of a surrogate pair, which UTF-8 cannot; backslashreplace writes JSON's own escape for it.
+    (out / "predictions.jsonl").write_text(text, errors="backslashreplace")
+    replace_text(out / "result.json", json.dumps(result, indent=2) + "\n")

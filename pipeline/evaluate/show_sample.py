@@ -1,4 +1,7 @@
-"""One sample as the model sees it: its tokens, where the text looks, the answer's logits."""
+"""One sample as the model sees it: its tokens, the attention of its text to its images, the logits of its answer.
+
+Shapes: H heads, T text rows, V vision columns, D model width, A answer tokens, N ids of the output head.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,20 +12,22 @@ import torch
 from torch.nn import functional
 
 from alignkd.capture.attention import capture, enable_capture
-from alignkd.errors import SampleError
+from alignkd.errors import DataError, SampleError
 from alignkd.inputs.prompts import IGNORE
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.show import ShowConfig
 from alignkd.pipeline.data.preparer import Prepared, Preparer
-from alignkd.pipeline.data.samples import Sample, SampleFile
+from alignkd.pipeline.data.sample import Sample
+from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.figures.attention import attention_figure, save_figure
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
+from alignkd.plugins import load_plugins
 
 
 @dataclass(frozen=True)
 class Shown:
-    """The arrays of one sample (names as in the CLI's documentation) and its token table."""
+    """The arrays of one sample, by the names that ``--save`` writes, its table of tokens, and figures."""
 
     arrays: dict[str, np.ndarray]
     tokens: list[dict[str, Any]]
@@ -30,11 +35,12 @@ class Shown:
 
 
 def show(config: ShowConfig) -> Shown:
-    """Run a model on one sample and gather what Align-KD compares.
+    """Run a model on one sample, and collect what Align-KD compares.
 
     Raises:
-        ValueError: bad input, no such sample, or a sample that cannot be prepared.
+        AlignkdError: bad input, no such sample, or a sample that cannot be prepared.
     """
+    load_plugins(config.plugins)
     sample = find_sample(SampleFile(config.data), config.id)
     tower = Path(config.vision_tower) if config.vision_tower else None
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
@@ -44,12 +50,12 @@ def show(config: ShowConfig) -> Shown:
     try:
         prepared = preparer(sample)
     except SampleError as error:
-        raise ValueError(f"sample {sample.id!r}: {error}") from error
+        raise SampleError(f"sample {sample.id!r}: {error}") from error
     arrays = captured_arrays(vlm, prepared)
     if config.save is not None:
         np.savez(config.save, **arrays)  # type: ignore[arg-type]
     if config.plot is not None:
-        pictures = [np.asarray(image, dtype=np.float32) / 255 for image in preparer.pictures(sample)]
+        pictures = [np.asarray(image, dtype=np.float32) / 255 for image in preparer.decoded_images(sample)]
         title = f"{sample.id}: first-layer attention from text to vision ({template})"
         save_figure(attention_figure(pictures, arrays["attention_HTV"], prepared.input.regions_R8, title), config.plot)
     figures = {
@@ -68,10 +74,10 @@ def show(config: ShowConfig) -> Shown:
 
 
 def find_sample(samples: SampleFile, sample_id: str | None) -> Sample:
-    """The sample of an id (the first one without).
+    """The sample with an id; without one, the first.
 
     Raises:
-        ValueError: no sample has it.
+        DataError: no sample has this id.
     """
     if sample_id is None:
         return samples[0]
@@ -79,7 +85,7 @@ def find_sample(samples: SampleFile, sample_id: str | None) -> Sample:
         sample = samples[index]
         if sample.id == sample_id:
             return sample
-    raise ValueError(f"{samples.path} holds no sample with id {sample_id!r}; its first is {samples[0].id!r}")
+    raise DataError(f"{samples.path} holds no sample with id {sample_id!r}; its first is {samples[0].id!r}")
 
 
 @torch.inference_mode()
@@ -89,12 +95,11 @@ def captured_arrays(vlm: Vlm, prepared: Prepared) -> dict[str, np.ndarray]:
     batch = vlm.collate([given]).to(vlm.device)
     captured = capture(vlm, batch)
     logits_AN = vlm.head(captured.hidden_AD).float()
-    assert captured.attention_BHTV is not None
     return {
         "input_ids": given.input_ids,
         "labels": given.labels,
         "pixel_values": given.images.float().numpy(),
-        "attention_HTV": captured.attention_BHTV[0].cpu().numpy(),
+        "attention_HTV": captured.attention[0][0].cpu().numpy(),
         "vision_tokens_VD": captured.vision_BVD[0].float().cpu().numpy(),
         "answer_logits_AN": logits_AN.cpu().numpy(),
         "loss": functional.cross_entropy(logits_AN, batch.answer_ids_A).cpu().numpy(),
@@ -102,7 +107,7 @@ def captured_arrays(vlm: Vlm, prepared: Prepared) -> dict[str, np.ndarray]:
 
 
 def token_table(vlm: Vlm, prepared: Prepared) -> list[dict[str, Any]]:
-    """Each id with its position, piece, where it stands (before or after the image) and whether it is supervised."""
+    """Each token id with its position, its text, where it lies (before or after the image), and whether it is supervised."""
     given = prepared.input
     layout = vlm.collator.expand(given)
     table, position, seen = [], 0, False

@@ -1,1 +1,1 @@
-"""From samples and cached rows to batches on time: order, checks, worker processes."""
+"""From samples and cached rows to batches in time: order, checks, loader processes."""

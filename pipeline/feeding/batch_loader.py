@@ -1,4 +1,4 @@
-"""Micro-batches read ahead by worker processes, with the shards that later ones need opened in time."""
+"""Micro-batches, read ahead by worker processes that also open the shards of later ones in time."""
 
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -9,23 +9,23 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from alignkd.pipeline.feeding.dataset import Positions, TrainingSet
-from alignkd.pipeline.feeding.order import SHARDS_OPEN
-from alignkd.pipeline.runtime.signals import leave_signals_to_parent
+from alignkd.pipeline.feeding.dataset import MicroBatchSamples, TrainingSet
+from alignkd.pipeline.feeding.order import WINDOW_SHARDS
+from alignkd.pipeline.runtime.signals import ignore_stop_signals
 
 BATCHES_AHEAD = 4
-"""Micro-batches that each worker holds ready: enough for the moment in which new shards are opened."""
+"""Micro-batches that each worker keeps ready: enough for the time that opening new shards takes."""
 
 
-class _Announced(Sampler[list[int]]):
-    """The same micro-batches, each with the shards of all that follow within half a window of samples.
+class _WithUppendingShards(Sampler[list[int]]):
+    """The micro-batches of a sampler, each with the shards of those that follow within half a window of samples.
 
-    No more than half, so that two windows of shards are the most that a reader has to hold.
+    Half a window at most, so that a reader never has to hold more than two windows of shards.
     """
 
     def __init__(self, batches: Sampler[list[int]], shard_of_sample: np.ndarray) -> None:
         self.batches, self.shard_of_sample = batches, shard_of_sample
-        self.ahead = SHARDS_OPEN * len(shard_of_sample) // len(np.unique(shard_of_sample)) // 2
+        self.ahead = WINDOW_SHARDS * len(shard_of_sample) // len(np.unique(shard_of_sample)) // 2
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]
@@ -36,14 +36,14 @@ class _Announced(Sampler[list[int]]):
             waiting.append(positions)
             samples.update(self._shards(positions))
             while samples.total() > self.ahead:
-                yield self._announce(waiting.popleft(), samples)
+                yield self._take(waiting.popleft(), samples)
         while waiting:
-            yield self._announce(waiting.popleft(), samples)
+            yield self._take(waiting.popleft(), samples)
 
-    def _announce(self, positions: list[int], samples: Counter[int]) -> Positions:
-        """Take a micro-batch out of the ``samples`` a shard that wait, and name the shards of the others."""
+    def _take(self, positions: list[int], samples: Counter[int]) -> MicroBatchSamples:
+        """Take a micro-batch out of ``samples``, the waiting samples of each shard, and name the shards of the others."""
         samples -= Counter(self._shards(positions))
-        return Positions(positions, list(samples))
+        return MicroBatchSamples(positions, list(samples))
 
     def _shards(self, positions: list[int]) -> list[int]:
         shards: list[int] = self.shard_of_sample[positions].tolist()
@@ -51,17 +51,17 @@ class _Announced(Sampler[list[int]]):
 
 
 class TrainingLoader(DataLoader[Any]):
-    """Collated micro-batches, read ahead by processes, and taken from them by a thread while a step runs.
+    """Collated micro-batches; processes read them ahead, and a thread receives the next one while a step runs.
 
-    Shards of the next window are opened during this one if the reader may hold both: ``max_shards`` of at least
-    ``2 * SHARDS_OPEN``.
+    Shards of the next window are opened during this one if the reader may hold both: if its ``max_shards`` is at least
+    ``2 * WINDOW_SHARDS``.
 
     Args:
         data: the samples.
-        batches: positions in ``data`` of one micro-batch after the other; an empty list gives a batch of None.
-        workers: processes; with 0 the one that trains reads each batch when it asks for it.
+        batches: the samples of one micro-batch after the other, as indices into ``data``; an empty list gives a batch of None.
+        workers: processes; with 0 the training process reads each batch when it asks for it.
         pin_memory: batches come in page-locked memory.
-        seed: of the workers; the random numbers of the run stay as they are, so that a resumed one has the same.
+        seed: of the workers. The random state of the run does not change, so that a resumed run has the same.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class TrainingLoader(DataLoader[Any]):
     ) -> None:
         super().__init__(
             data,
-            batch_sampler=_Announced(batches, data.shard_of_sample),
+            batch_sampler=_WithUppendingShards(batches, data.shard_of_sample),
             collate_fn=data.collate,
             num_workers=workers,
-            worker_init_fn=leave_signals_to_parent,
+            worker_init_fn=ignore_stop_signals,
             prefetch_factor=BATCHES_AHEAD if workers else None,
             pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(seed),
@@ -80,13 +80,13 @@ class TrainingLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
-        return _received(batches) if self.num_workers else batches
+        return _receive_ahead(batches) if self.num_workers else batches
 
 
-def _received(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same; the next one is being received while the last one is used."""
+def _receive_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches; the next one is received while the last one is in use."""
     with ThreadPoolExecutor(1, thread_name_prefix="receive") as thread:
-        coming = thread.submit(next, batches, None)
-        while (received := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
+        pending = thread.submit(next, batches, None)
+        while (received := pending.result()) is not None:
+            pending = thread.submit(next, batches, None)
             yield received

@@ -1,4 +1,4 @@
-"""Feed stage two: samples and the rows that belong to them, checked against each other one by one."""
+"""The samples of stage two with their cached rows, each pair checked."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from alignkd.cache_store.errors import CorruptShardError, MissingRowError
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.rows.row import EncodedField
-from alignkd.errors import SampleError
+from alignkd.errors import CacheError, DataError, SampleError
 from alignkd.inputs.batch import ModelInput
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.cross_model import LAYOUT, CrossModelMap, TargetMask, with_masks
@@ -21,29 +21,36 @@ from alignkd.pipeline.cache_io.targets import collate_targets
 from alignkd.pipeline.config.cache_layout import attention_field, attention_layer
 from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
-from alignkd.pipeline.data.samples import Sample, SampleFile
-from alignkd.pipeline.feeding.order import SHARDS_OPEN
+from alignkd.pipeline.data.sample import Sample
+from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.feeding.order import WINDOW_SHARDS
 from alignkd.pipeline.feeding.row_checks import MisalignedRowError, check_images, check_row
 from alignkd.pipeline.feeding.shared_memory import SharedMemoryBatch
+from alignkd.plugins import load_plugins, loaded_plugins
 from alignkd.targets.batch_targets import Targets
 from alignkd.targets.cross_model import CrossModelError
 
 
 @dataclass(frozen=True)
 class TrainingExample:
-    """A prepared sample with what it needs of the cache, as it is stored; ``target_mask``: what has a target, if not all."""
+    """A prepared sample with its cached fields, still encoded.
+
+    ``target_mask``: which of its tokens have a target, None where all have one. ``truncated``: its text was cut at the
+    maximum length.
+    """
 
     sample_id: str
     input: ModelInput
     stored: dict[str, EncodedField]
     target_mask: TargetMask | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
 class FailedSample:
-    """A sample that gave no item. Passed on as a value, so that it crosses worker processes with its plain message.
+    """A sample that cannot be used. It is a value and not an error, so that loader processes can send it with its message.
 
-    ``fatal``: a misaligned row, which must end the run; otherwise the sample is left out and counted.
+    ``fatal``: its row is misaligned or damaged, which ends the run; otherwise the sample is rejected and counted.
     """
 
     key: str
@@ -52,19 +59,32 @@ class FailedSample:
     fatal: bool
 
 
-class Positions(list[int]):
-    """A micro-batch with the shards that those after it need, for a worker to open while there is time."""
+class MicroBatchSamples(list[int]):
+    """The samples of a micro-batch, as indices, with the shards that later micro-batches need: a worker opens them early."""
 
-    def __init__(self, positions: Iterable[int], coming: Sequence[int]) -> None:
-        super().__init__(positions)
-        self.coming = coming
+    def __init__(self, samples: Iterable[int], upcoming_shards: Sequence[int]) -> None:
+        super().__init__(samples)
+        self.upcoming_shards = upcoming_shards
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Positions, (list(self), self.coming)
+        return MicroBatchSamples, (list(self), self.upcoming_shards)
+
+
+def _with_plugins(paths: Sequence[str]) -> "TrainingSet":
+    load_plugins(paths)
+    return TrainingSet.__new__(TrainingSet)
 
 
 class TrainingSet(Dataset["TrainingExample | FailedSample"]):
-    """The usable samples of a data file, each with its row; ``across``: of a teacher of another make."""
+    """The usable samples of a data file, each with its row.
+
+    ``cross_model`` maps rows to this student's targets; without it they are used unchanged. ``attention_layers``: the
+    teacher's, whose attention is read.
+
+    Raises:
+        CacheError: a sample has no row.
+        DataError: no sample can be used, or too many were rejected.
+    """
 
     def __init__(
         self,
@@ -76,9 +96,9 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         needs: frozenset[str],
         max_rejected: int,
         attention_layers: Sequence[int] = (0,),
-        across: CrossModelMap | None = None,
+        cross_model: CrossModelMap | None = None,
     ) -> None:
-        self.samples, self.preparer, self.reader, self.across = samples, preparer, reader, across
+        self.samples, self.preparer, self.reader, self.cross_model = samples, preparer, reader, cross_model
         self.collator = student.collator
         self.fields = [attention_field(layer) for layer in attention_layers] if "attention" in needs else []
         self.fields += ["vision_tokens"] if "vision" in needs else []
@@ -89,19 +109,23 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         self.rejects = RejectedSamples(max_rejected)
         self.indices = self._usable()
         if not len(self.indices):
-            raise ValueError(f"no sample of {samples.path} can be trained on; first reasons: {self._first_reasons()}")
+            raise DataError(f"no sample of {samples.path} can be trained on; first reasons: {self._first_reasons()}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A spawned loader process loads the plugins first: the state may hold objects of their classes."""
+        return _with_plugins, ([plugin.path for plugin in loaded_plugins()],), self.__dict__
 
     def _usable(self) -> np.ndarray:
-        """Leave out what stage one rejected: named, counted, capped.
+        """The indices of samples that stage one did not reject. The others are named, counted and limited.
 
         Raises:
-            ValueError: a sample has no row at all.
+            CacheError: a sample is not in the cache at all.
         """
         if self.reader is None:
             return np.arange(len(self.samples))
         shards = self.reader.shards_of(self.samples.keys)
         for index in np.flatnonzero(shards < 0).tolist():
-            raise ValueError(f"sample {self.samples[index].id!r} has no row in the cache. {self._missing(index)}")
+            raise CacheError(f"sample {self.samples[index].id!r} has no row in the cache. {self._missing(index)}")
         kept = np.ones(len(self.samples), dtype=bool)
         if self.reader.rejected:
             for index in range(len(self.samples)):
@@ -137,63 +161,79 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         return len(self.indices)
 
     def sample(self, position: int) -> Sample:
-        """The sample at a position of this set."""
+        """The sample at an index of this set."""
         return self.samples[int(self.indices[position])]
 
     def __getitems__(self, positions: list[int]) -> list[TrainingExample | FailedSample]:
-        """A batch, which may be empty; the shards it needs are fetched side by side, and those of :class:`Positions` begun."""
+        """A micro-batch, which may be empty. Its shards are read in parallel; those of later ones are begun."""
         if self.reader is not None and self.fields:
             self.reader.prefetch(self.shard_of_sample[positions].tolist())
-            if isinstance(positions, Positions) and self.reader.max_shards >= 2 * SHARDS_OPEN:
-                self.reader.prefetch(positions.coming)
+            if isinstance(positions, MicroBatchSamples) and self.reader.max_shards >= 2 * WINDOW_SHARDS:
+                self.reader.prefetch(positions.upcoming_shards)
         return [self[position] for position in positions]
 
     def __getitem__(self, position: int) -> TrainingExample | FailedSample:
         sample = self.sample(position)
+        name = sample.id or sample.key
         try:
             prepared = self.preparer(sample)
-            if self.reader is None or not self.fields:
-                return TrainingExample(sample.id or sample.key, prepared.input, {})
-            if self.across is not None:
-                return self._across(sample, prepared, self.across)
-            row = self.reader.row(sample.key, {"input_ids", "labels"})
-            stored = self.reader.encoded_fields(sample.key, self.fields)
-            check_row(sample, prepared, row, stored, self.collator)
+            stored, mask = self._stored(sample, prepared)
         except SampleError as error:
-            return FailedSample(sample.key, sample.id or sample.key, str(error), fatal=False)
-        except (MisalignedRowError, CorruptShardError) as error:
-            return FailedSample(sample.key, sample.id or sample.key, str(error), fatal=True)
-        return TrainingExample(sample.id or sample.key, prepared.input, dict(stored))
+            return FailedSample(sample.key, name, str(error), fatal=False)
+        except (CacheError, CorruptShardError) as error:
+            return FailedSample(sample.key, name, str(error), fatal=True)
+        return TrainingExample(name, prepared.input, stored, mask, prepared.truncated)
 
-    def _across(self, sample: Sample, prepared: Prepared, across: CrossModelMap) -> TrainingExample:
-        """A sample with the row that a teacher of another make left.
+    def _stored(self, sample: Sample, prepared: Prepared) -> tuple[dict[str, EncodedField], TargetMask | None]:
+        """A sample's cached fields, checked, and which of its tokens have a target, None where all have.
 
         Raises:
-            MisalignedRowError: the two cannot be aligned; names the sample and the cause.
+            MisalignedRowError: the row does not belong to the sample; names it and the cause.
         """
-        assert self.reader is not None
+        if self.reader is None or not self.fields:
+            return {}, None
+        if self.cross_model is not None:
+            return self._mapped(sample, prepared, self.reader, self.cross_model)
+        row = self.reader.row(sample.key, {"input_ids", "labels"})
+        stored = self.reader.encoded_fields(sample.key, self.fields)
+        check_row(sample, prepared, row, stored, self.collator)
+        return dict(stored), None
+
+    def _mapped(
+        self, sample: Sample, prepared: Prepared, reader: CacheReader, cross_model: CrossModelMap
+    ) -> tuple[dict[str, EncodedField], TargetMask | None]:
+        """The row of a teacher of another model family, mapped to this student.
+
+        Raises:
+            MisalignedRowError: the two cannot be mapped; names the sample and the cause.
+        """
         visual = {name for name in self.fields if attention_layer(name) is not None or name == "vision_tokens"}
-        row = self.reader.row(sample.key, visual | LAYOUT if visual else LAYOUT - {"regions"})
+        row = reader.row(sample.key, visual | LAYOUT if visual else LAYOUT - {"regions"})
         check_images(sample, prepared, row)
-        stored = self.reader.encoded_fields(sample.key, [name for name in self.fields if name not in visual])
+        stored = reader.encoded_fields(sample.key, [name for name in self.fields if name not in visual])
         try:
-            found, compared = across(row, prepared.input, stored)
+            return cross_model(row, prepared.input, stored)
         except CrossModelError as error:
-            raise MisalignedRowError(f"sample {sample.id!r} cannot be aligned with its row in the cache: {error}") from error
-        return TrainingExample(sample.id or sample.key, prepared.input, found, compared)
+            raise MisalignedRowError(f"sample {sample.id!r} cannot be mapped to its row in the cache: {error}") from error
 
     def collate(self, items: Sequence[TrainingExample | FailedSample]) -> dict[str, Any]:
-        """Items to ``{"batch", "targets", "failures", "ids"}``; ``batch`` is None when every sample failed, or there is none.
+        """Examples to ``{"batch", "targets", "failures", "ids", "truncated"}``; ``batch`` is None without a usable sample.
 
-        ``ids`` of the samples in the batch, in its order.
+        ``ids``: the ids of the batch's samples, in its order. ``truncated``: how many of them were cut at the maximum length.
         """
         good = [item for item in items if isinstance(item, TrainingExample)]
         failures = [item for item in items if isinstance(item, FailedSample)]
         if not good:
-            return SharedMemoryBatch(batch=None, targets=None, failures=failures, ids=[])
+            return SharedMemoryBatch(batch=None, targets=None, failures=failures, ids=[], truncated=0)
         batch = self.collator([item.input for item in good])
         targets = Targets()
         if self.fields:
             targets = collate_targets([item.stored for item in good], batch)
             targets = with_masks(targets, [item.target_mask for item in good if item.target_mask is not None], batch)
-        return SharedMemoryBatch(batch=batch, targets=targets, failures=failures, ids=[item.sample_id for item in good])
+        return SharedMemoryBatch(
+            batch=batch,
+            targets=targets,
+            failures=failures,
+            ids=[item.sample_id for item in good],
+            truncated=sum(item.truncated for item in good),
+        )

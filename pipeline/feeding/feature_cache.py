@@ -1,7 +1,7 @@
 """Features of the frozen vision tower, computed once for every image of a training set and kept in memory.
 
-They are what the tower would give in every epoch. Worth it where the tower is a large part of the step and the images are
-few: it takes images x patches x tower width numbers, once, however many processes load samples.
+The tower would give the same features in every epoch. This pays off where the tower is a large part of the step and there
+are few images: it takes images x patches x tower width numbers, once, whatever the number of loader processes.
 
 Shapes: N images, P patches, C tower width.
 """
@@ -11,24 +11,25 @@ from typing import Any
 
 import torch
 
-from alignkd.models.encoders.placeholder import Picture
+from alignkd.errors import ConfigError
+from alignkd.models.encoders.placeholder import LoadedImage
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.data.tower_features import IMAGES_AT_ONCE, tower_features
 from alignkd.pipeline.feeding.dataset import TrainingSet
-from alignkd.pipeline.runtime.progress import bar
+from alignkd.pipeline.runtime.progress import progress_bar
 
 
-class SharedFeatures(dict[str, tuple[str, Picture]]):
+class SharedFeatures(dict[str, tuple[str, LoadedImage]]):
     """Features by image reference, each with its file's SHA-256: rows of one tensor ``[N, P, C]``.
 
-    A forked process sees the same memory. One that is spawned is sent the tensor, which torch moves to shared memory: once,
-    where a thousand tensors would each take an open file.
+    A forked process shares the memory. To a spawned process torch sends the tensor through shared memory: once, where
+    thousands of tensors would each take an open file.
     """
 
     def __init__(self, about: Mapping[str, tuple[str, tuple[int, int]]], features_NPC: torch.Tensor) -> None:
-        """``about``: of each reference the file's SHA-256 and the image's size."""
+        """``about``: the file's SHA-256 and the image's size of each reference, in the order of the rows."""
         rows = zip(about.items(), features_NPC, strict=True)
-        super().__init__({name: (digest, Picture(values_PC, size)) for (name, (digest, size)), values_PC in rows})
+        super().__init__({name: (digest, LoadedImage(values_PC, size)) for (name, (digest, size)), values_PC in rows})
         self.features_NPC = features_NPC
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -40,20 +41,20 @@ def cache_tower_features(vlm: Vlm, data: TrainingSet, *, limit_bytes: int) -> No
     """Fill ``data.preparer.features``; its samples then carry features ``[n, P, C]`` instead of pixel values.
 
     Raises:
-        ValueError: they would take more than ``limit_bytes``, or the family has no such features.
+        ConfigError: they would take more than ``limit_bytes``, or the model family has no such features.
     """
     if not vlm.caches_tower:
-        raise ValueError(f"--cache-tower-features does not serve the family {vlm.family}; leave it out")
+        raise ConfigError(f"--cache-tower-features does not work with the model family {vlm.family}; remove the option")
     references = sorted({reference for i in range(len(data)) for reference in data.sample(i).images})
     patches, width = vlm.tower_feature_shape
     needed = len(references) * patches * width * vlm.dtype.itemsize
     if needed > limit_bytes:
-        raise ValueError(
+        raise ConfigError(
             f"--cache-tower-features needs {needed / 2**30:.1f} GiB for {len(references):,} images, more than the"
-            f" {limit_bytes / 2**30:.1f} GiB allowed; leave it out"
+            f" {limit_bytes / 2**30:.1f} GiB allowed; remove the option"
         )
     features_NPC, about = torch.empty(0), dict[str, tuple[str, tuple[int, int]]]()
-    with bar("tower features", len(references), "images") as progress:
+    with progress_bar("tower features", len(references), "images") as progress:
         for start in range(0, len(references), IMAGES_AT_ONCE):
             chunk = references[start : start + IMAGES_AT_ONCE]
             for reference, (digest, picture) in tower_features(vlm, data.preparer, chunk).items():

@@ -1,6 +1,7 @@
-"""How many positions each sample of a training set takes: for batches of like length, or within a budget of positions.
+"""How many positions each sample of a training set takes: for batches of similar length, or within a budget of positions.
 
-Counted by tokenising every text once, on a few processes; kept beside the run, so that resuming does not count again.
+Every text is tokenised once, by a few processes. The lengths are kept beside the run, so that a resumed run does not count
+again.
 """
 
 import hashlib
@@ -12,23 +13,23 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from alignkd.cache_store.storage.local import LocalStorage
-from alignkd.errors import SampleError
+from alignkd.errors import ConfigError, SampleError
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.feeding.dataset import TrainingSet
-from alignkd.pipeline.runtime.progress import bar
-from alignkd.pipeline.runtime.signals import leave_signals_to_parent
+from alignkd.pipeline.runtime.progress import progress_bar
+from alignkd.pipeline.runtime.signals import ignore_stop_signals
 
 _CHUNK = 256
 """Samples a worker counts at a time."""
 _FEW = 4096
-"""Fewer samples than these are counted before worker processes would have started."""
+"""Up to this many samples one process counts sooner than worker processes start."""
 
 
 def sample_lengths(data: TrainingSet, student: Vlm, folder: Path, *, workers: int = 0, show: bool = True) -> np.ndarray:
-    """Positions of each sample, ``[samples]`` int32: its ids, each image as its vision tokens. 0 for one that fails.
+    """Positions of each sample, ``[samples]`` int32: its ids, each image as its vision tokens. 0 for a rejected sample.
 
-    They are kept in ``folder/lengths-DIGEST.npy``, the digest over everything that they depend on, and read from there
-    where they are already. ``show``: a progress bar.
+    They are kept in ``folder/lengths-DIGEST.npy``, with a digest of everything that they depend on, and read from there
+    if the file exists. ``show``: a progress bar.
     """
     storage, name = LocalStorage(folder), f"lengths-{_digest(data, student)}.npy"
     lengths = _read(storage, name, len(data))
@@ -42,16 +43,16 @@ def sample_lengths(data: TrainingSet, student: Vlm, folder: Path, *, workers: in
 
 
 def check_budget(data: TrainingSet, lengths: np.ndarray, batch_tokens: int) -> None:
-    """Refuse a budget that some sample does not fit into on its own.
+    """Refuse a budget that is smaller than some sample.
 
     Raises:
-        ValueError: names the longest sample, its length, and the way out.
+        ConfigError: names the longest sample, its length, and the way out.
     """
     longest = int(lengths.argmax())
     if lengths[longest] > batch_tokens:
         sample = data.sample(longest)
         over = int((lengths > batch_tokens).sum())
-        raise ValueError(
+        raise ConfigError(
             f"sample {sample.id or sample.key!r} takes {lengths[longest]:,} positions with its images, more than"
             f" --batch-tokens {batch_tokens:,}, as do {over:,} of {len(data):,} samples in all; give --batch-tokens"
             f" {lengths[longest]} or more, or a smaller --max-length (a cache must be written with the same)"
@@ -59,7 +60,7 @@ def check_budget(data: TrainingSet, lengths: np.ndarray, batch_tokens: int) -> N
 
 
 class _Lengths(Dataset["list[int]"]):
-    """Lengths by chunk of samples."""
+    """The lengths of samples, a chunk at a time."""
 
     def __init__(self, data: TrainingSet) -> None:
         self.data = data
@@ -76,13 +77,13 @@ class _Lengths(Dataset["list[int]"]):
         try:
             return self.data.preparer.text(sample).length
         except SampleError:
-            return 0  # the loader names it when its turn comes
+            return 0  # the loader reports it when the sample is used
 
 
 def _count(data: TrainingSet, workers: int, show: bool) -> np.ndarray:
-    chunks = DataLoader(_Lengths(data), batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_parent)
+    chunks = DataLoader(_Lengths(data), batch_size=None, num_workers=workers, worker_init_fn=ignore_stop_signals)
     found: list[int] = []
-    with bar("lengths", len(data), "samples", show=show) as progress:
+    with progress_bar("lengths", len(data), "samples", show=show) as progress:
         for lengths in chunks:
             found += lengths
             progress.advance(len(lengths))

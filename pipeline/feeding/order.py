@@ -1,9 +1,9 @@
 """The order of samples as a pure function of (seed, epoch, step), so that resuming is arithmetic.
 
-1. Shards are shuffled, then samples within windows of a few shards: as random as a reader can serve from the few shards it
-keeps open. 2. Each epoch is cut into micro-batches, of like length where that is asked for. 3. A step takes the next ones of
-its epoch, as many as all processes hold together, and each process knows its own: how many processes there are changes
-nothing in what a step learns from.
+1. Shards are shuffled, then samples within windows of a few shards: as random as a reader can serve from the few shards that
+it keeps open. 2. Each epoch is cut into micro-batches, of samples of similar length if asked for. 3. A step takes the next
+micro-batches of its epoch, one for each process and accumulation. The number of processes does not change which samples a
+step learns from.
 """
 
 import math
@@ -12,23 +12,11 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-SHARDS_OPEN = 8
-"""Shards whose samples are mixed with each other: a worker has to keep as many in memory."""
+WINDOW_SHARDS = 8
+"""Shards whose samples are mixed with each other; a reader keeps as many in memory."""
 
 _NOISE = 0.05
-"""Lengths are grouped as if each were up to this share shorter or longer, so that epochs differ in their micro-batches."""
-
-
-def epoch_order(shard_of_sample: np.ndarray, *, seed: int, epoch: int, window: int) -> np.ndarray:
-    """A permutation of all samples for one epoch.
-
-    Args:
-        shard_of_sample: the shard each sample's targets lie in, ``[samples]``; all zero without a cache.
-        seed: of the run.
-        epoch: from 0.
-        window: shards mixed with each other at a time.
-    """
-    return _shuffle(shard_of_sample, _generator(seed, epoch), window)[0]
+"""For grouping, each length is made up to this share shorter or longer, so that micro-batches differ between epochs."""
 
 
 def _generator(seed: int, epoch: int) -> np.random.Generator:
@@ -36,7 +24,7 @@ def _generator(seed: int, epoch: int) -> np.random.Generator:
 
 
 def _shuffle(shard_of_sample: np.ndarray, generator: np.random.Generator, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """All samples in their order, and the window each lies in, which never falls."""
+    """All samples in their order, and the window of each, which never decreases."""
     shards = generator.permutation(np.unique(shard_of_sample))
     rank = np.empty(int(shards.max()) + 1, dtype=np.int64)
     rank[shards] = np.arange(len(shards)) // window
@@ -49,11 +37,13 @@ class BatchOrder:
     """Micro-batches of every epoch as a pure function of (seed, epoch).
 
     Args:
-        shard_of_sample: as for :func:`epoch_order`, as are ``seed`` and ``window``.
-        batch_size: samples a micro-batch; the most of them where ``batch_tokens`` is given, and then None is no limit.
-        lengths: positions of each sample, ``[samples]``; 0 for one that will fail. Needed by what follows.
-        group_by_length: micro-batches hold samples of like length out of one window, in a random order.
-        batch_tokens: positions a micro-batch may have once its samples are padded to the longest.
+        shard_of_sample: the shard of each sample's targets, ``[samples]``; all zero without a cache.
+        seed: of the run.
+        window: how many shards are mixed with each other at a time.
+        batch_size: samples of a micro-batch. With ``batch_tokens`` it is the maximum, and None means no maximum.
+        lengths: positions of each sample, ``[samples]``; 0 for one that will be rejected. The two arguments below need it.
+        group_by_length: a micro-batch holds samples of similar length from one window; micro-batches come in random order.
+        batch_tokens: maximum positions of a micro-batch after its samples are padded to the longest.
     """
 
     def __init__(
@@ -74,7 +64,7 @@ class BatchOrder:
             assert len(lengths) == len(shard_of_sample)
         if batch_tokens is not None:
             assert lengths is not None
-            assert lengths.max() <= batch_tokens, "lengths.check_budget refuses these, by name"
+            assert lengths.max() <= batch_tokens, "lengths.check_budget names such samples before"
         self._shards, self._seed, self._window = shard_of_sample, seed, window
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._lengths, self._group_by_length = lengths, group_by_length
@@ -82,7 +72,7 @@ class BatchOrder:
         self._latest: tuple[int, list[np.ndarray]] | None = None
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
-        """Positions of the samples of each micro-batch; every sample once. The latest epoch asked for is remembered."""
+        """The samples of each micro-batch, as indices; every sample once. The latest epoch asked for is kept."""
         if self._latest is None or self._latest[0] != epoch:
             self._latest = epoch, self._batches(epoch)
             self._counts[epoch] = len(self._latest[1])
@@ -93,13 +83,13 @@ class BatchOrder:
         return -(-self._batches_of(epoch) // per_step)
 
     def total_steps(self, epochs: float, per_step: int) -> int:
-        """Steps of so many epochs, the part of the last one rounded up."""
+        """Steps of a number of epochs; a partial epoch is rounded up."""
         whole = int(epochs)
         steps = sum(self.steps_per_epoch(epoch, per_step) for epoch in range(whole))
         part = epochs - whole
         if not part:
             return steps
-        # Rounded first: 1.1 - 1 is a little over 0.1, which is no step of its own.
+        # Rounded first: 1.1 - 1 is slightly more than 0.1 in floating point, and must not add a step.
         return steps + math.ceil(round(part * self.steps_per_epoch(whole, per_step), 6))
 
     def _batches_of(self, epoch: int) -> int:
@@ -124,7 +114,7 @@ class BatchOrder:
         return [batches[i] for i in np.lexsort((generator.random(len(batches)), window_of_batch))]
 
     def _cuts(self, order: np.ndarray, windows: np.ndarray) -> np.ndarray:
-        """Where a new micro-batch begins within ``order``, but for the first; none goes over the end of a window."""
+        """Where each micro-batch after the first begins within ``order``; none crosses the end of a window."""
         most = self._batch_size or len(order)
         if self._batch_tokens is not None:
             assert self._lengths is not None
@@ -135,9 +125,9 @@ class BatchOrder:
 
 
 def _budget_cuts(lengths: np.ndarray, windows: np.ndarray, budget: int, most: int) -> np.ndarray:
-    """Where a new micro-batch has to begin for none to hold over ``budget`` padded positions, or over ``most`` samples."""
+    """Where micro-batches must begin so that none holds more than ``budget`` padded positions, or ``most`` samples."""
     cuts, samples, longest, window = [], 0, 0, windows[0]
-    # A sample that will fail counts one position, so that they cannot gather without end.
+    # A sample that will be rejected counts as one position, so that a micro-batch of them has an end, too.
     for i, (length, inside) in enumerate(zip(np.maximum(lengths, 1).tolist(), windows.tolist(), strict=True)):
         samples, longest = samples + 1, max(longest, length)
         if samples > most or samples * longest > budget or inside != window:
@@ -147,10 +137,10 @@ def _budget_cuts(lengths: np.ndarray, windows: np.ndarray, budget: int, most: in
 
 
 class StepSampler(Sampler[list[int]]):
-    """What one process reads, step after step: ``accumulation`` micro-batches a step, from ``start_step`` on.
+    """What one process reads: ``accumulation`` micro-batches in each step, from ``start_step`` on.
 
-    A step takes the next ``world_size * accumulation`` micro-batches of its epoch, number ``j * world_size + rank`` being the
-    j-th of process ``rank``. An epoch's last step may have fewer: an empty list stands for each that is missing.
+    A step takes the next ``world_size * accumulation`` micro-batches of its epoch. The j-th micro-batch of process ``rank`` is
+    number ``j * world_size + rank`` of them. An epoch's last step may have fewer: each missing one is an empty list.
 
     ``len`` is that of the whole run, wherever it starts.
     """

@@ -1,18 +1,19 @@
-"""Compare a cached row with the sample it is used for: never a silent misalignment."""
+"""Compare a cached row with the sample it is used for: a row of another sample must never be used silently."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
 from alignkd.cache_store.rows.row import EncodedField, Row
+from alignkd.errors import CacheError
 from alignkd.inputs.batch import Collator, Layout
 from alignkd.pipeline.config.cache_layout import attention_layer
 from alignkd.pipeline.data.preparer import Prepared
-from alignkd.pipeline.data.samples import Sample
+from alignkd.pipeline.data.sample import Sample
 
 
-class MisalignedRowError(ValueError):
-    """A cached row is not about the sample it is used for."""
+class MisalignedRowError(CacheError):
+    """A cached row does not belong to the sample it is used for."""
 
 
 def check_row(
@@ -22,7 +23,7 @@ def check_row(
     stored: Mapping[str, EncodedField],
     collator: Collator,
 ) -> None:
-    """Compare a row, and what of it is ``stored`` undecoded, with the sample as this run prepared it.
+    """Compare a row, and its fields ``stored`` still encoded, with the sample as this run prepared it.
 
     ``collator``: the student's.
 

@@ -1,7 +1,7 @@
-"""A batch on its way from a loader process: all of its tensors in one piece of shared memory.
+"""Send a batch from a loader process with all of its tensors in one piece of shared memory.
 
-Left alone, every tensor crosses as shared memory of its own, some thirty a batch, and the process that trains has to ask the
-one that loads, which is busy, for each.
+Otherwise torch sends each of some thirty tensors in shared memory of its own, and the training process has to ask the
+busy loader process for every one of them.
 """
 
 import io
@@ -11,61 +11,62 @@ from typing import Any
 import torch
 
 _ALIGN = 64
-"""Bytes: every dtype may begin there, and so does a cache line."""
+"""Bytes: the alignment of every dtype, and of a cache line."""
 
-_Place = tuple[int, torch.dtype, tuple[int, ...]]
+_Layout = tuple[int, torch.dtype, tuple[int, ...]]
+"""Offset in bytes, dtype and shape of a tensor in the buffer."""
 
 
 class SharedMemoryBatch(dict[str, Any]):
-    """A dict of anything. Pickled, it arrives as a plain dict whose tensors, however deep, are views of one buffer."""
+    """A dict of anything. After pickling it is a plain dict whose tensors, at any depth, are views of one buffer."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        words = io.BytesIO()
-        packer = _Packer(words, protocol=pickle.HIGHEST_PROTOCOL)
-        packer.dump(dict(self))
-        return _unpack, (words.getvalue(), packer.buffer())
+        stream = io.BytesIO()
+        pickler = _Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL)
+        pickler.dump(dict(self))
+        return _load, (stream.getvalue(), pickler.buffer())
 
 
-class _Packer(pickle.Pickler):
-    """Leaves a note of its place where a tensor was."""
+class _Pickler(pickle.Pickler):
+    """Writes the layout of each tensor in its place."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._tensors: list[tuple[_Place, torch.Tensor]] = []
+        self._tensors: list[tuple[_Layout, torch.Tensor]] = []
         self._bytes = 0
 
-    def persistent_id(self, value: Any) -> _Place | None:
-        """Where in the buffer a tensor lies."""
+    def persistent_id(self, value: Any) -> _Layout | None:
+        """The layout of a tensor; None for anything else, which is pickled as usual."""
         if not isinstance(value, torch.Tensor):
             return None
-        place = self._bytes, value.dtype, tuple(value.shape)
-        self._tensors.append((place, value))
+        layout = self._bytes, value.dtype, tuple(value.shape)
+        self._tensors.append((layout, value))
         self._bytes += -(-value.nbytes // _ALIGN) * _ALIGN
-        return place
+        return layout
 
     def buffer(self) -> torch.Tensor:
         """All tensors, one after the other."""
         buffer = torch.empty(self._bytes, dtype=torch.uint8)
-        for place, tensor in self._tensors:
-            _view(buffer, place).copy_(tensor)
+        for layout, tensor in self._tensors:
+            _view(buffer, layout).copy_(tensor)
         return buffer
 
 
-class _Unpacker(pickle.Unpickler):
-    def __init__(self, words: bytes, buffer: torch.Tensor) -> None:
-        super().__init__(io.BytesIO(words))
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, pickled: bytes, buffer: torch.Tensor) -> None:
+        super().__init__(io.BytesIO(pickled))
         self._buffer = buffer
 
-    def persistent_load(self, place: _Place) -> torch.Tensor:
-        """The tensor at a place."""
-        return _view(self._buffer, place)
+    def persistent_load(self, layout: _Layout) -> torch.Tensor:
+        """The tensor of a layout."""
+        return _view(self._buffer, layout)
 
 
-def _view(buffer: torch.Tensor, place: _Place) -> torch.Tensor:
-    start, dtype, shape = place
+def _view(buffer: torch.Tensor, layout: _Layout) -> torch.Tensor:
+    start, dtype, shape = layout
     return buffer[start : start + dtype.itemsize * torch.Size(shape).numel()].view(dtype).view(shape)
 
 
-def _unpack(words: bytes, buffer: torch.Tensor) -> dict[str, Any]:
-    contents: dict[str, Any] = _Unpacker(words, buffer).load()
+def _load(pickled: bytes, buffer: torch.Tensor) -> dict[str, Any]:
+    contents: dict[str, Any] = _Unpickler(pickled, buffer).load()
     return contents

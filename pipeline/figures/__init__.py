@@ -1,1 +1,1 @@
-"""Pictures: attention drawn over an image."""
+"""Figures: attention drawn over an image."""

@@ -1,4 +1,7 @@
-"""Pictures: attention drawn over an image, and the few charts of the report. Drawn without a display."""
+"""Attention drawn over an image; matplotlib set up to draw without a display.
+
+Shapes: H heads, T text rows, V vision columns, R regions of 8 numbers each (see :mod:`alignkd.inputs.regions`).
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from alignkd.errors import ConfigError, wrap_errors
 from alignkd.inputs.regions import tokens_of
 
 __all__ = ["Figure", "attention_figure", "image_heat", "overlay", "plt", "save_figure"]
@@ -21,7 +25,7 @@ Patch = tuple[np.ndarray, tuple[float, float, float, float]]
 
 
 def overlay(axes: Axes, picture: np.ndarray, heat: Sequence[Patch], title: str) -> None:
-    """Draw heat maps over a picture ``[h, w, 3]``, in order; white is the most attended token of each."""
+    """Draw heat maps over a picture ``[h, w, 3]``, one after the other; white is the most attended token of each."""
     height, width = picture.shape[:2]
     axes.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1.6, extent=(0, width, height, 0))
     for values, (top, left, bottom, right) in heat:
@@ -36,7 +40,7 @@ def overlay(axes: Axes, picture: np.ndarray, heat: Sequence[Patch], title: str) 
 
 
 def image_heat(attention_HTV: np.ndarray, regions_R8: np.ndarray, image: int) -> list[Patch]:
-    """Attention on one image's regions, averaged over heads and text rows; tokens without a place are left out."""
+    """Attention to one image's regions, averaged over heads and text rows, without tokens that have no coordinates."""
     mean_V, patches = attention_HTV.mean(axis=(0, 1)), []
     ends = np.cumsum(tokens_of(regions_R8))
     for (owner, rows, columns, row_ends, *box), end in zip(regions_R8.tolist(), ends.tolist(), strict=True):
@@ -49,7 +53,7 @@ def image_heat(attention_HTV: np.ndarray, regions_R8: np.ndarray, image: int) ->
 def attention_figure(
     pictures: list[np.ndarray], attention_HTV: np.ndarray, regions_R8: np.ndarray, title: str, heads: int = 4
 ) -> Figure:
-    """Each image of a sample: itself, the mean attention, and the heads that attend to it most."""
+    """One row for each image of a sample: the image, the mean attention, and the heads that attend to it most."""
     shown = min(heads, attention_HTV.shape[0] if attention_HTV.shape[0] > 1 else 0)
     figure, axes = plt.subplots(
         max(len(pictures), 1), 2 + shown, figsize=(2.1 * (2 + shown), 2.5 * max(len(pictures), 1) + 0.4), squeeze=False
@@ -75,6 +79,11 @@ def attention_figure(
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure and forget it."""
-    figure.savefig(path, dpi=140, bbox_inches="tight")
+    """Write a figure to a file of the format that its name ends in, and free it.
+
+    Raises:
+        ConfigError: matplotlib cannot write this format.
+    """
+    with wrap_errors(ConfigError, f"the figure cannot be written to {path}; give a name that ends in .png", ValueError):
+        figure.savefig(path, dpi=140, bbox_inches="tight")
     plt.close(figure)

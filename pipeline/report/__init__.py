@@ -1,1 +1,1 @@
-"""Pages that show what a run made."""
+"""Pages that show what the jobs made."""

@@ -1,1 +1,1 @@
-"""What every job needs of its machine: ranks, signals, devices, progress, a record of the run."""
+"""What every job needs from its machine: ranks, signals, devices, progress, a record of the run."""

@@ -5,6 +5,10 @@ import sys
 
 import torch
 
+from alignkd.errors import ConfigError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def peak_memory_bytes() -> int:
     """Peak memory: of the GPU where there is one, else of this process."""
@@ -15,10 +19,10 @@ def peak_memory_bytes() -> int:
 
 
 def pick_device(name: str | None, local_rank: int = 0) -> str:
-    """The device asked for; else the GPU where there is one, and where there are several the local rank's own.
+    """The device asked for. Without one: the GPU if there is one (of several, the one of the local rank), else the CPU.
 
     Raises:
-        ValueError: it is not here.
+        ConfigError: this machine does not have it, or torch does not know it.
     """
     if name is None:
         if not torch.cuda.is_available():
@@ -26,12 +30,19 @@ def pick_device(name: str | None, local_rank: int = 0) -> str:
         count = torch.cuda.device_count()
         return "cuda" if count == 1 else f"cuda:{local_rank % count}"
     try:
-        torch.empty(0, device=name)
+        torch.empty(1, device=name).tolist()  # the device "meta" makes tensors, but holds no values
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        cause = str(error).partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"--device {name} cannot be used here: {cause}") from error
     return name
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """A dtype by its command-line name."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    """A dtype by its name on the command line.
+
+    Raises:
+        ConfigError: it is not one of those that models run in.
+    """
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} is not known; expected {', '.join(_DTYPES)}")
+    return _DTYPES[name]

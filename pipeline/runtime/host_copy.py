@@ -1,4 +1,4 @@
-"""Copies from a device to the host that nobody waits for until they are needed."""
+"""Copies from a device to the host that nothing waits for until they are needed."""
 
 from collections.abc import Mapping
 
@@ -6,9 +6,9 @@ import torch
 
 
 def copy_to_host(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
-    """The tensors on the host, and the event to wait for before they are read; None where they are there already.
+    """The tensors on the host, and the event to wait for before they are read; None where there is nothing to wait for.
 
-    Tensors that lie on the host are given back as they are, not copied.
+    Tensors that are on the host already are returned themselves, not copied.
     """
     if not any(tensor.is_cuda for tensor in tensors.values()):
         return dict(tensors), None

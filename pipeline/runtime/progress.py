@@ -1,4 +1,4 @@
-"""One bar a stage, with rate and time left, on standard error; plain lines now and then where that is a log file."""
+"""One progress bar per job on standard error, with rate and time left; in a log file, a plain line every 30 seconds."""
 
 import time
 from collections.abc import Iterator
@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-console = Console(stderr=True)
+stderr_console = Console(stderr=True)
+"""For people; standard output is for the figures that a command prints."""
 
 LOG_EVERY_S = 30.0
-"""Seconds between lines in a log file, which cannot show a bar that moves."""
+"""Seconds between lines in a log file, which cannot show a moving bar."""
 
 
 class _Rate(ProgressColumn):
@@ -22,12 +23,12 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.1f} {task.fields['unit']}/s", style="cyan")
 
 
-class Bar:
+class ProgressBar:
     """A running bar; ``advance`` moves it, ``note`` writes beside it."""
 
     def __init__(self, progress: Progress, task: Task, show: bool) -> None:
         self._progress, self._task = progress, task
-        self._in_log = show and not console.is_terminal
+        self._in_log = show and not stderr_console.is_terminal
         self._started = self._logged = time.monotonic()
         self._before = task.completed
 
@@ -44,20 +45,21 @@ class Bar:
             self._log()
 
     def note(self, text: str) -> None:
-        """Show a few words after the bar."""
+        """Show a short text after the bar."""
         self._progress.update(self._task.id, note=text)
 
     def _log(self) -> None:
         task = self._task
         rate = (task.completed - self._before) / self.seconds
         left = f"{((task.total or 0) - task.completed) / rate:,.0f} s left" if rate else "time left unknown"
-        words = f"{task.description}: {task.completed:,.0f} of {task.total:,.0f} {task.fields['unit']}, {rate:,.1f}/s, {left}"
-        console.print(f"{words}{'; ' if task.fields['note'] else ''}{task.fields['note']}", highlight=False, soft_wrap=True)
+        line = f"{task.description}: {task.completed:,.0f} of {task.total:,.0f} {task.fields['unit']}, {rate:,.1f}/s, {left}"
+        note = f"; {task.fields['note']}" if task.fields["note"] else ""
+        stderr_console.print(line + note, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def bar(title: str, total: float, unit: str, *, done: float = 0, show: bool = True) -> Iterator[Bar]:
-    """A progress bar over ``total`` units, ``done`` of them before now; one that is not shown only counts."""
+def progress_bar(title: str, total: float, unit: str, *, done: float = 0, show: bool = True) -> Iterator[ProgressBar]:
+    """A progress bar over ``total`` units, ``done`` of them before now. With ``show=False`` it counts, but is not drawn."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -66,6 +68,6 @@ def bar(title: str, total: float, unit: str, *, done: float = 0, show: bool = Tr
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}", style="dim"),
     )
-    with Progress(*columns, console=console, transient=False, disable=not show) as progress:
+    with Progress(*columns, console=stderr_console, transient=False, disable=not show) as progress:
         number = progress.add_task(title, total=total, completed=done, unit=unit, note="")  # type: ignore[arg-type]
-        yield Bar(progress, next(task for task in progress.tasks if task.id == number), show)
+        yield ProgressBar(progress, next(task for task in progress.tasks if task.id == number), show)

@@ -1,12 +1,14 @@
-"""Who does what among many workers: rank and number of workers from flags or from the launcher's environment.
+"""Which part of the work each of many workers does: rank and number of workers, from flags or from the launcher's environment.
 
-Shard n belongs to rank n modulo the number of workers: a pure function, so workers need not start together, and whatever
-number of workers comes next takes what has no record yet.
+Shard n belongs to rank n modulo the number of workers. This is a pure function, so workers need not start together, and
+a later run with another number of workers takes the shards that have no record yet.
 """
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from alignkd.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,14 @@ class Worker:
 
     def __post_init__(self) -> None:
         if self.world_size < 1 or not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} of {self.world_size} workers: expected 0 <= rank < world size")
+            raise ConfigError(f"rank {self.rank} of {self.world_size} workers: expected 0 <= rank < world size")
 
     def owns(self, shard: int) -> bool:
         """Whether a shard is this worker's."""
         return shard % self.world_size == self.rank
 
     def order(self, pending: Sequence[int], *, steal: bool) -> list[int]:
-        """Its own pending shards; then, to ``steal``, the others', last ones first, which their owners reach last."""
+        """Its own pending shards. With ``steal``, then those of others, last ones first: their owners reach them last."""
         own = [shard for shard in pending if self.owns(shard)]
         return own + [shard for shard in reversed(pending) if not self.owns(shard)] if steal else own
 
@@ -38,21 +40,20 @@ def find_worker(rank: int | None = None, world_size: int | None = None, environm
     """Flags first; then torchrun, SLURM (tasks, arrays, arrays of tasks), Kubernetes indexed jobs; else the only worker.
 
     Raises:
-        ValueError: half of what is needed, or something that is no number.
+        ConfigError: some of what is needed is missing, or is not a number.
     """
     if rank is not None or world_size is not None:
         if rank is None or world_size is None:
-            raise ValueError("--rank and --world-size are given together, or neither")
+            raise ConfigError("--rank and --world-size are given together, or neither")
         return Worker(rank, world_size)
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        rank, world_size = _numbers(environment, "RANK", "WORLD_SIZE")
-        return Worker(rank, world_size, _number(environment, "LOCAL_RANK", 0))
+        return find_process(environment)
     if "SLURM_PROCID" in environment or "SLURM_ARRAY_TASK_ID" in environment:
         return _slurm(environment)
     if "JOB_COMPLETION_INDEX" in environment:
         if "WORLD_SIZE" not in environment:
-            raise ValueError(
-                "JOB_COMPLETION_INDEX is set, so this is a Kubernetes indexed job, but it does not say of how many: set"
+            raise ConfigError(
+                "JOB_COMPLETION_INDEX is set, so this is a Kubernetes indexed job, but the number of workers is missing: set"
                 " WORLD_SIZE to the job's completions, or give --rank and --world-size"
             )
         rank, world_size = _numbers(environment, "JOB_COMPLETION_INDEX", "WORLD_SIZE")
@@ -60,19 +61,33 @@ def find_worker(rank: int | None = None, world_size: int | None = None, environm
     return Worker()
 
 
+def find_process(environment: Mapping[str, str] = os.environ) -> Worker:
+    """Which process of a torchrun, ``accelerate launch`` or DeepSpeed job this is; without a launcher, the only one.
+
+    Raises:
+        ConfigError: a variable of the launcher is not a number, or the rank is not below the world size.
+    """
+    if not {"RANK", "WORLD_SIZE"} <= environment.keys():
+        return Worker()
+    rank, world_size = _numbers(environment, "RANK", "WORLD_SIZE")
+    return Worker(rank, world_size, _number(environment, "LOCAL_RANK", 0))
+
+
 def _slurm(environment: Mapping[str, str]) -> Worker:
     """Tasks of a step within elements of an array; either may be absent."""
-    # SLURM_NTASKS is set in a batch script too, where one process runs however many tasks were asked for.
+    # SLURM_NTASKS is also set in a batch script, where a single process runs, whatever number of tasks was asked for.
     task, tasks = _number(environment, "SLURM_PROCID", 0), _number(environment, "SLURM_STEP_NUM_TASKS", 1)
     element, elements = 0, 1
     if "SLURM_ARRAY_TASK_ID" in environment:
         here, first, last = _numbers(environment, "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX")
         step = _number(environment, "SLURM_ARRAY_TASK_STEP", 1)
+        if step < 1:
+            raise ConfigError(f"SLURM_ARRAY_TASK_STEP={step} in the environment: expected 1 or more")
         element, elements = (here - first) // step, (last - first) // step + 1
         if _number(environment, "SLURM_ARRAY_TASK_COUNT", elements) != elements:
-            raise ValueError(
-                f"the elements of this SLURM array are not every {step}. number from {first} to {last}, so it does not say who"
-                " does what: submit it without gaps, or give --rank and --world-size"
+            raise ConfigError(
+                f"the elements of this SLURM array are not every {step}. number from {first} to {last}, so the rank of each is"
+                " not known: submit the array without gaps, or give --rank and --world-size"
             )
     return Worker(element * tasks + task, elements * tasks, _number(environment, "SLURM_LOCALID", 0))
 
@@ -80,7 +95,7 @@ def _slurm(environment: Mapping[str, str]) -> Worker:
 def _numbers(environment: Mapping[str, str], *names: str) -> tuple[int, ...]:
     missing = [name for name in names if name not in environment]
     if missing:
-        raise ValueError(f"{names[0]} is set but {', '.join(missing)} is not: give --rank and --world-size")
+        raise ConfigError(f"{names[0]} is set but {', '.join(missing)} is not: give --rank and --world-size")
     return tuple(_number(environment, name, 0) for name in names)
 
 
@@ -89,4 +104,7 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise ValueError(f"{name}={text!r} in the environment: expected a number") from error
+        raise ConfigError(
+            f"{name}={text!r} in the environment: expected a number, as the launcher sets it; unset {name}, or start the"
+            " command through the launcher"
+        ) from error

@@ -1,14 +1,16 @@
-"""What ran: resolved configuration and versions, written beside every output."""
+"""What ran: the resolved configuration and the versions that decide results, written beside every output."""
 
 import json
 import platform
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+from alignkd.pipeline.runtime.files import replace_text
+from alignkd.plugins import loaded_plugins
 
 _PACKAGES = (
     "alignkd",
@@ -25,8 +27,10 @@ _PACKAGES = (
 )
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, the platform and the packages that decide results."""
+def collect_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results; the platform and the device. Imports torch."""
+    import torch  # only here: the device's name is all that is asked of it
+
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -37,19 +41,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run_record(command: str, configuration: dict[str, Any]) -> dict[str, Any]:
-    """What a run was asked to do, when, and with which versions."""
+def make_run_record(command: str, configuration: dict[str, Any]) -> dict[str, Any]:
+    """What a run was asked to do, when, and with which plugins and versions."""
     return {
         "command": command,
         "arguments": sys.argv[1:],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "configuration": configuration,
-        "versions": versions(),
+        "plugins": [asdict(plugin) for plugin in loaded_plugins()],
+        "versions": collect_versions(),
     }
 
 
-def write_run(path: Path, command: str, configuration: dict[str, Any]) -> None:
-    """Write a run's record as JSON."""
-    record = run_record(command, configuration)
+def write_run_record(path: Path, command: str, configuration: dict[str, Any]) -> None:
+    """Write a run's record as JSON; a kill leaves the file of before, or the new one, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    replace_text(path, json.dumps(make_run_record(command, configuration), indent=2, default=str) + "\n")

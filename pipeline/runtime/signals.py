@@ -1,4 +1,4 @@
-"""Stop at the next safe point when the scheduler (or the user) asks, so that the job can be resumed."""
+"""Stop at the next safe point when the scheduler or the user asks for it, so that the job can be resumed."""
 
 import signal
 import threading
@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 RESUMABLE_EXIT_CODE = 75
+"""Of a command that was stopped at a safe point. Schedulers know it as EX_TEMPFAIL: run the job again."""
+
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class Interrupted(Exception):  # noqa: N818 - an early but orderly end
-    """The job stopped early at a safe point; running the same command again goes on from there."""
+class Interrupted(Exception):  # noqa: N818 - an early, orderly end; not an error that the user has to act on
+    """The job stopped early at a safe point; running it again continues from there."""
 
 
 class StopFlag:
@@ -30,12 +32,12 @@ class StopFlag:
             Interrupted: a signal came.
         """
         if self.signal_name is not None:
-            raise Interrupted(f"stopped by {self.signal_name}; run the same command again to go on")
+            raise Interrupted(f"stopped by {self.signal_name}; run the same command again to continue")
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Catch the signals a scheduler sends before it kills, for the duration of a job."""
+    """Catch the signals that a scheduler sends before it kills, for the duration of a job. In a thread: catch nothing."""
     flag = StopFlag()
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -54,8 +56,8 @@ def stop_on_signals() -> Iterator[StopFlag]:
             signal.signal(number, handler)
 
 
-def leave_signals_to_parent(_worker: int) -> None:
-    """Make a loader process outlive the signals that schedulers send to every process of a job.
+def ignore_stop_signals(_worker: int) -> None:
+    """Make a loader process ignore the signals that schedulers send to every process of a job.
 
     The parent needs its loaders until it has written its checkpoint; they end when it does.
     """

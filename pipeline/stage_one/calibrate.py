@@ -1,4 +1,4 @@
-"""What the teacher does on a few samples, for the tensors that a logit codec keeps once per cache.
+"""Run the teacher on a few samples, for the tensors that a logit codec keeps once per cache.
 
 Shapes: A answers, M calibration answers, D teacher width, N vocabulary.
 """
@@ -14,22 +14,20 @@ from alignkd.pipeline.runtime.out_of_memory import is_out_of_memory
 from alignkd.targets.logits import Calibration
 
 CALIBRATION_SAMPLES = 256
-
-
 CALIBRATION_ANSWERS = 16_384
-
-
+"""Answer tokens after which no further sample is read."""
 CALIBRATION_POSITIONS = 4096
-"""Positions a batch, few enough for any device that the teacher itself fits on."""
+"""Positions of a batch: few enough for any device that holds the teacher."""
 
-
-_AT_ONCE = 2**25
-"""Logits held at a time."""
+_LOGITS_AT_ONCE = 2**25
+"""Logits in memory at a time."""
 
 
 @torch.inference_mode()
 def calibrate(teacher: Vlm, batches: Iterable[Batch], vocabulary: int | None = None) -> Calibration:
-    """What the teacher does on a few batches, as many as give the answers wanted; without those that memory has no room for.
+    """Hidden states and mean distribution of the teacher over batches, until there are :data:`CALIBRATION_ANSWERS`.
+
+    Batches that run out of memory are skipped.
 
     ``vocabulary``: see :class:`alignkd.targets.logits.LogitSettings`.
     """
@@ -50,11 +48,11 @@ def calibrate(teacher: Vlm, batches: Iterable[Batch], vocabulary: int | None = N
         count += len(hidden_AD)
         if count >= CALIBRATION_ANSWERS:
             break
-    if not count:  # every sample tried is without an answer: any order of tokens will do
+    if not count:  # no sample has an answer, so any order of tokens will do
         hidden, sums_N, count = [hidden[0].new_zeros(1, teacher.hidden_size)], torch.ones_like(sums_N), len(sums_N)
     return Calibration(torch.cat(hidden), head_ND, bias_N, sums_N / count)
 
 
 def answers_at_once(teacher: Vlm) -> int:
-    """Answers whose logits may exist at a time."""
-    return max(1, _AT_ONCE // teacher.vocabulary)
+    """Answers whose logits may be in memory at a time."""
+    return max(1, _LOGITS_AT_ONCE // teacher.vocabulary)

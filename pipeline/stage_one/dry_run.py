@@ -1,11 +1,11 @@
-"""What stage one would cost: samples, bytes and hours, from a few real samples; nothing is written.
+"""Estimate stage one from a few real samples: bytes and hours, and bytes with other options. Nothing is written.
 
-And what other options would make of the same samples: each is encoded for real, none is guessed.
+For other options the same samples are encoded again: sizes are measured, not guessed.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,31 +16,38 @@ from alignkd.cache_store.rows.encode import concatenate_rows, encode_row
 from alignkd.cache_store.rows.row import Rejected, Row
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 from alignkd.capture.teacher_slice import check_sliceable, slice_config, slice_sizes
+from alignkd.errors import DataError
 from alignkd.pipeline.cache_admin.status import dense_bytes
 from alignkd.pipeline.config.cache_layout import logit_width
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
 from alignkd.pipeline.stage_one.shard_work import rows
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
+from alignkd.plugins import load_plugins
 
-_RUN = 8
-"""Samples in a row that are tried together: samples of one image are neighbours, and share what depends on it alone."""
+_NEIGHBOURS = 8
+"""Samples in a row that are tried together: samples of one image are neighbours, and share its per-image fields."""
 
 
 def dry_run(config: CacheTeacherConfig, probe: int = 32) -> dict[str, Any]:
-    """Plan, size and time, estimated from real samples spread over the data.
+    """Plan, size and time, estimated from ``probe`` real samples spread over the data.
 
     Raises:
-        ValueError: bad input, or none of the samples tried can be used.
+        AlignkdError: bad input, or none of the samples tried can be used.
     """
+    load_plugins(config.plugins)
     stage = StageOne.open(config)
     tensors = stage.tensors()
     stage.use_tensors(tensors)
     chosen = spread(stage.plan.samples, probe)
-    made, rejected, positions, seconds = _try(stage, chosen)
+    trial = _try(stage, chosen)
+    made = trial.rows
     if not made:
-        first = rejected[0]
-        raise ValueError(f"none of {len(chosen)} samples tried can be used. First: {first.sample_id}: {first.reason}")
+        first = trial.rejected[0]
+        raise DataError(
+            f"none of {len(chosen)} samples tried can be used. First: {first.sample_id}: {first.reason}. Check --images and"
+            " the data"
+        )
     total, spec, format_name = stage.plan.samples, stage.spec(), config.shard_format
     stored = sizes(spec, made, format_name)
     kept_once = sum(array.nbytes for array in tensors.values())
@@ -54,8 +61,9 @@ def dry_run(config: CacheTeacherConfig, probe: int = 32) -> dict[str, Any]:
         "shards": stage.plan.shards,
         "template": stage.template,
         "tried": len(chosen),
-        "rejected_of_tried": len(rejected),
-        "positions_per_sample": round(positions / len(made), 1),
+        "rejected_of_tried": len(trial.rejected),
+        "truncated_of_tried": trial.truncated,
+        "positions_per_sample": round(trial.positions / len(made), 1),
         "bytes_per_sample": round(sum(stored.values())),
         "bytes_per_sample_by_field": {name: round(size) for name, size in stored.items()},
         "dense_bytes_per_sample_by_field": {name: round(size / len(made)) for name, size in dense.items()},
@@ -63,49 +71,61 @@ def dry_run(config: CacheTeacherConfig, probe: int = 32) -> dict[str, Any]:
         "bytes": round(rows_bytes + kept_once),
         "bytes_with_option": {name: size + kept_once for name, size in options.items()},
         "saves_most": min(options, key=lambda name: options[name]) if options else None,
-        "seconds_per_sample": round(seconds / len(made), 6),
-        "hours": round(seconds / len(made) * total / 3600, 4),
+        "seconds_per_sample": round(trial.seconds / len(made), 6),
+        "hours": round(trial.seconds / len(made) * total / 3600, 4),
     }
 
 
 def spread(samples: int, probe: int) -> list[int]:
-    """Places of the plan, in runs of neighbours spread over all of it."""
+    """Positions in the plan: groups of neighbours, spread over all of it."""
     if samples <= probe:
         return list(range(samples))
-    starts = np.linspace(0, samples - _RUN, max(probe // _RUN, 1)).astype(int).tolist()
-    return sorted({start + i for start in starts for i in range(_RUN)})
+    starts = np.linspace(0, samples - _NEIGHBOURS, max(probe // _NEIGHBOURS, 1)).astype(int).tolist()
+    return sorted({start + i for start in starts for i in range(_NEIGHBOURS)})
 
 
-def _try(stage: StageOne, chosen: Sequence[int]) -> tuple[list[Row], list[Rejected], int, float]:
-    """Rows and rejected samples, positions, and the seconds that the teacher took."""
-    work = stage.lay_out_samples(0, chosen)
+@dataclass(frozen=True)
+class _Trial:
+    """Rows of the samples tried in the order of the plan, how many were truncated, and the seconds the teacher took."""
+
+    rows: list[Row]
+    rejected: list[Rejected]
+    truncated: int
+    positions: int
+    seconds: float
+
+
+def _try(stage: StageOne, chosen: Sequence[int]) -> _Trial:
+    work = stage.batch_samples(0, chosen)
     ready = [stage.load(batch) for batch in work.batches]
     rejected = [*work.rejected, *(sample for batch in ready for sample in batch.rejected)]
-    runner, made = HalvingRunner(stage), []
+    runner, made, truncated = HalvingRunner(stage), list[Row](), 0
     started = time.perf_counter()
     for batch in ready:
-        outputs, unfit = runner.run(batch)
+        outputs, too_large = runner.run(batch)
         made += [row for part, output in outputs for row in rows(part, output)]
-        rejected += unfit
+        truncated += sum(part.truncated for part, _ in outputs)
+        rejected += too_large
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    order = {stage.samples[place].key: place for place in chosen}
+    order = {stage.samples[position].key: position for position in chosen}
     made.sort(key=lambda row: order[row.key])
-    return made, rejected, sum(item.length for batch in ready for item, _ in batch.items), seconds
+    positions = sum(planned.length for batch in ready for planned, _ in batch.samples)
+    return _Trial(made, rejected, truncated, positions, seconds)
 
 
 def sizes(spec: CacheSpec, made: Sequence[Row], format_name: str) -> dict[str, float]:
-    """Stored bytes a sample of each field, and of the rest of a shard."""
+    """Stored bytes a sample of each field, and of the rest of a shard (``index``)."""
     shard_format = get_format(format_name)
     data = shard_format.write_shard(concatenate_rows(spec, [encode_row(spec, row) for row in made]))
-    found = shard_format.field_bytes(spec, data)
-    found["index"] = len(data) - sum(found.values())
-    return {name: size / len(made) for name, size in found.items()}
+    stored = shard_format.field_bytes(spec, data)
+    stored["index"] = len(data) - sum(stored.values())
+    return {name: size / len(made) for name, size in stored.items()}
 
 
 def _options(stage: StageOne, made: Sequence[Row], stored: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    """Options that were not chosen, and by how many bytes each would change the cache."""
+    """Options that were not chosen, and the bytes by which each would change the cache."""
     total, fields = stage.plan.samples, {field.name: field for field in stage.spec().fields}
 
     def change(name: str, field: FieldSpec, values: Sequence[np.ndarray]) -> float:
@@ -123,10 +143,10 @@ def _options(stage: StageOne, made: Sequence[Row], stored: Mapping[str, float]) 
         tokens = [row.values["vision_tokens"] for row in made]
         smaller = replace(fields["vision_tokens"], codec="int4-blocks")
         yield "--vision-codec int4-blocks", change("vision_tokens", smaller, tokens)
-    gone = sum(stored[name] for name in ("attention", "vision_tokens", "spans", "regions") if name in fields) * total
-    if gone and stage.config.settings.attention_layers == (0,) and _sliceable(stage):
+    dropped = sum(stored[name] for name in ("attention", "vision_tokens", "spans", "regions") if name in fields) * total
+    if dropped and stage.config.settings.attention_layers == (0,) and _sliceable(stage):
         parameters = sum(slice_sizes(slice_config(stage.teacher.model)).values())
-        yield "--alignment slice", parameters * next(stage.teacher.model.parameters()).element_size() - gone
+        yield "--alignment slice", parameters * next(stage.teacher.model.parameters()).element_size() - dropped
     if "sketch" in fields and (size := stage.row_settings.logits.sketch_bytes) > 32:
         answers = sum(len(row.values["sketch"]) for row in made) / len(made)
         yield "--sketch-bytes 32", (32 - size) * answers * total

@@ -1,5 +1,6 @@
-"""Batches that fit into memory: one that does not is halved, and the size that fits is remembered."""
+"""Run batches; one that does not fit into memory is halved, and the size that fits is remembered."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -10,46 +11,55 @@ from alignkd.pipeline.stage_one.run_teacher import TeacherOutput
 from alignkd.pipeline.stage_one.shard_work import ReadyBatch
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class HalvingRunner:
-    """Runs batches of a stage; ``limit`` is the most positions that are known to fit once something did not."""
+    """Runs batches of a stage. ``limit``: the most padded positions a batch may have; None until one ran out of memory."""
 
     stage: StageOne
     limit: int | None = None
 
     def run(self, ready: ReadyBatch) -> tuple[list[tuple[ReadyBatch, TeacherOutput]], list[Rejected]]:
-        """Run a batch, in parts where it must be; a sample that does not fit alone is rejected by name."""
+        """Run a batch, in several parts where memory demands it. A sample that does not fit alone is rejected."""
         if ready.batch is None:
             return [], []
-        if self.limit is not None and ready.positions > self.limit and len(ready.items) > 1:
+        if self.limit is not None and ready.positions > self.limit and len(ready.samples) > 1:
             return self._in_halves(ready)
         output = self._try(ready)
         if output is not None:
             return [(ready, output)], []
-        if len(ready.items) == 1:
-            item = ready.items[0][0]
-            reason = f"its {item.length} positions do not fit into memory, even alone"
-            return [], [Rejected(item.sample.key, item.sample.id, reason)]
+        if len(ready.samples) == 1:
+            planned = ready.samples[0][0]
+            reason = f"its {planned.length} positions do not fit into memory, even alone"
+            return [], [Rejected(planned.sample.key, planned.sample.id, reason)]
         self.limit = min(self.limit or ready.positions, ready.positions // 2)
+        _log.warning(
+            "out of memory with %d samples, %d padded positions: the batch is halved, later ones are limited to %d positions",
+            len(ready.samples),
+            ready.positions,
+            self.limit,
+        )
         return self._in_halves(ready)
 
     def _try(self, ready: ReadyBatch) -> TeacherOutput | None:
+        """None where memory ran out."""
         try:
             return self.stage.run(ready)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        # Here, not above: the error holds on to every tensor of the pass that failed.
+        # Outside the handler: while the error is alive, it keeps every tensor of the failed pass in memory.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None
 
     def _in_halves(self, ready: ReadyBatch) -> tuple[list[tuple[ReadyBatch, TeacherOutput]], list[Rejected]]:
-        middle = len(ready.items) // 2
+        middle = len(ready.samples) // 2
         outputs, rejected = [], []
-        for items in (ready.items[:middle], ready.items[middle:]):
-            done, refused = self.run(ReadyBatch(items, self.stage.collate(items), []))
-            outputs += done
-            rejected += refused
+        for samples in (ready.samples[:middle], ready.samples[middle:]):
+            part_outputs, part_rejected = self.run(ReadyBatch(samples, self.stage.collate(samples), []))
+            outputs += part_outputs
+            rejected += part_rejected
         return outputs, rejected

@@ -1,4 +1,4 @@
-"""The samples of a data file in the order of a cache's plan."""
+"""The samples of a data file, in the order of a cache's plan."""
 
 from pathlib import Path
 
@@ -6,19 +6,24 @@ from alignkd.cache_store.protocol.manifest import NAME as MANIFEST
 from alignkd.cache_store.protocol.manifest import read_manifest
 from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.storage import open_storage
+from alignkd.errors import DataError
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
-from alignkd.pipeline.data.samples import DataError, SampleFile
+from alignkd.pipeline.data.samples import SampleFile
 
 
 def find_samples(config: CacheTeacherConfig) -> tuple[SampleFile, Plan]:
-    """The samples in the order of the plan, and the plan: of the cache, if it was made from a file of this size."""
+    """The samples in the order of the plan, and the plan: that of the cache, if it was made from a file of this size.
+
+    Raises:
+        DataError: the data file cannot be read, or is not in a known format.
+    """
     size = _size(config.data)
     storage = open_storage(config.cache)
     if storage.size(MANIFEST) is not None:
         plan = read_manifest(storage).load_plan(storage)
-        known = plan.meta.get("bytes") == size and plan.shard_samples == config.shard_samples
-        if known and {"starts", "lengths"} <= plan.extras.keys():
-            # Each sample is compared with its key when it is read, so a changed file of the same size cannot pass.
+        same = plan.meta.get("bytes") == size and plan.shard_samples == config.shard_samples
+        if same and {"starts", "lengths"} <= plan.extras.keys():
+            # Each sample is compared with its key when it is read, so a changed file of the same size is noticed.
             return SampleFile.known(config.data, plan.keys, plan.extras["starts"], plan.extras["lengths"]), plan
     file = SampleFile(config.data)
     order = file.by_image()

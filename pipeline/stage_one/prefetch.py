@@ -1,4 +1,4 @@
-"""Host work beside the forward pass: inputs prepared ahead of it, outputs written behind it."""
+"""Host work in threads beside the forward pass: prepare the next inputs, write the last outputs."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -6,18 +6,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar
 
-_BEHIND = 4
-"""Writes that may wait: their batches are held in memory."""
+_MAX_WRITES = 4
+"""Writes that may wait. Each keeps its batch in memory."""
 
-_Item = TypeVar("_Item")
+_Input = TypeVar("_Input")
 _Result = TypeVar("_Result")
 
 
 class HostThreads:
-    """A few threads that read ahead, and one that writes behind.
+    """A few threads that prepare inputs, and one that writes outputs.
 
-    Decoding images, packing, compressing and hashing release the interpreter's lock, so threads are enough and nothing
-    has to be sent between processes.
+    Decoding images, compressing and hashing release the interpreter's lock, so threads are enough: nothing has to be sent
+    between processes.
     """
 
     def __init__(self, readers: int) -> None:
@@ -25,27 +25,27 @@ class HostThreads:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._writing: deque[Future[Any]] = deque()
 
-    def prefetch(self, items: Iterable[_Item], prepare: Callable[[_Item], _Result], count: int) -> Iterator[_Result]:
-        """``prepare`` of each item, in order, up to ``count`` of them begun before they are asked for."""
+    def prefetch(self, inputs: Iterable[_Input], prepare: Callable[[_Input], _Result], count: int) -> Iterator[_Result]:
+        """``prepare`` of each input, in order; up to ``count`` of them are begun before they are asked for."""
         waiting: deque[Future[_Result]] = deque()
-        for item in items:
-            waiting.append(self._readers.submit(prepare, item))
+        for one in inputs:
+            waiting.append(self._readers.submit(prepare, one))
             if len(waiting) > count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
     def write_behind(self, write: Callable[[], Any]) -> None:
-        """Do ``write`` in the background, in the order of the calls; waits where too much is waiting.
+        """Call ``write`` in the background, in the order of the calls; blocks while too many writes wait.
 
-        The error of an earlier one is raised here.
+        Raises the error of an earlier write, if it failed.
         """
         self._writing.append(self._writer.submit(write))
-        while self._writing and (len(self._writing) > _BEHIND or self._writing[0].done()):
+        while self._writing and (len(self._writing) > _MAX_WRITES or self._writing[0].done()):
             self._writing.popleft().result()
 
     def flush(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is written; raises the error of a write that failed."""
         while self._writing:
             self._writing.popleft().result()
 
@@ -55,7 +55,7 @@ class HostThreads:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._readers.shutdown(wait=False, cancel_futures=True)
         try:
-            # What was begun is finished also when the job ends early: a signal costs the shard in hand and no other.
+            # Writes that were begun are finished even if the job ends early: a signal costs only the current shard.
             self.flush()
         except Exception:
             if kind is None:

@@ -1,7 +1,7 @@
 """``--engine ray``: an elastic cluster hands out the shards to actors, each with a teacher.
 
-A shard is one task. When an actor or its node is lost, Ray starts another where there is room, and the shard in its hand
-goes back into the queue; what was committed stays, as with any other worker.
+A shard is one task. When an actor or its node is lost, Ray starts another actor where there is room, and the shard it was
+working on goes back into the queue. What is committed stays, as with any other worker.
 """
 
 import sys
@@ -10,20 +10,32 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from alignkd.cache_store.protocol.store import open_store
+from alignkd.errors import AlignkdError, ConfigError, wrap_errors
 from alignkd.pipeline.cache_admin.status import status_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
-from alignkd.pipeline.runtime.progress import Bar, bar
+from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
+from alignkd.pipeline.runtime.progress import ProgressBar, progress_bar
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
-from alignkd.pipeline.stage_one.worker import WorkerJob
+from alignkd.pipeline.stage_one.worker import WorkerJob, warn_of_truncated
+from alignkd.plugins import load_plugins
 
 _WAIT_S = 1.0
 _MAX_LOSSES = 100
+
+
+@dataclass(frozen=True)
+class ShardCounts:
+    """Samples of a finished shard that were rejected, and those with a row that were truncated."""
+
+    rejected: int
+    truncated: int
 
 
 class ShardActor:
@@ -34,50 +46,57 @@ class ShardActor:
 
     @cached_property
     def job(self) -> WorkerJob:
-        """Opened by the first task and not by ``__init__``, whose errors Ray reports as a lost actor."""
+        """Opened by the first task: Ray reports an error in ``__init__`` as a lost actor."""
+        load_plugins(self.config.plugins)
         stage = StageOne.open(self.config)
         return WorkerJob(stage, stage.open_store(), Worker(), StopFlag())
 
     def pending(self) -> list[int]:
-        """Shards without a record; also tells that this actor is ready."""
+        """Shards without a commit record. The answer also shows that this actor is ready."""
         return self.job.store.pending()
 
-    def run(self, shard: int) -> int:
-        """Do a shard; how many of its samples were rejected."""
-        before = self.job.rejects.count
+    def run(self, shard: int) -> ShardCounts:
+        """Write a shard."""
+        rejected, truncated = self.job.rejects.count, self.job.truncated
         self.job.run([shard], show=False)
-        return self.job.rejects.count - before
+        return ShardCounts(self.job.rejects.count - rejected, self.job.truncated - truncated)
 
 
 def cache_teacher_on_ray(config: CacheTeacherConfig, *, workers: int | None, address: str | None) -> dict[str, Any]:
-    """Write (or go on with) a cache on a Ray cluster; figures of this run and of the whole cache.
+    """Write or continue a cache on a Ray cluster; figures of this run and of the whole cache.
 
     Raises:
-        ValueError: Ray is not installed, bad input, a cache of other settings, too many rejected samples, or actors that
-            are lost again and again.
+        AlignkdError: Ray is not installed or not there, bad input, a cache of other settings, too many rejected samples, or
+            actors that are lost again and again.
+        OSError: storage or files failed, here or in an actor.
+        RuntimeError: another error in an actor, with the text of its traceback.
         Interrupted: a signal came; what is committed stays.
     """
     try:
         import ray
     except ImportError as error:
-        raise ValueError("--engine ray needs the package ray; install it with: pip install 'alignkd[ray]'") from error
+        raise ConfigError("--engine ray needs the package ray; install it with: pip install 'alignkd[ray]'") from error
     started = time.perf_counter()
-    # Ray tells of lost actors on standard output, where the figures belong. In the main thread it would take SIGTERM for
-    # itself, and what it starts ends with the thread that started it.
+    # Ray reports lost actors on standard output, where the figures belong. In the main thread it would catch SIGTERM itself,
+    # and the processes it starts end with the thread that started them.
     with redirect_stdout(sys.stderr), stop_on_signals() as stop, ThreadPoolExecutor(1) as thread:
         options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
         try:
-            thread.submit(ray.init, address=address, **options).result()
+            cluster = f"the Ray cluster of --ray-address {address}" if address else "a Ray cluster on this machine"
+            with wrap_errors(ConfigError, f"{cluster} cannot be used", ValueError, RuntimeError, ConnectionError):
+                thread.submit(ray.init, address=address, **options).result()
             shards = _run(ray, config, workers, stop)
         except ray.exceptions.RayTaskError as error:
-            raise _user_error(error) from error
+            raise _error_in_actor(error) from error
         finally:
             ray.shutdown()
+    warn_of_truncated(shards.truncated, config.max_length)
     return {
         "engine": "ray",
         "actors": len(shards.actors),
         "actors_lost": shards.losses,
         "new_shards": shards.total,
+        "truncated_samples": shards.truncated,
         "run_seconds": round(time.perf_counter() - started, 3),
         **status_figures(open_store(config.cache)),
     }
@@ -93,7 +112,7 @@ def _run(ray: Any, config: CacheTeacherConfig, workers: int | None, stop: StopFl
 
 
 def _wait(ray: Any, actors: Sequence[Any], stop: StopFlag) -> list[int]:
-    """What is to do, as the first actor that is ready says."""
+    """The pending shards, from the first actor that is ready."""
     refs = [actor.pending.remote() for actor in actors]
     while True:
         stop.check()
@@ -104,13 +123,16 @@ def _wait(ray: Any, actors: Sequence[Any], stop: StopFlag) -> list[int]:
             except ray.exceptions.RayActorError as error:
                 refs.remove(ref)
                 if not refs:
-                    raise ValueError(f"every Ray actor was lost while it loaded the teacher; the last one: {error}") from error
+                    raise AlignkdError(
+                        f"every Ray actor was lost while it loaded the teacher; the last one: {error}. Look for a lack of"
+                        " memory on its node"
+                    ) from error
             else:
                 return pending
 
 
 class _Shards:
-    """The queue, and who does what of it."""
+    """The queue of shards, and which actor works on which of them."""
 
     def __init__(
         self, ray: Any, actors: Sequence[Any], config: CacheTeacherConfig, stop: StopFlag, pending: Sequence[int]
@@ -122,10 +144,11 @@ class _Shards:
         self.running: dict[Any, tuple[Any, int | None]] = {}
         self.losses = 0
         self.rejected = len(open_store(config.cache).status().rejected)
+        self.truncated = 0
 
     def run(self) -> None:
-        """Until every shard is done."""
-        with bar("cache-teacher (ray)", len(self.left), "shards") as progress:
+        """Return when every shard is done."""
+        with progress_bar("cache-teacher (ray)", len(self.left), "shards") as progress:
             for actor in self.actors:
                 self._give(actor)
             while self.left:
@@ -139,7 +162,7 @@ class _Shards:
         if shard is not None:
             self.running[actor.run.remote(shard)] = (actor, shard)
 
-    def _finish(self, ref: Any, progress: Bar) -> None:
+    def _finish(self, ref: Any, progress: ProgressBar) -> None:
         actor, shard = self.running.pop(ref)
         try:
             result = self.ray.get(ref)
@@ -149,24 +172,32 @@ class _Shards:
         if shard is not None:
             self.left.discard(shard)
             progress.advance()
-            self.rejected += result
+            self.rejected += result.rejected
+            self.truncated += result.truncated
             if self.rejected > self.config.max_rejected:
-                raise ValueError(f"{self.rejected} samples cannot be used, more than --max-rejected allows")
+                raise TooManyRejectedError(
+                    f"{self.rejected} samples cannot be used, more than --max-rejected {self.config.max_rejected} allows."
+                    " alignkd cache status shows why. Check --images and the data, or raise --max-rejected"
+                )
         self._give(actor)
 
     def _lost(self, actor: Any, shard: int | None, error: Exception) -> None:
         self.losses += 1
         if self.losses > _MAX_LOSSES or shard is None:
-            raise ValueError(f"{self.losses} times a Ray actor was lost; the last time: {error}") from error
+            raise AlignkdError(
+                f"{self.losses} times a Ray actor was lost; the last time: {error}. What is committed stays; run the same"
+                " command again to continue"
+            ) from error
         self.queue.append(shard)
-        # Ray answers when the actor lives again and has its teacher; meanwhile the others have the shard.
+        # Ray answers when the actor is restarted and has loaded its teacher; until then the others may take the shard.
         self.running[actor.pending.options(max_task_retries=-1).remote()] = (actor, None)
-        idle = [other for other in self.actors if other not in [busy for busy, _ in self.running.values()]]
-        for other in idle:
-            self._give(other)
+        busy = [running for running, _ in self.running.values()]
+        for idle in [other for other in self.actors if other not in busy]:
+            self._give(idle)
 
 
-def _user_error(error: Any) -> Exception:
-    """The error that happened in an actor, if it is the user's to mend."""
-    cause = error.cause if isinstance(error.cause, Exception) else error
-    return ValueError(str(cause)) if isinstance(cause, ValueError | KeyError | OSError) else RuntimeError(str(cause))
+def _error_in_actor(error: Any) -> Exception:
+    """What to raise here for an error in an actor: users' errors themselves, others with the text of their traceback."""
+    cause = error.cause
+    # Ray sends the exception itself where it can be pickled, and only its text where it cannot.
+    return cause if isinstance(cause, AlignkdError | OSError) else RuntimeError(str(error))

@@ -1,4 +1,4 @@
-"""One forward pass of the teacher over a batch, and its targets on their way to the host.
+"""One forward pass of the teacher over a batch, and the copy of its targets to the host.
 
 Shapes: H teacher heads, T text rows, V vision columns, D teacher width, A answers, J draws, N vocabulary, L ids.
 """
@@ -23,7 +23,7 @@ from alignkd.targets.logits import LogitCodec
 
 
 def draw_numbers(keys: Sequence[str], answers_of_sample: Sequence[int], draws: int) -> torch.Tensor:
-    """Random numbers in (0, 1], ``[A, J]``: of each sample a function of its key alone, in whatever batch it is."""
+    """Random numbers in (0, 1], ``[A, J]``. Those of a sample depend only on its key, not on its batch."""
     parts = [
         1 - np.random.Generator(np.random.Philox(key=int(key, 16))).random((answers, draws), np.float32)
         for key, answers in zip(keys, answers_of_sample, strict=True)
@@ -41,7 +41,7 @@ _OF_INPUT: dict[str, Callable[[ModelInput], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """Targets of a batch on their way to the host; ``values`` waits for them, so that the next batch may start before."""
+    """Targets of a batch that are being copied to the host. :meth:`values` waits for the copy, the next batch need not."""
 
     tensors: dict[str, torch.Tensor]
     arrived: torch.cuda.Event | None
@@ -85,19 +85,19 @@ def run_teacher(
     codec: LogitCodec | None = None,
     keys: Sequence[str] = (),
 ) -> TeacherOutput:
-    """Run the teacher over a batch that lies on the host; nothing here waits for the device.
+    """Run the teacher over a batch on the host, without waiting for the device.
 
-    ``codec`` is what encodes the logits, if they are wanted; ``keys`` of the samples are what it draws by, if it draws.
+    ``codec`` encodes the logits, if they are among the targets. ``keys`` of the samples seed its draws, if it draws.
     """
     of_input = tuple(field.name for field in row_fields(settings, teacher.vocabulary) if field.name in _OF_INPUT)
-    if not settings.targets:  # all that is wanted comes from the teacher's slice
+    if not settings.targets:  # stage two computes all targets from the teacher's slice
         return TeacherOutput({}, None, batch, inputs, input_fields=of_input)
     on_device = batch.to(teacher.device)
     attention = "attention" in settings.targets
     captured = capture(teacher, on_device, attention=attention, layers=settings.attention_layers)
     tensors = {
         attention_field(layer): found.mean(dim=1, keepdim=True) if settings.attention == "mean" else found
-        for layer, found in captured.layers.items()
+        for layer, found in captured.attention.items()
     }
     if "vision" in settings.targets:
         tensors["vision_tokens"] = captured.vision_BVD.float()
@@ -114,7 +114,7 @@ def run_teacher(
 def _encode_answers(
     teacher: Vlm, codec: LogitCodec, hidden_AD: torch.Tensor, labels_A: torch.Tensor, uniform_AJ: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """All fields of all answers, a chunk of logits at a time."""
+    """The fields of all answers; logits are computed a chunk of answers at a time."""
     chunk, parts = answers_at_once(teacher), []
     uniform_AJ = hidden_AD.new_empty(len(hidden_AD), 0) if uniform_AJ is None else uniform_AJ.to(teacher.device)
     for start in range(0, max(len(hidden_AD), 1), chunk):
@@ -125,6 +125,6 @@ def _encode_answers(
 
 
 def _uniform(batch: Batch, keys: Sequence[str], draws: int) -> torch.Tensor:
-    """Numbers for each answer of a batch, whose answers lie sample after sample."""
+    """Random numbers for each answer of a batch, whose answers are in the order of its samples."""
     counts = torch.bincount(batch.answer_samples_A, minlength=len(keys)).tolist()
     return draw_numbers(keys, counts, draws)

@@ -7,7 +7,7 @@ from alignkd.cache_store.rows.row import Rejected, Row
 from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.inputs.encoder import Planned
 from alignkd.pipeline.data.preparer import Prepared
-from alignkd.pipeline.data.samples import Sample
+from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput
 
 
@@ -20,13 +20,13 @@ class PlannedSample:
 
     @property
     def length(self) -> int:
-        """Positions, vision tokens among them."""
+        """Positions, vision tokens included."""
         return self.text.length
 
 
 @dataclass(frozen=True)
 class ShardWork:
-    """A shard laid out: batches of items under the token budget, and samples whose text cannot be used."""
+    """A shard's samples in batches under the token budget, and those whose text cannot be used."""
 
     number: int
     batches: list[list[PlannedSample]]
@@ -35,38 +35,46 @@ class ShardWork:
 
 @dataclass(frozen=True)
 class ReadyBatch:
-    """A batch with its images, and the samples whose images cannot be used. ``batch`` is None when none is left."""
+    """A batch with its images, and the samples whose images cannot be used. ``batch`` is None where no sample is left."""
 
-    items: list[tuple[PlannedSample, Prepared]]
+    samples: list[tuple[PlannedSample, Prepared]]
     batch: Batch | None
     rejected: list[Rejected]
 
     @property
     def inputs(self) -> list[ModelInput]:
-        """The model inputs, in order."""
-        return [prepared.input for _, prepared in self.items]
+        """The model inputs of its samples, in order."""
+        return [prepared.input for _, prepared in self.samples]
 
     @property
     def positions(self) -> int:
         """Positions after padding."""
-        return len(self.items) * max((item.length for item, _ in self.items), default=0)
+        return len(self.samples) * max((planned.length for planned, _ in self.samples), default=0)
+
+    @property
+    def truncated(self) -> int:
+        """Samples whose text was cut off at the maximum length."""
+        return sum(prepared.truncated for _, prepared in self.samples)
 
 
 def rows(ready: ReadyBatch, output: TeacherOutput) -> list[Row]:
-    """The cache rows of a batch; waits for its output."""
+    """The cache rows of a batch; waits until its output is on the host."""
     return [
-        Row(item.sample.key, item.sample.id, prepared.image_sha256, values)
-        for (item, prepared), values in zip(ready.items, output.values(), strict=True)
+        Row(planned.sample.key, planned.sample.id, prepared.image_sha256, values)
+        for (planned, prepared), values in zip(ready.samples, output.values(), strict=True)
     ]
 
 
-def batches(items: Sequence[PlannedSample], batch_tokens: int) -> Iterator[list[PlannedSample]]:
-    """Group by length under a budget of padded positions, longest first; a pure function of the items."""
+def batches(samples: Sequence[PlannedSample], batch_tokens: int) -> Iterator[list[PlannedSample]]:
+    """Group samples of similar length under a budget of padded positions, longest first.
+
+    The batches do not depend on the order of the samples.
+    """
     current: list[PlannedSample] = []
-    for item in sorted(items, key=lambda item: (-item.length, item.sample.key)):
+    for planned in sorted(samples, key=lambda planned: (-planned.length, planned.sample.key)):
         if current and (len(current) + 1) * current[0].length > batch_tokens:
             yield current
             current = []
-        current.append(item)
+        current.append(planned)
     if current:
         yield current

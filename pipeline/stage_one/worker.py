@@ -1,11 +1,15 @@
 """Stage one: run the teacher once and write its targets.
 
-1. Index the data file and give every sample its key. 2. Load the teacher; everything that determines the targets becomes
-the cache's fingerprint. 3. Freeze the plan, or refuse to go on with a cache that was written otherwise. 4. For each of
-this worker's shards that is not committed: lay out its samples, run batches under a token budget, commit it whole.
-Images are read ahead of the forward pass; rows are encoded, compressed and written behind it.
+1. Index the data file, and give every sample its key.
+2. Load the teacher. Everything that determines the targets becomes the cache's fingerprint.
+3. Freeze the plan, or refuse a cache that was written with other settings.
+4. For each of this worker's shards without a commit record: group its samples into batches under a token budget, run them,
+   and commit the shard as a whole.
+
+Threads read images ahead of the forward pass, and encode, compress and write rows behind it.
 """
 
+import logging
 import os
 import platform
 import time
@@ -21,40 +25,46 @@ from alignkd.pipeline.cache_admin.status import status_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.runtime.devices import peak_memory_bytes
-from alignkd.pipeline.runtime.progress import Bar, bar
+from alignkd.pipeline.runtime.progress import ProgressBar, progress_bar
 from alignkd.pipeline.runtime.ranks import Worker, find_worker
-from alignkd.pipeline.runtime.run_record import run_record
+from alignkd.pipeline.runtime.run_record import make_run_record
 from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
 from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
 from alignkd.pipeline.stage_one.prefetch import HostThreads
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput
 from alignkd.pipeline.stage_one.shard_work import ReadyBatch, ShardWork, rows
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
+from alignkd.plugins import load_plugins
 
 _BATCHES_AHEAD = 3
 
+_log = logging.getLogger(__name__)
+
 
 def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
-    """Write (or go on with) a cache, as one of any number of workers; figures of this run and of the whole cache.
+    """Write or continue a cache, as one of any number of workers; figures of this run and of the whole cache.
 
     Raises:
-        ValueError: bad input, a cache of other settings, or too many rejected samples.
+        AlignkdError: bad input, a cache of other settings, or too many rejected samples.
         Interrupted: a signal came; what is committed stays.
     """
+    load_plugins(config.plugins)
     worker = find_worker(config.rank, config.world_size)
     with stop_on_signals() as stop:
         stage = StageOne.open(config, worker.local_rank, stop)
         store = stage.open_store()
         store.sweep(min_age_s=MIN_AGE_S)
         configuration = asdict(stage.config) | {"template": stage.template, "worker": str(worker)}
-        store.write_run(run_record("cache-teacher", configuration))
+        store.write_run(make_run_record("cache-teacher", configuration))
         started = time.perf_counter()
         job = WorkerJob(stage, store, worker, stop)
         job.run(worker.order(store.pending(), steal=config.steal))
     seconds = time.perf_counter() - started
+    warn_of_truncated(job.truncated, config.max_length)
     return {
         "worker": str(worker),
         "new_samples": job.samples,
+        "truncated_samples": job.truncated,
         "new_samples_per_second": round(job.samples / seconds, 3),
         "new_positions_per_second": round(job.tokens / seconds, 1),
         "run_seconds": round(seconds, 3),
@@ -63,15 +73,27 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
     }
 
 
+def warn_of_truncated(samples: int, max_length: int) -> None:
+    """Log that samples of this run were cut at the maximum length, if any were."""
+    if samples:
+        _log.warning(
+            "%d samples were truncated to --max-length %d token ids: the end of their text has no targets. Raise --max-length"
+            " (for a new cache), or shorten the data",
+            samples,
+            max_length,
+        )
+
+
 @dataclass
 class WorkerJob:
-    """One worker's shards; counts what it did."""
+    """One worker's shards. Counts of this run: ``samples`` with a row, those of them ``truncated``, positions, bytes."""
 
     stage: StageOne
     store: CacheStore
     worker: Worker
     stop: StopFlag
     samples: int = 0
+    truncated: int = 0
     tokens: int = 0
     bytes: int = 0
     rejects: RejectedSamples = field(init=False)
@@ -84,24 +106,26 @@ class WorkerJob:
         self.runner = HalvingRunner(self.stage)
 
     def run(self, shards: Sequence[int], *, show: bool = True) -> None:
-        """Do these shards, but those that others commit meanwhile.
+        """Write these shards; those that another worker commits in the meantime are skipped.
 
         Raises:
             Interrupted: a signal came.
-            ValueError: too many samples are rejected.
+            TooManyRejectedError: more samples are rejected than ``--max-rejected`` allows.
         """
         total = sum(len(self.store.plan.positions_of(shard)) for shard in shards)
         title = "cache-teacher" if self.worker.world_size == 1 else f"cache-teacher {self.worker}"
         self.stop.check()
-        with HostThreads(self.stage.config.host_threads) as host, bar(title, total, "samples", show=show) as progress:
-            for work in host.prefetch(shards, self.stage.lay_out, 1):
+        _log.info("worker %s starts: %d shards, %d samples", self.worker, len(shards), total)
+        with HostThreads(self.stage.config.host_threads) as host, progress_bar(title, total, "samples", show=show) as progress:
+            for work in host.prefetch(shards, self.stage.batch_shard, 1):
                 if self.store.committed(work.number):
                     progress.advance(len(self.store.plan.positions_of(work.number)))
                     continue
                 self._run_shard(work, host, progress)
             host.flush()
+        _log.info("worker %s ends: %d samples, %d rejected in the cache", self.worker, self.samples, self.rejects.count)
 
-    def _run_shard(self, work: ShardWork, host: HostThreads, progress: Bar) -> None:
+    def _run_shard(self, work: ShardWork, host: HostThreads, progress: ProgressBar) -> None:
         started = time.perf_counter()
         encoded: list[EncodedRow] = []
         rejected = list(work.rejected)
@@ -109,16 +133,17 @@ class WorkerJob:
         tokens = 0
         for ready in host.prefetch(work.batches, self.stage.load, _BATCHES_AHEAD):
             self.stop.check()
-            outputs, unfit = self.runner.run(ready)
-            self._reject([*ready.rejected, *unfit], progress)
-            rejected += [*ready.rejected, *unfit]
+            outputs, too_large = self.runner.run(ready)
+            self._reject([*ready.rejected, *too_large], progress)
+            rejected += [*ready.rejected, *too_large]
             host.write_behind(lambda outputs=outputs: encoded.extend(self._encode(outputs)))  # type: ignore[misc]
-            positions, done = sum(item.length for item, _ in ready.items), len(ready.items) - len(unfit)
+            positions, done = sum(planned.length for planned, _ in ready.samples), len(ready.samples) - len(too_large)
             tokens += positions
             self.tokens += positions
             self.samples += done
+            self.truncated += sum(part.truncated for part, _ in outputs)
             progress.advance(done)
-            progress.note(self._words(progress))
+            progress.note(self._note(progress))
         host.write_behind(lambda: self._commit(work.number, encoded, rejected, time.perf_counter() - started, tokens))
 
     def _encode(self, outputs: Sequence[tuple[ReadyBatch, TeacherOutput]]) -> list[EncodedRow]:
@@ -130,12 +155,19 @@ class WorkerJob:
         worker = f"{self.worker} {platform.node()} {os.getpid()}"
         record = self.store.commit_shard(number, encoded, rejected, seconds=seconds, tokens=tokens, worker=worker)
         self.bytes += record.bytes
+        _log.info(
+            "shard %d is committed: %d rows, %d rejected, %d bytes, %.1f s",
+            *(number, record.rows, len(record.rejected), record.bytes, seconds),
+        )
 
-    def _reject(self, rejected: Sequence[Rejected], progress: Bar) -> None:
+    def _reject(self, rejected: Sequence[Rejected], progress: ProgressBar) -> None:
         for sample in rejected:
-            self.rejects.add(sample.sample_id or sample.key, sample.reason)
+            name = sample.sample_id or sample.key
+            _log.info("sample %s is rejected: %s", name, sample.reason)
+            self.rejects.add(name, sample.reason)
         progress.advance(len(rejected))
 
-    def _words(self, progress: Bar) -> str:
+    def _note(self, progress: ProgressBar) -> str:
         parts = [f"{self.tokens / max(progress.seconds, 1e-9):,.0f} positions/s", f"{self.bytes / 1e6:,.1f} MB written"]
-        return ", ".join(parts + ([f"{self.rejects.count} rejected"] if self.rejects.count else []))
+        counts = {"rejected": self.rejects.count, "truncated": self.truncated}
+        return ", ".join(parts + [f"{count} {name}" for name, count in counts.items() if count])

@@ -1,23 +1,33 @@
-"""Which checkpoints may be picked up: those that are whole.
+"""Which checkpoints a run may resume from: the complete ones.
 
-A record with the size of every file is written last, when all processes have written theirs and all of it is on the disk.
-A folder without one, or whose files are not as it says, was cut short.
+When all processes have written their parts and everything is on the disk, a record with the size of every file is written
+last. A folder without that record, or whose files have other sizes, was cut short.
 """
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from transformers import Trainer
+
 from alignkd.cache_store.storage.local import LocalStorage
+from alignkd.errors import AlignkdError, CheckpointError
+from alignkd.pipeline.runtime.out_of_memory import is_out_of_memory
 
 RECORD = "complete.json"
 
+_logger = logging.getLogger(__name__)
 
-def seal(folder: Path, state: Mapping[str, Any]) -> None:
-    """Declare a checkpoint whole, with what a resumed run must know besides what Trainer saves."""
+
+def mark_complete(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint's record, with the ``state`` that a resumed run needs besides what Trainer saves."""
     sizes = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != RECORD:
@@ -27,36 +37,102 @@ def seal(folder: Path, state: Mapping[str, Any]) -> None:
     storage = LocalStorage(folder)
     storage.delete(RECORD)
     storage.write(RECORD, json.dumps({"files": sizes, "state": dict(state)}).encode())
+    _logger.info("checkpoint written: %s (%d bytes)", folder, sum(sizes.values()))
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The whole checkpoint of the highest step, and its state; None where there is none."""
+def find_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The complete checkpoint of the highest step, and its state; None where there is none."""
     found = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
     for checkpoint in found:
         state = _state(checkpoint)
         if state is not None:
+            _logger.info("resume point found: %s", checkpoint)
             return checkpoint, state
+        _logger.warning("checkpoint skipped, as it is not complete: %s", checkpoint)
     return None
 
 
-def sweep(folder: Path) -> None:
-    """Remove what is not whole: Trainer counts folders, and would keep such a one in place of a whole one."""
+def remove_incomplete(folder: Path) -> None:
+    """Remove what is not complete: Trainer counts folders, and would keep an incomplete one in place of a complete one."""
     for checkpoint in folder.glob("checkpoint-*"):
         if _state(checkpoint) is None:
             shutil.rmtree(checkpoint)
+            _logger.info("incomplete checkpoint removed: %s", checkpoint)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step a checkpoint's folder is named after; -1 for a name that has none."""
+    """The step in the name of a checkpoint's folder; -1 for a name without one."""
     text = checkpoint.name.rpartition("-")[2]
-    return int(text) if text.isdigit() else -1
+    return int(text) if text.isdecimal() else -1
 
 
 def _state(checkpoint: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((checkpoint / RECORD).read_text())
-        whole = all((checkpoint / name).stat().st_size == size for name, size in record["files"].items())
-        state: dict[str, Any] = record["state"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        complete = all((checkpoint / name).stat().st_size == size for name, size in record["files"].items())
+        state: dict[str, Any] = {**record["state"]}  # a TypeError where it is not a mapping
+        int(state.get("processes", 1))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return state if whole else None
+    return state if complete else None
+
+
+@contextmanager
+def loading_checkpoint(folder: str | Path | None) -> Iterator[None]:
+    """Turn what torch, safetensors and transformers raise on damaged files into one message.
+
+    Raises:
+        CheckpointError: names the checkpoint and the way out. Errors of storage and of memory pass unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, AlignkdError | OSError) or is_out_of_memory(error):
+            raise
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise CheckpointError(
+            f"--resume: the checkpoint {folder} is damaged or is not of this run ({cause}). Remove this folder, and --resume"
+            " starts from the checkpoint before it"
+        ) from error
+
+
+def deduplicated_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict that holds each tensor once, under its first name: safetensors refuses tensors that share memory."""
+    kept: dict[Any, str] = {}
+    for name, tensor in state.items():
+        kept.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name, name)
+    return {name: state[name] for name in kept.values()}
+
+
+class CheckpointingTrainer(Trainer):  # type: ignore[misc]
+    """Trainer that saves shared tensors once, and explains a checkpoint that cannot be loaded."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
+        """Save tensors that two modules share, such as a tied output head, once."""
+        super()._save(output_dir, deduplicated_state(self.model.state_dict() if state_dict is None else state_dict))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Accept the names that :meth:`_save` left out: their tensors were loaded under another name.
+
+        Raises:
+            CheckpointError: other weights are missing, or are not known.
+        """
+        saved = set(deduplicated_state(self.model.state_dict()))
+        differing = [*(set(load_result.missing_keys) & saved), *load_result.unexpected_keys]
+        if differing:
+            names = ", ".join(sorted(differing)[:4])
+            raise CheckpointError(
+                f"--resume: the checkpoint does not hold this student's weights: {names}; choose another --out"
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with loading_checkpoint(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)

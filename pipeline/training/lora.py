@@ -1,4 +1,4 @@
-"""LoRA through PEFT: low-rank updates of the decoder's layers; projector and alignment adapters train whole."""
+"""LoRA through PEFT: low-rank updates of the decoder's layers. Projector and the objective's adapters train in full."""
 
 import re
 from dataclasses import dataclass
@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from alignkd.errors import ConfigError
 from alignkd.models.vlm import Vlm
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Rank, scale (alpha / rank multiplies the update) and dropout of the updates."""
+    """``alpha / rank`` multiplies an update; ``dropout`` acts on its input."""
 
     rank: int = 64
     alpha: int = 128
@@ -20,15 +21,15 @@ class LoraSettings:
 
 
 def add_lora(student: Vlm, settings: LoraSettings) -> Any:
-    """Freeze the student but for its projector, and put updates into its decoder, in place; the PEFT model.
+    """Freeze the student except its projector, and add updates to its decoder, in place. Returns the PEFT model.
 
     Raises:
-        ValueError: PEFT is not installed.
+        ConfigError: PEFT is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError("--lora needs PEFT: pip install 'alignkd[lora]'") from error
+        raise ConfigError("--lora needs PEFT: pip install 'alignkd[lora]'") from error
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=_targets(student)
     )
@@ -38,7 +39,7 @@ def add_lora(student: Vlm, settings: LoraSettings) -> Any:
 
 
 def _targets(student: Vlm) -> str:
-    """A pattern of every linear layer in the decoder's layers, whatever the family calls them."""
+    """A pattern that matches every linear layer of the decoder, whatever names the model family gives them."""
     layers = student.decoder.layers
     path = next(name for name, module in student.model.named_modules() if module is layers)
     linear = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
@@ -46,6 +47,6 @@ def _targets(student: Vlm) -> str:
 
 
 def merge_lora(model: Any, adapter: Path) -> None:
-    """Write the updates in PEFT's form to a folder, then add them to the student's weights, in place."""
+    """Write the updates to a folder in PEFT's form, then add them to the student's weights, in place."""
     model.save_pretrained(str(adapter))
     model.merge_and_unload()

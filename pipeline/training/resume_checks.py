@@ -1,46 +1,114 @@
-"""Whether a run may be started in a folder, or resumed with these settings."""
+"""Whether a run may start in a folder, or resume there with these settings."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
+
+from alignkd.errors import CheckpointError, ConfigError, wrap_errors
+from alignkd.losses.recipes import recipe_record
+from alignkd.pipeline.config.distill import DistillConfig
+from alignkd.pipeline.feeding.dataset import TrainingSet
+from alignkd.pipeline.training.run_inputs import RunInputs
+from alignkd.pipeline.training.schedule import Schedule
+from alignkd.plugins import loaded_plugins
+
+_MAY_CHANGE = (
+    *(
+        "resume",
+        "device",
+        "plugins",
+        "workers",
+        "save_steps",
+        "save_total_limit",
+        "log_steps",
+        "max_rejected",
+        "out",
+        "images",
+        "data",
+    ),
+    *("cache", "report_to", "term_gradients", "feature_bytes", "batch_size", "gradient_accumulation", "batch_tokens"),
+)
+"""Settings that may differ in a resumed run: none of them changes what is learned. Data, cache and plugins are compared by
+content, batches by the samples that a step takes."""
 
 
 def check_out(out: Path, *, resume: bool) -> None:
     """Refuse to write over a run.
 
     Raises:
-        ValueError: there is one.
+        ConfigError: the folder holds one.
     """
     if not resume and (out / "metrics.jsonl").exists():
-        raise ValueError(f"--out {out} already holds a run; go on with --resume, or choose another folder")
+        raise ConfigError(f"--out {out} already holds a run; continue it with --resume, or choose another folder")
 
 
-_MAY_CHANGE = (
-    *("resume", "device", "workers", "save_steps", "save_total_limit", "log_steps", "max_rejected", "out", "images", "data"),
-    *("cache", "report_to", "term_gradients", "feature_bytes", "batch_size", "gradient_accumulation", "batch_tokens"),
-)
-"""What a resumed run may be given anew: nothing that changes what is learned. Data and cache are compared by content, and
-batches by what a step takes."""
+def resolved_settings(inputs: RunInputs, data: TrainingSet, schedule: Schedule) -> dict[str, Any]:
+    """The configuration as a run's record keeps it: defaults resolved, data and cache by their content."""
+    config = inputs.config
+    return {
+        **asdict(config),
+        "template": inputs.template,
+        "max_length": inputs.max_length,
+        "recipe": recipe_record(config.recipe),
+        "plugin_sha256": [plugin.sha256 for plugin in loaded_plugins()],
+        "step": _samples_of_step(config, schedule.per_step),
+        "steps": schedule.steps,
+        "samples": len(data),
+        "data_keys": data.fingerprint(),
+        "cache_fingerprint": inputs.reader.fingerprint if inputs.reader else None,
+    }
+
+
+def _samples_of_step(config: DistillConfig, micro_batches: int) -> dict[str, Any]:
+    if not config.group_by_length and config.batch_tokens is None:
+        assert config.samples_at_once is not None
+        return {"samples": micro_batches * config.samples_at_once}  # the split into micro-batches changes nothing
+    return {"micro_batches": micro_batches, "samples": config.samples_at_once, "positions": config.batch_tokens}
 
 
 def check_same_run(path: Path, resolved: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run of other settings. ``path``: its record; ``resolved``: the configuration now.
+    """Refuse to resume a run with other settings. ``path``: its record; ``resolved``: :func:`resolved_settings` now.
 
     Raises:
-        ValueError: names each setting that differs, with both values.
+        CheckpointError: the record cannot be read.
+        ConfigError: names each setting that differs, with both values.
     """
     if not path.is_file():
         return
-    before = json.loads(path.read_text())["configuration"]
+    unreadable = (
+        f"--resume: {path} is damaged, so the settings of the run are not known: restore the file, or choose another --out"
+    )
+    with wrap_errors(CheckpointError, unreadable, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        before = dict(json.loads(path.read_text())["configuration"])
     now = json.loads(json.dumps(resolved, default=str))
+    # A setting that the version of then did not have had the value that is the default now.
+    before = {"plugin_sha256": [], **_defaults(), **before}
     differing = [
         f"{name}: {before.get(name)!r} before, {value!r} now"
         for name, value in now.items()
         if name not in _MAY_CHANGE and before.get(name) != value
     ]
     if differing:
-        raise ValueError(
-            f"--resume: {path.parent} was run with other settings: {'; '.join(differing)}. Resume with the same ones, or"
+        raise ConfigError(
+            f"--resume: {path.parent} was run with other settings: {'; '.join(differing)}. Resume with the same settings, or"
             " choose another --out"
+        )
+
+
+def _defaults() -> dict[str, Any]:
+    return {field.name: field.default for field in fields(DistillConfig) if field.default is not MISSING}
+
+
+def check_processes(config: DistillConfig, before: int, now: int) -> None:
+    """Refuse another number of processes than the checkpoint's where DeepSpeed wrote it.
+
+    Raises:
+        ConfigError: both numbers.
+    """
+    if config.deepspeed is not None and before != now:
+        raise ConfigError(
+            f"--resume: the checkpoint was written by {before} processes. DeepSpeed's files can only be read by the same"
+            f" number, not by {now}: resume with {before}"
         )

@@ -51,7 +51,7 @@ def random_damages(cache: Path, count: int, seed: int) -> list[Damage]:
 
 
 def is_found(cache: Path, damage: Damage) -> bool:
-    """Whether the audit names the damage, and reading refuses a damaged tensor or the rows of a shard; mends the damage."""
+    """Whether the audit names the damage, and reading refuses a damaged tensor or the rows of a shard; then undoes it."""
     file = cache / damage.name
     data = file.read_bytes()
     file.write_bytes(damage.of(data))

@@ -146,6 +146,8 @@ def test_never_more_shards_in_memory_than_allowed(long_cache, counted, max_shard
         reader.prefetch(range(10))
         reader.prefetch([i // 2, (i // 2 + 3) % 10])
         reader.row(key_of(i))
+    # Wait for every shard that was begun: a thread that is still fetching would be counted by the next test.
+    assert sum(1 for _ in reader.rows(map(key_of, order))) == 19
     assert len(set(counted.opened)) == 10
     assert counted.most == max_shards
 

@@ -27,6 +27,7 @@ from cache_samples import (
     key_of,
     make_store,
     overwrite,
+    plan_of,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -369,7 +370,7 @@ ENTRY = {"dtype": "<f4", "shape": [2, 3], "bytes": 152, "sha256": "a" * 64}
     ],
 )
 def test_an_entry_that_no_tensor_can_have_is_refused(name, change):
-    content = json.loads(Manifest(SPEC, "zarr", {}).to_json())
+    content = json.loads(Manifest(SPEC, "zarr", plan_of().summary()).to_json())
     del content["sha256"]
 
     def text(entry: dict) -> str:
@@ -415,7 +416,7 @@ def test_a_conversion_takes_the_tensors_along(tmp_path, shard_format):
 def test_rows_are_not_converted_into_a_cache_of_other_tensors(tmp_path):
     source = full_cache(tmp_path / "a")
     target = make_store(tmp_path / "b", shard_format="zarr", tensors=OTHER)
-    with pytest.raises(ValueError, match=r"keeps other tensors than .*Convert to another place"):
+    with pytest.raises(ValueError, match=r"has other tensors than .*Convert to another folder or URL"):
         convert(source.url, target.url)
     assert target.pending() == [0, 1, 2]
 

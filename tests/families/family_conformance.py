@@ -18,7 +18,7 @@ from conversations import BYTES, ONE, Conversation, suiting
 from PIL import Image
 from plain_transformers import forward, plain_inputs, plain_model
 
-from alignkd.capture.attention import Captured, capture, enable_capture, first_attention
+from alignkd.capture.attention import Captured, capture, enable_capture
 from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.inputs.prompts import IGNORE
 from alignkd.inputs.regions import boxes, tokens_of
@@ -28,6 +28,7 @@ from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective
 from alignkd.pipeline.evaluate.runner import answer
+from tests.reference.attention import first_attention
 
 LENGTH = 2048
 SPOT = 4
@@ -248,10 +249,9 @@ class FamilyConformance:
             columns = is_image.nonzero().squeeze(1)
             rows = (~is_image & (torch.arange(len(is_image)) > columns[0])).nonzero().squeeze(1)
             captured, _ = captured_of(vlm, conversation)
-            assert captured.attention_BHTV is not None
             expected_HTV = whole_HSS[:, rows][:, :, columns]
-            assert captured.attention_BHTV.shape[1:] == expected_HTV.shape
-            torch.testing.assert_close(captured.attention_BHTV[0], expected_HTV, atol=1e-5, rtol=0)
+            assert captured.attention[0].shape[1:] == expected_HTV.shape
+            torch.testing.assert_close(captured.attention[0][0], expected_HTV, atol=1e-5, rtol=0)
             assert expected_HTV.max() > 1e-4
 
     def test_logits_are_those_of_the_plain_model_whether_or_not_attention_is_captured(self, name, family, folder, vlm, plain):
@@ -270,13 +270,11 @@ class FamilyConformance:
             together = capture(vlm, batch := batch_of(vlm, [prepared(vlm, c) for c in conversations]))
         for i, conversation in enumerate(conversations):
             alone, _ = captured_of(vlm, conversation)
-            assert alone.attention_BHTV is not None
-            assert together.attention_BHTV is not None
-            rows, columns = alone.attention_BHTV.shape[2:]
+            rows, columns = alone.attention[0].shape[2:]
             close = {"atol": 1e-5, "rtol": 1e-4}
-            torch.testing.assert_close(together.attention_BHTV[i, :, :rows, :columns], alone.attention_BHTV[0], **close)
-            assert not together.attention_BHTV[i, :, rows:].any()
-            assert not together.attention_BHTV[i, :, :, columns:].any()
+            torch.testing.assert_close(together.attention[0][i, :, :rows, :columns], alone.attention[0][0], **close)
+            assert not together.attention[0][i, :, rows:].any()
+            assert not together.attention[0][i, :, :, columns:].any()
             torch.testing.assert_close(together.vision_BVD[i, :columns], alone.vision_BVD[0], **close)
             torch.testing.assert_close(together.hidden_AD[batch.answer_samples_A == i], alone.hidden_AD, **close)
 
@@ -312,9 +310,8 @@ class FamilyConformance:
             objective.recompute_activations()
         torch.manual_seed(0)  # a Q-Former that is trained drops out
         captured = capture(vlm, batch_of(vlm, [prepared(vlm, c) for c in suiting(family) if c.sizes]))
-        assert captured.attention_BHTV is not None
-        weights = torch.rand(captured.attention_BHTV.shape, generator=torch.Generator().manual_seed(0))
-        (captured.attention_BHTV * weights).sum().backward()
+        weights = torch.rand(captured.attention[0].shape, generator=torch.Generator().manual_seed(0))
+        (captured.attention[0] * weights).sum().backward()
         return {n: p.grad for n, p in vlm.model.named_parameters() if p.grad is not None}, vlm
 
     def test_nothing_seen_is_zero_and_reaches_the_projector(self, folder):

@@ -25,6 +25,6 @@ def test_captured_layers_are_those_of_the_eager_kernel(written, name):
     rows = (~is_image & (torch.arange(len(is_image)) > columns[0])).nonzero().squeeze(1)
     with torch.no_grad():
         captured = capture(vlm, batch_of(vlm, [prepared(vlm, conversation)]), layers=range(vlm.layers))
-    assert len(expected) == vlm.layers == len(captured.layers) > 1
-    for layer, attention in captured.layers.items():
+    assert len(expected) == vlm.layers == len(captured.attention) > 1
+    for layer, attention in captured.attention.items():
         torch.testing.assert_close(attention[0], expected[layer][0][:, rows][:, :, columns], atol=1e-5, rtol=0)

@@ -125,7 +125,7 @@ def test_its_slice_gives_the_targets_of_the_whole_teacher(official):
     with torch.no_grad():
         expected = capture(vlm, batch)
     attention, vision = whole.targets(batch)
-    torch.testing.assert_close(attention, expected.attention_BHTV, rtol=0, atol=1e-5)
+    torch.testing.assert_close(attention, expected.attention[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(vision, expected.vision_BVD, rtol=1e-5, atol=1e-5)
 
 
@@ -134,7 +134,7 @@ def test_the_description_of_a_slice_with_another_projector_is_refused(official, 
     vlm = load_vlm(official[0])
     description = slice_config(vlm.model)
     description["features"][name] = value
-    with pytest.raises(ValueError, match=f"not the description of a teacher's slice.*{name} is"):
+    with pytest.raises(ValueError, match=f"not the configuration of a teacher's slice.*{name} is"):
         TeacherSlice(description, slice_tensors(vlm, tower=True))
 
 

@@ -116,7 +116,7 @@ def test_gemma3_attention_is_that_of_its_first_layers_window(tmp_path, kind):
     make_gemma3.write(tmp_path, layer_types=[kind, "full_attention"])
     vlm, expected_HTV = first_layer(tmp_path, "gemma3", LONG)
     captured, _ = captured_of(vlm, LONG)
-    torch.testing.assert_close(captured.attention_BHTV[0], expected_HTV, atol=1e-5, rtol=0)
+    torch.testing.assert_close(captured.attention[0][0], expected_HTV, atol=1e-5, rtol=0)
     beyond = expected_HTV[:, 15:]  # the window is of 12 positions
     assert beyond.shape[1] > 5
     assert bool(beyond.any()) == (kind == "full_attention")

@@ -14,7 +14,7 @@ from alignkd.models.loading import load_vlm
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.stage_one.worker import cache_teacher
-from alignkd.pipeline.training.checkpoints import newest, seal
+from alignkd.pipeline.training.checkpoints import find_latest, mark_complete
 from alignkd.pipeline.training.run import distill
 
 
@@ -66,11 +66,11 @@ def test_resuming_with_tied_weights_gives_the_same_student(run, tmp_path):
 
 def test_resuming_from_a_checkpoint_that_lacks_weights_is_refused(run, tmp_path):
     config = first_step_of(run, tmp_path / "out")
-    checkpoint, state = newest(tmp_path / "out" / "checkpoints")
+    checkpoint, state = find_latest(tmp_path / "out" / "checkpoints")
     weights = load_file(checkpoint / "model.safetensors")
     lost = next(name for name in weights if name.endswith("norm.weight"))
     kept = {name: value for name, value in weights.items() if name != lost}
     save_file(kept, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    seal(checkpoint, state)
+    mark_complete(checkpoint, state)
     with pytest.raises(ValueError, match="does not hold this student's weights"):
         distill(config)

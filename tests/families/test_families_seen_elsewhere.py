@@ -86,8 +86,8 @@ def test_images_of_several_shapes_mix_in_a_batch_of_pixtrals(pixtral):
     together = capture(vlm, batch_of(vlm, inputs))
     for sample, given in enumerate(inputs):
         alone = capture(vlm, batch_of(vlm, [given]))
-        rows, columns = alone.attention_BHTV.shape[2:]
-        assert torch.allclose(together.attention_BHTV[sample, :, :rows, :columns], alone.attention_BHTV[0], atol=1e-6)
+        rows, columns = alone.attention[0].shape[2:]
+        assert torch.allclose(together.attention[0][sample, :, :rows, :columns], alone.attention[0][0], atol=1e-6)
 
 
 def test_pixtrals_processor_survives_saving(pixtral, tmp_path):

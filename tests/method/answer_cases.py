@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from alignkd.losses.answer_loss import AnswerTerms, answer_terms
 from alignkd.targets.logits import LOGIT_CODECS, Calibration, LogitCodec, LogitSettings
+from tests.reference.logits import divergence
 
 SETTINGS = {
     "topk": LogitSettings("topk", top_k=4),
@@ -56,7 +57,7 @@ class Case:
             found = {"supervised": functional.cross_entropy(logits_AN, self.labels_A, reduction="none")}
         for name in weights:
             if name != "supervised":
-                found[name] = self.codec.divergence(name, logits_AN, self.values, temperature)
+                found[name] = divergence(self.codec, name, logits_AN, self.values, temperature)
         return {name: found[name] for name in weights}
 
     def expected(self, weights, temperature=1.0, divisor=7.0) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from alignkd.targets.logits import DIVERGENCES, LogitCodec, LogitSettings
+from alignkd.targets.logits import LogitCodec, LogitSettings
 from alignkd.targets.logits.answers import TeacherAnswers
-from alignkd.targets.logits.base import at_temperature
-from alignkd.targets.logits.topk import bucketed
+from tests.reference.divergences import DIVERGENCES
+from tests.reference.logits import at_temperature, bucketed
 
 
 def topk_targets(logits_AN, k, temperature=1.0):
@@ -43,9 +43,6 @@ class ExactTopK(LogitCodec):
 
     def encode(self, hidden_AD, logits_AN, label_ids_A, uniform_AX):
         return dict(zip(("ids", "logprobs", "tail"), topk_targets(logits_AN, self.settings.top_k), strict=True))
-
-    def outcomes(self, logits_AN, values, temperature):
-        return bucketed(at_temperature(logits_AN, temperature), values["ids"], values["logprobs"], values["tail"])
 
     def teacher(self, values):
         return lambda part: TeacherAnswers(*(values[name][part] for name in ("ids", "logprobs", "tail")))

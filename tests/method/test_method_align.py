@@ -1,4 +1,5 @@
-"""Maps between teachers and students of different make: exact where layouts are alike, by geometry and characters elsewhere."""
+"""Maps between teachers and students of different model families: exact where layouts are equal, by geometry and
+characters elsewhere."""
 
 from __future__ import annotations
 
@@ -142,7 +143,7 @@ def test_tokens_without_a_place_are_matched_one_by_one_or_not_at_all():
 
 
 def test_other_images_are_refused():
-    with pytest.raises(CrossModelError, match="the teacher saw 2 images, the student 1"):
+    with pytest.raises(CrossModelError, match="the teacher has 2 images of this sample, the student 1"):
         map_vision(stack([region(0, (1, 1)), region(1, (1, 1))]), stack([region(0, (1, 1))]))
 
 
@@ -250,5 +251,5 @@ def test_what_the_teachers_length_or_labels_left_out_has_no_target():
 
 
 def test_an_answer_split_otherwise_is_refused():
-    with pytest.raises(CrossModelError, match="splits the answer's characters 2 to 5 otherwise than into id 7"):
+    with pytest.raises(CrossModelError, match="tokenizer mismatch: the teacher has no id 7 for characters 2 to 5"):
         pair_answers(answered((5, 2, 4), (6, 4, 5)), answered((7, 2, 5)))

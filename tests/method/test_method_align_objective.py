@@ -34,7 +34,7 @@ def objective(tiny, teacher):
 def targets_of(teacher, batch):
     with torch.no_grad():
         captured = capture(teacher, batch)
-        return Targets(captured.attention_BHTV, captured.vision_BVD, exact_answers(teacher, captured.hidden_AD))
+        return Targets(captured.attention, captured.vision_BVD, exact_answers(teacher, captured.hidden_AD))
 
 
 def gradients(objective, batch, targets):
@@ -65,15 +65,15 @@ def test_what_is_masked_counts_nowhere_whatever_it_holds(tiny, teacher, objectiv
     targets, generator = targets_of(teacher, batch), torch.Generator().manual_seed(0)
     rows, columns = (torch.rand(x.shape, generator=generator) < 0.6 for x in (batch.text_mask_BT, batch.vision_mask_BV))
     masked = replace(targets, row_mask_BT=rows, column_mask_BV=columns)
-    hidden = (~rows[:, None, :, None] | ~columns[:, None, None, :]).expand_as(targets.attention_BHTV)
+    hidden = (~rows[:, None, :, None] | ~columns[:, None, None, :]).expand_as(targets.attention[0])
     # The focus is chosen by all rows' sums: a row without a target holds zeros.
-    attention = targets.attention_BHTV * rows[:, None, :, None]
+    attention = targets.attention[0] * rows[:, None, :, None]
     other = replace(
         masked,
-        attention_BHTV=attention.masked_fill(hidden & rows[:, None, :, None], 7.0),
+        attention={0: attention.masked_fill(hidden & rows[:, None, :, None], 7.0)},
         vision_BVD=targets.vision_BVD.masked_fill(~columns[:, :, None], 7.0),
     )
-    expected = gradients(objective, batch, replace(masked, attention_BHTV=attention))
+    expected = gradients(objective, batch, replace(masked, attention={0: attention}))
     found = gradients(objective, batch, other)
     for one, same in zip(expected, found, strict=True):
         for name in one:

@@ -18,7 +18,7 @@ from alignkd.inputs.prompts import PromptError
 from alignkd.inputs.spans import counted
 from alignkd.models.encoders.llama_tokenizer import LlamaSentencePieceTokenizer
 from alignkd.models.encoders.piece_offsets import Piece, piece_offsets
-from alignkd.models.encoders.placeholder import Picture, PlaceholderEncoder
+from alignkd.models.encoders.placeholder import LoadedImage, PlaceholderEncoder
 from alignkd.models.encoders.text_offsets import text_offsets
 from alignkd.models.loading import load_vlm
 
@@ -66,7 +66,7 @@ def encode(encoder, turns):
     """The input; its images are all alike."""
     images = sum(said.count("<image>") for _, said in turns)
     size = (40, 30)
-    loaded = Image.new("RGB", size) if encoder.needs_sizes else Picture(torch.zeros(3, 8, 8), size)
+    loaded = Image.new("RGB", size) if encoder.needs_sizes else LoadedImage(torch.zeros(3, 8, 8), size)
     planned = encoder.plan(turns, images, [size] * images)
     return encoder.finish(turns, planned, [loaded] * images)[0]
 
@@ -198,8 +198,8 @@ def test_unknown_characters_belong_to_the_unknown_piece():
     assert found.tolist() == [[0, 1], [2, 4], [4, 5]]
 
 
-def test_pieces_that_do_not_spell_the_text_are_no_offsets():
-    with pytest.raises(ValueError, match=r"gives 'b' where the text goes on with 'ac'"):
+def test_pieces_that_do_not_make_up_the_text_are_no_offsets():
+    with pytest.raises(ValueError, match=r"gives 'b' where the text continues with 'ac'"):
         piece_offsets([Piece("b")], "ac", lambda _: True)
     with pytest.raises(ValueError, match="<0xC3>"):
         piece_offsets([Piece("<0xC3>", "byte")], "ac", lambda _: True)

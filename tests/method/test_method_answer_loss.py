@@ -13,7 +13,9 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignkd.losses.answer_loss import answer_terms, fused
-from alignkd.targets.logits import DIVERGENCES, LogitSettings
+from alignkd.targets.logits import LogitSettings
+from tests.reference.divergences import DIVERGENCES
+from tests.reference.logits import divergence
 
 ALL = {"supervised": 0.7, "reverse_kl": 1.0, "forward_kl": 0.5, "jensen_shannon": 2.0}
 every_codec = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -123,7 +125,7 @@ def test_a_token_impossible_for_the_teacher_alone_is_no_finite_reverse_kl():
     case.codec.output_bias[5] = -torch.inf
     found = case.fused(case.leaves(), {"reverse_kl": 1.0})
     assert not found.finite_A.any()
-    assert case.codec.divergence("reverse_kl", case.hidden_AD @ case.head_ND.T, case.values, 1.0).isinf().all()
+    assert divergence(case.codec, "reverse_kl", case.hidden_AD @ case.head_ND.T, case.values, 1.0).isinf().all()
 
 
 # What is asked for, and no more.

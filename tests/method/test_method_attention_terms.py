@@ -137,7 +137,7 @@ def test_a_distance_does_not_depend_on_padding_or_neighbours(tiny, kind, rows):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         together = batch_of(tiny, samples)
-        attention = capture(tiny, together).attention_BHTV
+        attention = capture(tiny, together).attention[0]
         teacher = attention * torch.rand(attention.shape, generator=generator)
         found = distance_of(attention, teacher, kind, (chosen_rows(together, rows), together.vision_mask_BV))
         for i, one in enumerate(samples):
@@ -210,7 +210,7 @@ def test_what_names_no_layers_is_refused_with_what_was_expected(text):
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are():
     with pytest.raises(ValueError, match="layer 24 is wanted, but there are 24: 0 to 23"):
         find_layers("0,24", 24)
-    with pytest.raises(ValueError, match="layers of the student, such as middle@24"):
+    with pytest.raises(ValueError, match="number of layers after @, such as middle@24"):
         find_teacher_layers("middle@x", 24)
 
 
@@ -259,15 +259,14 @@ def test_captured_layers_equal_those_of_the_eager_kernel(deep, layers):
     batch = batch_of(deep, samples)
     with torch.no_grad():
         captured = capture(deep, batch, layers=layers)
-        assert set(captured.layers) == set(layers)
-        assert (captured.attention_BHTV is not None) == (0 in layers)
+        assert set(captured.attention) == set(layers)
         for i, one in enumerate(samples):
             if not len(one.images):
                 continue
             rows, columns = batch.text_mask_BT[i].sum(), batch.vision_mask_BV[i].sum()
             expected = eager_layers(deep, one)
             for layer in layers:
-                found = captured.layers[layer][i, :, :rows, :columns]
+                found = captured.attention[layer][i, :, :rows, :columns]
                 torch.testing.assert_close(found, expected[layer], rtol=0, atol=1e-5)
 
 
@@ -275,9 +274,9 @@ def test_more_layers_change_neither_the_first_nor_anything_else(deep):
     batch = batch_of(deep, mixture(deep))
     with torch.no_grad():
         one, more = capture(deep, batch), capture(deep, batch, layers=(0, 1, 2))
-    assert torch.equal(one.attention_BHTV, more.attention_BHTV)
+    assert torch.equal(one.attention[0], more.attention[0])
     assert torch.equal(one.hidden_AD, more.hidden_AD)
-    assert set(one.layers) == {0}
+    assert set(one.attention) == {0}
 
 
 def test_a_layer_that_is_not_there_cannot_be_captured(deep):
@@ -288,7 +287,7 @@ def test_a_layer_that_is_not_there_cannot_be_captured(deep):
 def test_a_later_layer_sends_gradients_to_its_own_queries_and_to_all_before(deep):
     layers = deep.decoder.layers
     deep.model.zero_grad()
-    capture(deep, batch_of(deep, mixture(deep)), layers=(1,)).layers[1].square().sum().backward()
+    capture(deep, batch_of(deep, mixture(deep)), layers=(1,)).attention[1].square().sum().backward()
     assert layers[1].self_attn.q_proj.weight.grad.abs().sum() > 0
     assert layers[0].mlp.down_proj.weight.grad.abs().sum() > 0
     assert layers[1].self_attn.o_proj.weight.grad is None
@@ -302,9 +301,8 @@ def test_a_later_layer_sends_gradients_to_its_own_queries_and_to_all_before(deep
 def targets_of(teacher, batch):
     with torch.no_grad():
         captured = capture(teacher, batch, layers=range(teacher.layers))
-    others = {layer: attention for layer, attention in captured.layers.items() if layer}
     answers = exact_answers(teacher, captured.hidden_AD, 20)
-    return Targets(captured.attention_BHTV, captured.vision_BVD, answers, other_layers=others)
+    return Targets(captured.attention, captured.vision_BVD, answers)
 
 
 def shape_of(teacher):
@@ -321,11 +319,11 @@ def test_the_term_of_several_layers_is_the_mean_of_theirs(tiny, deep, kind, rows
     assert objective.layer_pairs == ((0, 0), (1, 2))
     found = flat(objective(batch, targets))["attention"]
     with torch.no_grad():
-        student = capture(tiny, batch, layers=(0, 1)).layers
+        student = capture(tiny, batch, layers=(0, 1)).attention
         expected = [
             distance_of(
                 student[layer],
-                objective.head_map(targets.layer(teacher_layer)),
+                objective.head_map(targets.attention[teacher_layer]),
                 kind,
                 (chosen_rows(batch, rows), batch.vision_mask_BV),
                 relative_to_uniform=True,
@@ -397,10 +395,9 @@ def test_an_online_teacher_gives_the_layers_that_it_is_asked_for(tiny, deep):
     expected = targets_of(deep, batch)
     source = OnlineTeacher(deep, tiny, attention_layers=(1, 2))
     _, found = source.fill(tiny, batch, Targets(), frozenset({"attention"}))
-    assert found.attention_BHTV is None
-    assert set(found.other_layers) == {1, 2}
+    assert set(found.attention) == {1, 2}
     for layer in (1, 2):
-        torch.testing.assert_close(found.layer(layer), expected.layer(layer))
+        torch.testing.assert_close(found.attention[layer], expected.attention[layer])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -478,9 +475,8 @@ def test_of_a_step_in_parts_the_penalty_is_counted_once(tiny, deep):
     parts = [batch_of(tiny, samples[:2]), batch_of(tiny, samples[2:])]
     together = batch_of(tiny, samples)
     counts = [part.counts() for part in parts]
-    step = Counts(
-        sum(c.answers for c in counts), sum(c.with_text_after_image for c in counts), sum(c.with_image for c in counts)
-    )
+    names = ("answers", "with_text_after_image", "with_image", "samples")
+    step = Counts(**{name: sum(getattr(c, name) for c in counts) for name in names})
     objective = learned(tiny, deep, raw=[0.4, -0.7, 1.1, -0.2])
     whole_loss = objective(together, targets_of(deep, together))["loss"]
     in_parts = [objective(part, targets_of(deep, part), step)["loss"] for part in parts]

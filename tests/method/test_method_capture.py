@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from tiny_models import IMAGE, batch_of, eager_attention, mixture, reference, sample, write_checkpoint
 
 from alignkd.capture import attention as capture_module
-from alignkd.capture.attention import capture, first_attention
+from alignkd.capture.attention import capture
 from alignkd.inputs.batch import collate, expand
 from alignkd.inputs.prompts import IGNORE, encode_conversation
 from alignkd.losses.recipes import Recipe
 from alignkd.models.loading import load_vlm
 from alignkd.objective import Objective
+from tests.reference.attention import first_attention
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def run(vlm, samples, **kwargs):
 def cut(batch, captured, logits, i):
     """The real values of sample i of a batch: attention, vision tokens, logits."""
     rows, columns = batch.text_mask_BT[i].sum(), batch.vision_mask_BV[i].sum()
-    attention = captured.attention_BHTV[i, :, :rows, :columns]
+    attention = captured.attention[0][i, :, :rows, :columns]
     return attention, captured.vision_BVD[i, :columns], logits[batch.answer_samples_A == i]
 
 
@@ -105,7 +106,7 @@ def test_a_sample_that_ends_with_its_image_has_no_text_rows(vlm):
     # What truncation may leave, and what a question of the plain template is.
     with torch.no_grad():
         _, captured, _ = run(vlm, [sample(vlm, [1, 5, 6, IMAGE], answers=0)])
-        assert captured.attention_BHTV.shape == (1, 4, 0, 4)
+        assert captured.attention[0].shape == (1, 4, 0, 4)
         assert_each_alone(vlm, [sample(vlm, [1, 5, IMAGE, 7, 8]), sample(vlm, [1, 5, 6, IMAGE], answers=0)])
 
 
@@ -129,7 +130,7 @@ def test_a_batch_of_both_templates_with_and_without_image_gives_each_sample_its_
 def test_a_batch_of_text_alone_has_logits_and_no_vision(vlm):
     samples = [sample(vlm, [1, 5, 6, 7, 8]), sample(vlm, [1, 9, 10, 11, 12, 13, 14])]
     _, captured, logits = run(vlm, samples)
-    assert captured.attention_BHTV.numel() == captured.vision_BVD.numel() == 0
+    assert captured.attention[0].numel() == captured.vision_BVD.numel() == 0
     assert logits.shape == (6, vlm.vocabulary)
     assert_each_alone(vlm, samples)
 
@@ -137,7 +138,7 @@ def test_a_batch_of_text_alone_has_logits_and_no_vision(vlm):
 def test_padding_holds_zeros_and_nothing_else(vlm):
     batch, captured, _ = run(vlm, mixture(vlm))
     real = batch.text_mask_BT[:, None, :, None] & batch.vision_mask_BV[:, None, None, :]
-    assert (captured.attention_BHTV.masked_select(~real) == 0).all()
+    assert (captured.attention[0].masked_select(~real) == 0).all()
     assert (captured.vision_BVD[~batch.vision_mask_BV] == 0).all()
 
 
@@ -147,7 +148,7 @@ def test_other_ids_in_the_padding_change_nothing(vlm):
         first = run(vlm, samples)
         batch = collate(samples, tokens_per_placeholder=vlm.vision_tokens_per_image, pad_token_id=77)
         captured = capture(vlm, batch)
-    torch.testing.assert_close(captured.attention_BHTV, first[1].attention_BHTV, rtol=0, atol=0)
+    torch.testing.assert_close(captured.attention[0], first[1].attention[0], rtol=0, atol=0)
     torch.testing.assert_close(captured.hidden_AD, first[1].hidden_AD, rtol=0, atol=0)
 
 
@@ -159,7 +160,7 @@ def test_tower_features_serve_as_well_as_pixels(vlm):
             for s in mixture(vlm)
         ]
         _, by_features, _ = run(vlm, featured)
-    torch.testing.assert_close(by_features.attention_BHTV, by_pixels.attention_BHTV, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(by_features.attention[0], by_pixels.attention[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(by_features.vision_BVD, by_pixels.vision_BVD, rtol=1e-5, atol=1e-5)
 
 
@@ -184,7 +185,7 @@ def test_a_text_row_between_two_images_sees_the_earlier_one_alone(vlm):
         batch, captured, _ = run(vlm, [one])
     assert batch.text_rows_BT.tolist() == [[6, 7, 8, 13, 14]]
     assert batch.vision_columns_BV.tolist() == [[2, 3, 4, 5, 9, 10, 11, 12]]
-    between, after = captured.attention_BHTV[0, :, :3], captured.attention_BHTV[0, :, 3:]
+    between, after = captured.attention[0][0, :, :3], captured.attention[0][0, :, 3:]
     assert (between[..., 4:] == 0).all()
     assert (between[..., :4] > 0).all()
     assert (after > 0).all()
@@ -193,10 +194,10 @@ def test_a_text_row_between_two_images_sees_the_earlier_one_alone(vlm):
 def test_a_row_of_captured_attention_holds_part_of_a_distribution(vlm):
     with torch.no_grad():
         _, captured, _ = run(vlm, mixture(vlm))
-    mass = captured.attention_BHTV.sum(3)
-    assert (captured.attention_BHTV >= 0).all()
+    mass = captured.attention[0].sum(3)
+    assert (captured.attention[0] >= 0).all()
     assert (mass < 1).all()
-    assert captured.attention_BHTV.dtype == torch.float32
+    assert captured.attention[0].dtype == torch.float32
 
 
 def test_outputs_are_the_same_with_capture_on_and_off(tiny):
@@ -208,16 +209,16 @@ def test_outputs_are_the_same_with_capture_on_and_off(tiny):
         off = tiny.model.lm_head(capture(tiny, batch, attention=False).hidden_AD)
     assert torch.equal(on, off)
     torch.testing.assert_close(on, untouched, rtol=0, atol=1e-5)
-    assert capture(tiny, batch, attention=False).attention_BHTV is None
+    assert capture(tiny, batch, attention=False).attention == {}
 
 
 def test_nothing_of_an_earlier_batch_is_left_in_the_next(vlm):
     samples = mixture(vlm)
     with torch.no_grad():
-        expected = run(vlm, samples[:2])[1].attention_BHTV
+        expected = run(vlm, samples[:2])[1].attention[0]
         run(vlm, samples[3:])
         run(vlm, samples[:2], attention=False)
-        assert torch.equal(run(vlm, samples[:2])[1].attention_BHTV, expected)
+        assert torch.equal(run(vlm, samples[:2])[1].attention[0], expected)
 
 
 # --- gradients ---------------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def weighted(attention):
 @pytest.mark.parametrize("tokens", [[1, 5, IMAGE, 7, 8, 9], [1, 60, IMAGE, 61, IMAGE, 64, 65]])
 def test_gradients_of_captured_attention_are_those_of_the_eager_kernel(vlm, tokens):
     one = sample(vlm, tokens)
-    captured = run(vlm, [one])[1].attention_BHTV[0]
+    captured = run(vlm, [one])[1].attention[0][0]
     found = torch.autograd.grad(weighted(captured), q_and_k(vlm))
     expected = torch.autograd.grad(weighted(eager_attention(vlm, one)), q_and_k(vlm))
     for a, b in zip(found, expected, strict=True):
@@ -254,7 +255,7 @@ def test_the_attention_of_the_restatement_has_the_same_gradient(tmp_path):
     attention = reference(state, config, tower, one.input_ids, one.images).attention
     attention = attention[:, batch.text_rows_BT[0]][:, :, batch.vision_columns_BV[0]]
     expected = torch.autograd.grad(weighted(attention), leaves)
-    found = torch.autograd.grad(weighted(captured.attention_BHTV[0]), q_and_k(vlm))
+    found = torch.autograd.grad(weighted(captured.attention[0][0]), q_and_k(vlm))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -262,7 +263,7 @@ def test_the_attention_of_the_restatement_has_the_same_gradient(tmp_path):
 def gradients_of_everything(vlm, samples):
     vlm.model.zero_grad()
     _, captured, logits = run(vlm, samples)
-    loss = weighted(captured.attention_BHTV) + captured.vision_BVD.square().mean() + logits.square().mean()
+    loss = weighted(captured.attention[0]) + captured.vision_BVD.square().mean() + logits.square().mean()
     loss.backward()
     return {name: p.grad.clone() for name, p in vlm.model.named_parameters() if p.grad is not None}
 
@@ -291,13 +292,13 @@ def test_rows_captured_in_chunks_give_the_same_values_and_gradients(tiny, monkey
     objective.train()
     if checkpointing:
         objective.recompute_activations()
-    expected_values = run(tiny, mixture(tiny))[1].attention_BHTV
+    expected_values = run(tiny, mixture(tiny))[1].attention[0]
     expected = gradients_of_everything(tiny, mixture(tiny))
     monkeypatch.setattr(capture_module, "_MAX_SCORES", at_once)
     calls = []
     original = capture_module._scores
     monkeypatch.setattr(capture_module, "_scores", lambda *a: calls.append(a[2]) or original(*a))
-    values = run(tiny, mixture(tiny))[1].attention_BHTV
+    values = run(tiny, mixture(tiny))[1].attention[0]
     assert len(calls) > 1
     torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-6)
     assert_same_gradients(gradients_of_everything(tiny, mixture(tiny)), expected)
@@ -322,23 +323,21 @@ def test_half_precision_autocast_runs_and_stays_near_full_precision(tiny):
     with torch.autocast("cpu", torch.bfloat16):
         _, captured, logits = run(tiny, samples)
         loss = (
-            captured.attention_BHTV.square().sum()
-            + captured.vision_BVD.float().square().mean()
-            + logits.float().square().mean()
+            captured.attention[0].square().sum() + captured.vision_BVD.float().square().mean() + logits.float().square().mean()
         )
     loss.backward()
-    assert captured.attention_BHTV.dtype == torch.float32
+    assert captured.attention[0].dtype == torch.float32
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in tiny.model.parameters() if p.grad is not None)
-    assert (captured.attention_BHTV - expected[1].attention_BHTV).abs().max() < 0.2
-    assert (captured.attention_BHTV.sum(3) <= 1 + 1e-5).all()
+    assert (captured.attention[0] - expected[1].attention[0]).abs().max() < 0.2
+    assert (captured.attention[0].sum(3) <= 1 + 1e-5).all()
 
 
 def test_a_model_in_half_precision_captures_in_float32(tiny_folder):
     vlm = load_vlm(tiny_folder, dtype=torch.bfloat16)
     with torch.no_grad():
         _, captured, logits = run(vlm, mixture(vlm))
-    assert captured.attention_BHTV.dtype == torch.float32
+    assert captured.attention[0].dtype == torch.float32
     assert captured.vision_BVD.dtype == logits.dtype == torch.bfloat16
-    assert captured.attention_BHTV.isfinite().all()
+    assert captured.attention[0].isfinite().all()
     assert logits.isfinite().all()

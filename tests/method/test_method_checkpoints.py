@@ -36,7 +36,7 @@ def outputs(vlm, seed=0):
     batch = batch_of(vlm, [sample(vlm, [1, 5, IMAGE, 7, 8, 9, 10], seed=seed), sample(vlm, [1, 11, 12, 13], answers=2)])
     with torch.no_grad():
         captured = capture(vlm, batch)
-        return captured.attention_BHTV, captured.vision_BVD, vlm.model.lm_head(captured.hidden_AD)
+        return captured.attention[0], captured.vision_BVD, vlm.model.lm_head(captured.hidden_AD)
 
 
 def assert_same_model(one, other):
@@ -55,7 +55,7 @@ def assert_matches_restatement(vlm, state, config, tower):
             captured = capture(vlm, batch)
             logits = vlm.model.lm_head(captured.hidden_AD)
         attention = expected.attention[:, batch.text_rows_BT[0]][:, :, batch.vision_columns_BV[0]]
-        torch.testing.assert_close(captured.attention_BHTV[0], attention, rtol=0, atol=1e-5)
+        torch.testing.assert_close(captured.attention[0][0], attention, rtol=0, atol=1e-5)
         torch.testing.assert_close(
             captured.vision_BVD[0], expected.vision.flatten(0, 1)[: batch.vision_columns_BV.shape[1]], rtol=1e-4, atol=1e-5
         )
@@ -416,10 +416,10 @@ def test_lora_adapters_are_captured_too(tiny):
     from peft import LoraConfig, get_peft_model
 
     one = sample(tiny, [1, 5, 6, IMAGE, 7, 8, 9, 10])
-    before = capture(tiny, batch_of(tiny, [one])).attention_BHTV
+    before = capture(tiny, batch_of(tiny, [one])).attention[0]
     config = LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|k_proj)", init_lora_weights=False)
     model = get_peft_model(tiny.model, config).get_base_model()
-    captured = capture(tiny, batch_of(tiny, [one])).attention_BHTV
+    captured = capture(tiny, batch_of(tiny, [one])).attention[0]
     captured.square().sum().backward()
     assert (captured - before).abs().max() > 1e-4
     torch.testing.assert_close(captured[0].detach(), eager_attention(tiny, one).detach(), rtol=0, atol=1e-5)

@@ -96,12 +96,11 @@ def test_decoding_leaves_the_stored_parts_as_they_are(name):
 def test_quantised_targets_move_with_the_others_and_become_what_the_losses_see():
     attention = np.random.default_rng(0).random((2, 3, 5), dtype=np.float32)
     stored = quantised("sqrt8", [attention])
-    targets = Targets(vision_BVD=torch.ones(1, 2, 3), quantised={"attention_BHTV": stored})
+    targets = Targets({2: stored}, torch.ones(1, 2, 3))
     on_device = targets.to("meta")
-    assert {part.device.type for part in on_device.quantised["attention_BHTV"].parts.values()} == {"meta"}
-    assert on_device.quantised["attention_BHTV"].parts["codes"].dtype == torch.uint8
+    assert {part.device.type for part in on_device.attention[2].parts.values()} == {"meta"}
+    assert on_device.attention[2].parts["codes"].dtype == torch.uint8
     seen = targets.dequantise()
-    assert not seen.quantised
-    assert torch.equal(seen.attention_BHTV, stored.dequantise())
+    assert torch.equal(seen.attention[2], stored.dequantise())
     assert torch.equal(seen.vision_BVD, torch.ones(1, 2, 3))
-    assert targets.attention_BHTV is None
+    assert targets.attention[2] is stored

@@ -73,7 +73,7 @@ def test_attention_vision_tokens_logits_and_loss_are_those_of_the_reference(gold
     with torch.no_grad():
         captured = capture(vlm, batch)
         logits = vlm.model.lm_head(captured.hidden_AD)
-    assert_golden(vlm, model, template, name, captured.attention_BHTV[0], captured.vision_BVD[0], logits, batch.answer_ids_A)
+    assert_golden(vlm, model, template, name, captured.attention[0][0], captured.vision_BVD[0], logits, batch.answer_ids_A)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -85,7 +85,7 @@ def test_one_batch_of_every_sample_and_both_templates_gives_the_values_of_the_re
         logits = vlm.model.lm_head(captured.hidden_AD)
     for i, (template, name) in enumerate(CASES):
         rows, mine = int(batch.text_mask_BT[i].sum()), batch.answer_samples_A == i
-        attention = captured.attention_BHTV[i, :, :rows]
+        attention = captured.attention[0][i, :, :rows]
         assert_golden(vlm, model, template, name, attention, captured.vision_BVD[i], logits[mine], batch.answer_ids_A[mine])
 
 

@@ -106,7 +106,7 @@ def test_gradients_of_recipes_of_one_term_add_up_to_that_of_the_whole(tiny):
     with torch.no_grad():
         captured = capture(tiny, batch)
         targets = Targets(
-            captured.attention_BHTV * 0.5, captured.vision_BVD + 1, exact_answers(tiny, captured.hidden_AD * 0.5, 20)
+            {0: captured.attention[0] * 0.5}, captured.vision_BVD + 1, exact_answers(tiny, captured.hidden_AD * 0.5, 20)
         )
     recipe = RECIPES["align-kd"]
     objective = Objective(tiny, recipe, TeacherShape(tiny.heads, tiny.hidden_size), logit_codec=ExactTopK())

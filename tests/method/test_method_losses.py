@@ -158,7 +158,7 @@ def test_renormalising_targets_that_sum_to_one_leaves_them_as_they_are(seed):
 
 def test_targets_move_as_one_and_keep_what_is_absent_absent():
     moved = Targets(vision_BVD=torch.ones(1, 2, 3)).to("cpu")
-    assert moved.attention_BHTV is None
+    assert moved.attention == {}
     assert torch.equal(moved.vision_BVD, torch.ones(1, 2, 3))
 
 

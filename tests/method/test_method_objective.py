@@ -33,9 +33,8 @@ def teacher(tmp_path_factory):
 def targets_of(teacher, batch, k=20):
     with torch.no_grad():
         captured = capture(teacher, batch, layers=range(teacher.layers))
-        others = {layer: attention for layer, attention in captured.layers.items() if layer}
         answers = exact_answers(teacher, captured.hidden_AD, k)
-        return Targets(captured.attention_BHTV, captured.vision_BVD, answers, other_layers=others)
+        return Targets(captured.attention, captured.vision_BVD, answers)
 
 
 def shape_of(teacher):
@@ -132,13 +131,13 @@ def test_every_term_is_the_function_of_its_name(tiny, teacher):
         logits = tiny.model.lm_head(captured.hidden_AD)
         masks = batch.text_mask_BT, batch.vision_mask_BV
         vision = objective.width_map.map(captured.vision_BVD), targets.vision_BVD
-        focus = focus_mask(targets.attention_BHTV, masks[1], 2)
+        focus = focus_mask(targets.attention[0], masks[1], 2)
         attended, seen = int((masks[0].any(1) & masks[1].any(1)).sum()), int(masks[1].any(1).sum())
         expected = {
             "supervised": functional.cross_entropy(logits, batch.answer_ids_A),
             "reverse_kl": reverse_kl(logits, *targets.answers.values()).mean(),
             "attention": attention_loss(
-                captured.attention_BHTV, objective.head_map(targets.attention_BHTV), *masks, relative_to_uniform=True
+                captured.attention[0], objective.head_map(targets.attention[0]), *masks, relative_to_uniform=True
             ).sum()
             / attended,
             "vision_all": vision_loss(*vision, masks[1], masks[1], relative_to_variance=True).sum()
@@ -161,7 +160,7 @@ def test_a_recipe_needs_no_target_but_those_it_names(tiny, teacher, name):
     batch = batch_of(tiny, mixture(tiny))
     all_targets = targets_of(teacher, batch)
     fields = {
-        "attention": {"attention_BHTV": all_targets.attention_BHTV, "other_layers": all_targets.other_layers},
+        "attention": {"attention": all_targets.attention},
         "vision": {"vision_BVD": all_targets.vision_BVD},
         "logits": {"answers": all_targets.answers},
     }
@@ -221,7 +220,7 @@ def test_a_sample_whose_term_is_not_finite_is_pointed_at(tiny, teacher, part):
     batch = batch_of(tiny, mixture(tiny))
     targets = targets_of(teacher, batch)
     if part == "attention":
-        targets.attention_BHTV[1, 0, 0, 0] = torch.nan
+        targets.attention[0][1, 0, 0, 0] = torch.nan
     elif part == "vision":
         targets.vision_BVD[1, 0, 0] = torch.inf
     else:
@@ -289,7 +288,7 @@ def test_a_head_mean_in_the_cache_asks_for_the_mean_map(tiny, teacher):
     recipe = Recipe("one", attention=1, head_map="mean")
     batch = batch_of(tiny, mixture(tiny))
     full = targets_of(teacher, batch)
-    mean = Targets(full.attention_BHTV.mean(1, keepdim=True))
+    mean = Targets({0: full.attention[0].mean(1, keepdim=True)})
     by_mean = flat(Objective(tiny, recipe, TeacherShape(1, teacher.hidden_size))(batch, mean))
     by_heads = flat(Objective(tiny, recipe, shape_of(teacher))(batch, full))
     torch.testing.assert_close(by_mean["attention"], by_heads["attention"])

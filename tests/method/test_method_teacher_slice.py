@@ -26,7 +26,7 @@ def slice_of(vlm, *, tower=True, **options):
 def captured_targets(vlm, batch):
     with torch.no_grad():
         captured = capture(vlm, batch)
-    return captured.attention_BHTV, captured.vision_BVD
+    return captured.attention[0], captured.vision_BVD
 
 
 def golden_batch(vlm):
@@ -168,9 +168,9 @@ def test_stored_tensors_are_used_in_place(tiny):
 
 
 def test_making_a_slice_draws_no_random_numbers_of_the_run(tiny):
-    description, tensors = slice_config(tiny.model), slice_tensors(tiny, tower=True)
+    config, tensors = slice_config(tiny.model), slice_tensors(tiny, tower=True)
     before = torch.get_rng_state()
-    TeacherSlice(description, tensors)
+    TeacherSlice(config, tensors)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -188,8 +188,8 @@ def test_nothing_waits_for_the_device(tiny):
 def loss_and_gradients(student, teacher, recipe, batch, targets, part):
     torch.manual_seed(0)
     heads = 1 if part is not None and part.head_mean else teacher.heads
-    if targets.attention_BHTV is not None:
-        heads = targets.attention_BHTV.shape[1]
+    if targets.attention:
+        heads = targets.attention[0].shape[1]
     objective = Objective(student, recipe, TeacherShape(heads, teacher.hidden_size), part, ExactTopK()).train()
     objective.zero_grad()
     outputs = flat(objective(batch, targets))
@@ -214,9 +214,9 @@ def test_losses_and_gradients_are_those_of_captured_targets(golden_models, recip
     with torch.no_grad():
         captured = capture(teacher, batch)
         answers = exact_answers(teacher, captured.hidden_AD, 64)
-    attention = captured.attention_BHTV.mean(1, keepdim=True) if head_mean else captured.attention_BHTV
-    given = Targets(attention, captured.vision_BVD, answers)
-    left_out = replace(given, attention_BHTV=None, vision_BVD=None)
+    attention = captured.attention[0].mean(1, keepdim=True) if head_mean else captured.attention[0]
+    given = Targets({0: attention}, captured.vision_BVD, answers)
+    left_out = replace(given, attention={}, vision_BVD=None)
     expected, expected_gradients = loss_and_gradients(student, teacher, recipe, batch, given, None)
     part = slice_of(teacher, tower=tower, head_mean=head_mean)
     terms, gradients = loss_and_gradients(student, teacher, recipe, batch, left_out, part)
@@ -271,11 +271,11 @@ def other_projection(model):
 
 
 REFUSED = {
-    "another attention": (other_attention, "a OtherAttention where LlamaAttention is known"),
-    "an adapter": (other_projection, "a Sequential where Linear is known"),
+    "another attention": (other_attention, "a OtherAttention where LlamaAttention is expected"),
+    "an adapter": (other_projection, "a Sequential where Linear is expected"),
     "another norm": (
         lambda m: setattr(m.model.language_model.layers[0], "input_layernorm", torch.nn.LayerNorm(24)),
-        "a LayerNorm where LlamaRMSNorm is known",
+        "a LayerNorm where LlamaRMSNorm is expected",
     ),
     "a sliding window": (lambda m: setattr(m.config.text_config, "sliding_window", 8), "sliding_window = 8"),
     "soft-capped scores": (
@@ -314,7 +314,7 @@ def test_a_teacher_of_mixed_dtypes_is_refused(tiny):
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_tensors_that_are_not_those_of_the_description_are_refused(tiny, group):
+def test_tensors_that_are_not_those_of_the_configuration_are_refused(tiny, group):
     tensors = slice_tensors(tiny, tower=True)
     for wrong in (tensors[group][:-1], tensors[group].view(1, -1), tensors[group].int()):
         with pytest.raises(ValueError, match=f"the slice's {group} holds"):
@@ -336,17 +336,17 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("part", "name", "value"), HOSTILE, ids=[f"{part} {name} {value}" for part, name, value in HOSTILE])
-def test_a_hostile_description_is_refused_before_anything_is_allocated(tiny, part, name, value):
-    tensors, description = slice_tensors(tiny, tower=True), slice_config(tiny.model)
-    description[part] = {**description[part], name: value}
+def test_a_hostile_configuration_is_refused_before_anything_is_allocated(tiny, part, name, value):
+    tensors, config = slice_tensors(tiny, tower=True), slice_config(tiny.model)
+    config[part] = {**config[part], name: value}
     with pytest.raises(ValueError, match="slice"):
-        TeacherSlice(description, tensors)
+        TeacherSlice(config, tensors)
 
 
-def test_a_description_that_lacks_something_or_names_something_else(tiny):
-    tensors, description = slice_tensors(tiny, tower=True), slice_config(tiny.model)
-    with pytest.raises(ValueError, match=r"not the description of a teacher's slice \(KeyError: 'vision'"):
-        TeacherSlice({k: v for k, v in description.items() if k != "vision"}, tensors)
-    # What is not of the description is not heard: such names load code in transformers' configurations.
-    description["text"]["attn_implementation"] = "someone/kernel"
-    assert TeacherSlice(description, tensors).model.config.text_config._attn_implementation != "someone/kernel"
+def test_a_configuration_that_lacks_something_or_names_something_else(tiny):
+    tensors, config = slice_tensors(tiny, tower=True), slice_config(tiny.model)
+    with pytest.raises(ValueError, match=r"not the configuration of a teacher's slice \(KeyError: 'vision'"):
+        TeacherSlice({k: v for k, v in config.items() if k != "vision"}, tensors)
+    # What is not of the config is not heard: such names load code in transformers' configurations.
+    config["text"]["attn_implementation"] = "someone/kernel"
+    assert TeacherSlice(config, tensors).model.config.text_config._attn_implementation != "someone/kernel"

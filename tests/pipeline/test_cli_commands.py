@@ -25,7 +25,7 @@ from tiny_runs import (
     write_data,
 )
 
-from alignkd.targets.logits.kept import logprob_error
+from tests.reference.logits import logprob_error
 
 VALUES = dict(np.load(GOLDEN / "golden.npz"))
 COMMANDS = [

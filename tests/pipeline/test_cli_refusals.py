@@ -79,11 +79,11 @@ CASES = {
     "weights cut short": (lambda t: {"--student": with_broken_weights(t / "s")}, ["pytorch_model.bin"]),
     "a student of another vocabulary": (
         lambda t: {"--student": with_vocabulary(STUDENT, t / "s", 520)},
-        ["vocabulary: 512 in the cache, 520 here", "does not fit", "alignkd cache-teacher"],
+        ["vocabulary: 512 in the cache, 520 here", "is incompatible with this run", "alignkd cache-teacher"],
     ),
     "a student of another tokenizer": (
         lambda t: {"--student": with_pad_token(t / "s", "</s>")},
-        ["tokenizer: ", "logits need one tokenizer", "--set reverse_kl=0"],
+        ["tokenizer: ", "logits need the same tokenizer", "--set reverse_kl=0"],
     ),
     "a cache of another template": (lambda t: {"--template": "plain"}, ["template: v1 in the cache, plain here"]),
     "an unknown template": (lambda t: {"--template": "v7"}, ["'v7'", "plain"]),
@@ -106,7 +106,10 @@ CASES = {
     "an unknown field": (lambda t: {"--set": "atention=1"}, ["'atention' is no field of a recipe", "attention"]),
     "a field of another kind": (lambda t: {"--set": "attention=much"}, ["attention is 'much', expected float"]),
     "a field without a value": (lambda t: {"--set": "attention"}, ["--set attention: expected key=value"]),
-    "another temperature": (lambda t: {"--set": "temperature=2"}, ["temperature 1.0, the recipe wants 2.0"]),
+    "another temperature": (
+        lambda t: {"--set": "temperature=2"},
+        ["temperature 1.0, but recipe 'align-kd' has temperature 2.0"],
+    ),
     "an unknown option": (lambda t: {"--best": "yes"}, ["--best"]),
     "no image folder": (
         lambda t: {"--images": t / "none", "--max-rejected": 2, "--batch-size": 6},

@@ -19,7 +19,7 @@ from alignkd.cli import main
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.config.presets import COMMANDS, SHIPPED, read_settings
 from alignkd.pipeline.training.deepspeed_configs import SHIPPED as ZERO
-from alignkd.pipeline.training.deepspeed_configs import deepspeed_config
+from alignkd.pipeline.training.deepspeed_configs import read_deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = {
@@ -191,7 +191,7 @@ def test_one_file_runs_both_stages(door, tmp_path, data):
 class TestDeepSpeed:
     @pytest.mark.parametrize("name", ZERO)
     def test_a_shipped_configuration_is_of_its_stage_and_brings_no_optimizer(self, name):
-        found = json.loads(deepspeed_config(name).read_text())
+        found = read_deepspeed_config(name)
         assert found["zero_optimization"]["stage"] == int(name.removeprefix("zero"))
         assert not {"optimizer", "scheduler"} & set(found)
         assert found["zero_allow_untested_optimizer"] is True
@@ -214,7 +214,7 @@ class TestDeepSpeed:
             fp16=dtype == "float16",
             use_cpu=True,
         )
-        config = HfTrainerDeepSpeedConfig(str(deepspeed_config(name)))
+        config = HfTrainerDeepSpeedConfig(read_deepspeed_config(name))
         try:
             config.trainer_config_process(arguments)
             config.trainer_config_finalize(arguments, torch.nn.Linear(2, 2), 10)
@@ -227,7 +227,7 @@ class TestDeepSpeed:
 
     def test_a_file_of_the_user_s_own_is_taken(self, tmp_path):
         own = with_file(tmp_path / "own.json", "{}")
-        assert deepspeed_config(str(own)) == own
+        assert read_deepspeed_config(str(own)) == json.loads(own.read_text())
 
     @pytest.mark.parametrize(
         ("name", "text", "part"),
@@ -236,12 +236,15 @@ class TestDeepSpeed:
             ("none.json", None, "none.json: No such file"),
             ("own.json", "{", "own.json is not JSON"),
             ("own.json", "[]", "own.json holds list, expected an object"),
+            ("own.json", "[" * 100_000, "own.json is not JSON"),
+            ("own.json", '{"zero_optimization": 2}', "zero_optimization is 2, expected an object whose 'stage'"),
+            ("own.json", '{"zero_optimization": {"stage": "two"}}', "whose 'stage' is 0, 1, 2 or 3"),
         ],
     )
     def test_what_is_no_configuration_is_refused(self, tmp_path, name, text, part):
         given = str(with_file(tmp_path / name, text)) if text else str(tmp_path / name) if "." in name else name
         with pytest.raises(ValueError, match=re.escape(part)):
-            deepspeed_config(given)
+            read_deepspeed_config(given)
 
 
 REPRODUCE = (ROOT / "docs" / "reproduce.md").read_text()

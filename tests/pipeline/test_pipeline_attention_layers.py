@@ -32,11 +32,11 @@ from alignkd.losses.recipes import RECIPES, get_recipe, term_weights
 from alignkd.pipeline.cache_admin.row import find_row, row_arrays
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.preparer import Preparer
-from alignkd.pipeline.data.samples import parse_sample
+from alignkd.pipeline.data.sample import parse_sample
 from alignkd.pipeline.runtime.signals import Interrupted
 from alignkd.pipeline.stage_one.dry_run import dry_run
-from alignkd.pipeline.training.health_checks import Watch
-from alignkd.pipeline.training.metrics import Metrics
+from alignkd.pipeline.training.monitoring.health_checks import HealthChecks
+from alignkd.pipeline.training.monitoring.metrics import Metrics
 from alignkd.pipeline.training.optimizers import make_optimizer
 from alignkd.targets.logits import LogitSettings
 
@@ -70,7 +70,7 @@ def test_cached_layers_are_those_that_the_teacher_has(layered, teacher_vlm):
         one = preparer(parse_sample(sample, "here")).input
         batch = collate([one], tokens_per_placeholder=teacher_vlm.tokens_per_placeholder, pad_token_id=0)
         with torch.no_grad():
-            expected = capture(teacher_vlm, batch, layers=(0, 2)).layers
+            expected = capture(teacher_vlm, batch, layers=(0, 2)).attention
         found = row_arrays(reader, find_row(reader, str(sample["id"])))
         np.testing.assert_allclose(found["attention_HTV"], expected[0][0], atol=1e-5)
         np.testing.assert_allclose(found["attention_2_HTV"], expected[2][0], atol=1e-5)
@@ -100,7 +100,7 @@ def test_a_cache_of_other_layers_is_refused_with_both(data, layered):
     [
         ({"attention_layers": "0,3"}, "--attention-layers: layer 3 is wanted, but there are 3: 0 to 2"),
         ({"attention_layers": "deep"}, "--attention-layers: 'deep' names no layers, expected first"),
-        ({"attention_layers": "last", "alignment": "slice"}, "--alignment slice gives the attention of the first layer alone"),
+        ({"attention_layers": "last", "alignment": "slice"}, "--alignment slice gives the attention of the first layer only"),
         ({"attention_layers": "last", "settings": TargetSettings(targets=("logits",))}, "needs attention among --targets"),
     ],
 )
@@ -130,7 +130,7 @@ REFUSED = {
         "cache",
         "align-kd",
         {"attention_layers": "last"},
-        ["student's layers 1 of 2", "teacher's layers 0 alone", "--attention-layers last@2", "--set attention_layers=first"],
+        ["student's layers 1 of 2", "teacher's layers 0 only", "--attention-layers last@2", "--set attention_layers=first"],
     ),
     "a layer that the cache lacks": (
         "layered",
@@ -249,7 +249,7 @@ def test_metrics_weigh_terms_with_their_precisions_and_other_runs_have_none(tmp_
 def test_no_weight_is_asked_to_be_changed_where_weights_are_learned():
     line = {"step": 1, "share/supervised": 0.999, "share/reverse_kl": 0.001}
     fixed, learned = (get_recipe("logits-only", {"weighting": weighting}) for weighting in ("fixed", "learned"))
-    assert [len([Watch(recipe, lines=1)(line)][0]) for recipe in (fixed, learned)] == [2, 0]
+    assert [len([HealthChecks(recipe, lines=1)(line)][0]) for recipe in (fixed, learned)] == [2, 0]
 
 
 def test_a_run_records_the_fields_of_its_recipe(data, layered, tmp_path):

@@ -1,4 +1,4 @@
-"""Teacher and student of different make: a cache of one serves the other through geometry and characters."""
+"""Teacher and student of different model families: a cache of one serves the other through geometry and characters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiny_runs import STUDENT, TEACHER, copy_checkpoint, metrics, record, train,
 
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.models.loading import load_vlm
-from alignkd.pipeline.cache_io.compatibility import check_student_matches
+from alignkd.pipeline.cache_io.compatibility import check_student_compatible
 from alignkd.pipeline.cache_io.cross_model import CrossModelMap
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.preparer import Preparer
@@ -107,11 +107,11 @@ def training_set(vlm, place, cache, needs=ALL, template=None):
     template = template or vlm.default_template
     reader = CacheReader(cache)
     fields = [field.name for field in reader.spec.fields]
-    across = check_student_matches(vlm, reader.fingerprint, template, 2048, "cache", needs=needs, fields=fields)
+    across = check_student_compatible(vlm, reader.fingerprint, template, 2048, "cache", needs=needs, fields=fields)
     assert across is not None
     preparer = Preparer.of(vlm, template=template, max_length=2048, image_root=place)
     samples = SampleFile(place / "data.json")
-    return TrainingSet(samples, preparer, student=vlm, reader=reader, needs=needs, max_rejected=0, across=across)
+    return TrainingSet(samples, preparer, student=vlm, reader=reader, needs=needs, max_rejected=0, cross_model=across)
 
 
 def cross_train(place, cache, out, student="student", **changes):
@@ -155,7 +155,7 @@ def test_the_targets_of_a_sample_are_its_teachers_by_hand(place, llava_cache):
     for words in ("What colour is it?", "It is blue."):
         mine, its = ([i for i in stretch(pieces, words) if pieces[i].strip("\u2581")] for pieces in (ours, theirs))
         assert [ours[i] for i in mine] == [theirs[i] for i in its]
-        np.testing.assert_allclose(targets.attention_BHTV[0, :, mine], blocks_HT[:, its], atol=1e-6)
+        np.testing.assert_allclose(targets.attention[0][0, :, mine], blocks_HT[:, its], atol=1e-6)
         known[mine] = True
     np.testing.assert_array_equal(targets.row_mask_BT[0], known)
     assert targets.column_mask_BV.all()
@@ -175,7 +175,7 @@ def test_a_batch_gives_each_sample_the_targets_that_it_has_alone(place, llava_ca
         one, batch = alone["targets"].dequantise(), alone["batch"]
         rows, columns = batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
         for found, expected in (
-            (targets.attention_BHTV[i], one.attention_BHTV[0]),
+            (targets.attention[0][i], one.attention[0][0]),
             (targets.vision_BVD[i], one.vision_BVD[0]),
         ):
             np.testing.assert_array_equal(found[tuple(map(slice, expected.shape))], expected)
@@ -215,7 +215,7 @@ def test_qwen_into_mobilevlm_without_logits_and_refused_with_them(place, qwen_ca
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the parts follow
         cross_train(place, qwen_cache, tmp_path / "out")
     fingerprints = [load_vlm(place / name).tokenizer_fingerprint()[:12] for name in ("qwen", "student")]
-    for part in ("logits need one tokenizer", *fingerprints, "--set reverse_kl=0", "family: qwen2_5_vl in the cache"):
+    for part in ("logits need the same tokenizer", *fingerprints, "--set reverse_kl=0", "family: qwen2_5_vl in the cache"):
         assert part in str(error.value)
     lines = cross_train(place, qwen_cache, tmp_path / "out", overrides={"reverse_kl": "0"})
     for line in lines:
@@ -226,8 +226,8 @@ def test_qwen_into_mobilevlm_without_logits_and_refused_with_them(place, qwen_ca
 def test_another_width_of_the_output_head_is_refused_with_logits(place, llava_cache):
     student, found = load_vlm(place / "student"), CacheReader(llava_cache).fingerprint
     found["teacher"] = {**found["teacher"], "vocabulary": 64}
-    with pytest.raises(ValueError, match=r"one width of the output head: vocabulary: 64 in the cache, \d+ here"):
-        check_student_matches(student, found, "v1", 2048, "cache", needs=ALL, fields=["spans", "regions"])
+    with pytest.raises(ValueError, match=r"the same tokenizer and output head width: vocabulary: 64 in the cache, \d+ here"):
+        check_student_compatible(student, found, "v1", 2048, "cache", needs=ALL, fields=["spans", "regions"])
 
 
 def test_other_vision_tokens_alone_keep_rows_and_answers_as_they_are(data, cache, tmp_path):
@@ -236,9 +236,9 @@ def test_other_vision_tokens_alone_keep_rows_and_answers_as_they_are(data, cache
     vlm = load_vlm(student)
     reader, samples = CacheReader(cache), SampleFile(data)
     fields = [field.name for field in reader.spec.fields]
-    across = check_student_matches(vlm, reader.fingerprint, "v1", 2048, "cache", fields=fields)
+    across = check_student_compatible(vlm, reader.fingerprint, "v1", 2048, "cache", fields=fields)
     preparer = Preparer.of(vlm, template="v1", max_length=2048, image_root=Path(STUDENT).parent / "images")
-    whole = TrainingSet(samples, preparer, student=vlm, reader=reader, needs=ALL, max_rejected=0, across=across)
+    whole = TrainingSet(samples, preparer, student=vlm, reader=reader, needs=ALL, max_rejected=0, cross_model=across)
     item = whole[0]
     held = reader.row(samples[0].key).values["attention"]
     expected = held.reshape(8, -1, 6, 2, 6, 2).sum(axis=(3, 5)).reshape(8, -1, 36)
@@ -255,11 +255,11 @@ def test_a_row_of_the_same_make_is_the_same_through_the_maps_to_the_bit(student_
     preparer = Preparer.of(student_vlm, template="v1", max_length=2048, image_root=Path(STUDENT).parent / "images")
     settings = {"student": student_vlm, "reader": reader, "needs": ALL, "max_rejected": 0}
     plain = TrainingSet(samples, preparer, **settings)
-    mapped = TrainingSet(samples, preparer, **settings, across=CrossModelMap.of(student_vlm, reader.fingerprint))
+    mapped = TrainingSet(samples, preparer, **settings, cross_model=CrossModelMap.of(student_vlm, reader.fingerprint))
     for i in range(len(samples)):
         one, other = (x.collate([x[i]]) for x in (plain, mapped))
         expected, found = one["targets"].dequantise(), other["targets"].dequantise()
-        assert torch.equal(expected.attention_BHTV, found.attention_BHTV)
+        assert torch.equal(expected.attention[0], found.attention[0])
         assert torch.equal(expected.vision_BVD, found.vision_BVD)
         assert expected.answers.keys() == found.answers.keys()
         assert all(torch.equal(expected.answers[name], found.answers[name]) for name in expected.answers)
@@ -270,7 +270,7 @@ def test_a_row_of_the_same_make_is_the_same_through_the_maps_to_the_bit(student_
 
 def test_a_cache_of_the_same_make_is_read_as_it_is(student_vlm, cache):
     found = CacheReader(cache).fingerprint
-    assert check_student_matches(student_vlm, found, "v1", 2048, "cache") is None
+    assert check_student_compatible(student_vlm, found, "v1", 2048, "cache") is None
 
 
 def test_a_changed_image_and_an_answer_split_otherwise_are_refused_by_name(place, llava_cache, monkeypatch):
@@ -289,7 +289,7 @@ def test_a_changed_image_and_an_answer_split_otherwise_are_refused_by_name(place
     monkeypatch.setattr(data.reader, "row", other_ids)
     failure = data[0]
     assert failure.fatal
-    assert "sample 'square' cannot be aligned with its row in the cache: the teacher splits the answer's" in failure.reason
+    assert "sample 'square' cannot be mapped to its row in the cache: tokenizer mismatch: the" in failure.reason
 
 
 def test_a_misaligned_sample_ends_the_run(place, llava_cache, tmp_path, monkeypatch):
@@ -303,10 +303,10 @@ def test_a_slice_and_a_cache_without_spans_serve_their_own_make_alone(place, tmp
     data, other = place / "data.json", {"teacher": str(place / "student"), "images": str(place)}
     write_cache(data, tmp_path / "slice", alignment="slice", **other)
     assert {field.name for field in CacheReader(tmp_path / "slice").spec.fields}.isdisjoint({"spans", "regions"})
-    with pytest.raises(ValueError, match=r"holds a slice of the teacher, which serves students of the teacher's make alone"):
+    with pytest.raises(ValueError, match=r"holds a slice of the teacher, which only a student with the teacher's architecture"):
         cross_train(place, tmp_path / "slice", tmp_path / "out", student="llava")
     write_cache(data, tmp_path / "bare", settings=TargetSettings(across=False), **other)
-    with pytest.raises(ValueError, match=r"do not say where their tokens lie.*write another cache"):
+    with pytest.raises(ValueError, match=r"its rows lack regions and spans.*write another cache"):
         cross_train(place, tmp_path / "bare", tmp_path / "out", student="llava")
 
 
@@ -328,9 +328,12 @@ def test_a_teacher_in_the_loop_of_another_make_is_to_be_cached_first(place, tmp_
 def test_what_a_family_without_places_gives_is_refused_before_the_data_is_read(place, llava_cache, monkeypatch):
     student, found = load_vlm(place / "student"), CacheReader(llava_cache).fingerprint
     found["teacher"] = {**found["teacher"], "no_place": "queries look everywhere"}
-    with pytest.raises(ValueError, match=r"cannot be matched: queries look everywhere.*without attention and vision"):
-        check_student_matches(student, found, "v1", 2048, "cache", needs=ALL, fields=["spans", "regions"])
-    only_logits = check_student_matches(student, found, "v1", 2048, "cache", needs=frozenset({"logits"}), fields=["spans"])
+    with pytest.raises(
+        ValueError,
+        match=r"have no coordinates, so they cannot be mapped: queries look everywhere.*without attention and vision",
+    ):
+        check_student_compatible(student, found, "v1", 2048, "cache", needs=ALL, fields=["spans", "regions"])
+    only_logits = check_student_compatible(student, found, "v1", 2048, "cache", needs=frozenset({"logits"}), fields=["spans"])
     assert pickle.loads(pickle.dumps(only_logits)) == only_logits
 
 

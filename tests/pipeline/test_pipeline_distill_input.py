@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from reference.epoch_order import epoch_order
 from tiny_runs import (
     IMAGES,
     SAMPLES,
@@ -23,13 +24,12 @@ from tiny_runs import (
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
 from alignkd.pipeline.feeding.dataset import TrainingSet
-from alignkd.pipeline.feeding.order import epoch_order
 from alignkd.pipeline.feeding.row_checks import MisalignedRowError
 from alignkd.pipeline.training.run import distill
 
 
 def test_tower_features_that_do_not_fit_into_memory_are_refused(data, cache, tmp_path):
-    with pytest.raises(ValueError, match=r"--cache-tower-features needs .* GiB for 4 images.*leave it out"):
+    with pytest.raises(ValueError, match=r"--cache-tower-features needs .* GiB for 4 images.*remove the option"):
         train(data, cache, tmp_path / "out", cache_tower_features=True, feature_bytes=1000)
 
 
@@ -79,7 +79,7 @@ def test_an_image_that_vanished_since_stage_one_is_left_out_and_one_that_changed
 
 def test_a_folder_that_holds_a_run_is_refused(run, data, cache):
     before = student_sha256(run)
-    with pytest.raises(ValueError, match="already holds a run; go on with --resume, or choose another folder"):
+    with pytest.raises(ValueError, match="already holds a run; continue it with --resume, or choose another folder"):
         train(data, cache, run)
     assert student_sha256(run) == before
 
@@ -88,7 +88,7 @@ MISFITS = {
     "vocabulary": ["vocabulary: 512 in the cache, 520 here"],
     "template": ["template: v1 in the cache, plain here"],
     "maximum length": ["maximum length: 2048 in the cache, 100 here"],
-    "temperature": ["temperature 1.0, the recipe wants 2.0", "--set temperature=1.0", "--temperature 2.0"],
+    "temperature": ["temperature 1.0, but recipe 'align-kd' has temperature 2.0", "--set temperature=1.0", "--temperature 2.0"],
 }
 
 
@@ -104,7 +104,7 @@ def test_a_cache_that_does_not_fit_is_refused_with_both_values_and_the_way_out(d
     for part in [*MISFITS[name], "the cache"]:
         assert part in str(error.value)
     if name != "temperature":
-        assert f"{cache} does not fit" in str(error.value)
+        assert f"{cache} is incompatible with this run" in str(error.value)
         assert "or write another cache with alignkd cache-teacher" in str(error.value)
     assert not (tmp_path / "out").exists()
 

@@ -23,8 +23,8 @@ from tiny_runs import (
 
 from alignkd.cache_store.protocol.convert import convert
 from alignkd.pipeline.runtime.signals import Interrupted
-from alignkd.pipeline.training.checkpoints import RECORD, newest, seal, sweep
-from alignkd.pipeline.training.trainer import RunCallback
+from alignkd.pipeline.training.callbacks import RunCallback
+from alignkd.pipeline.training.checkpoints import RECORD, find_latest, mark_complete, remove_incomplete
 
 
 def sigterm_at(step, monkeypatch):
@@ -47,7 +47,7 @@ def test_a_run_stopped_at_any_step_resumes_to_bit_identical_weights_and_metrics(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         sigterm_at(step, patch)
-        with pytest.raises(Interrupted, match=f"stopped by SIGTERM at step {step}; go on with --resume"):
+        with pytest.raises(Interrupted, match=f"stopped by SIGTERM at step {step}; continue with --resume"):
             train(data, cache, out)
     assert [line["step"] for line in metrics(out)] == list(range(1, step + 1))
     assert not (out / "student").exists()
@@ -128,8 +128,8 @@ def test_only_a_whole_checkpoint_is_picked_up(tmp_path, damage):
         (folder / "global_step").mkdir(parents=True)
         for name in ("model.safetensors", "global_step/rank_1.pt"):
             (folder / name).write_bytes(b"weights")
-        seal(folder, {"step": step})
-    assert newest(tmp_path) == (tmp_path / "checkpoint-10", {"step": 10})
+        mark_complete(folder, {"step": step})
+    assert find_latest(tmp_path) == (tmp_path / "checkpoint-10", {"step": 10})
     last = tmp_path / "checkpoint-10"
     if damage == "a file is missing":
         (last / "global_step/rank_1.pt").unlink()
@@ -139,8 +139,8 @@ def test_only_a_whole_checkpoint_is_picked_up(tmp_path, damage):
         (last / RECORD).write_bytes((last / RECORD).read_bytes()[:-5])
     else:
         (last / RECORD).unlink()
-    assert newest(tmp_path) == (tmp_path / "checkpoint-2", {"step": 2})
-    sweep(tmp_path)  # else it would be counted as one of those to keep
+    assert find_latest(tmp_path) == (tmp_path / "checkpoint-2", {"step": 2})
+    remove_incomplete(tmp_path)  # else it would be counted as one of those to keep
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
@@ -201,7 +201,7 @@ def test_a_signal_to_every_process_of_a_job_still_writes_a_checkpoint(data, cach
     stopped = running.finish()
     assert stopped.code == 75, stopped.stderr
     assert "stopped by SIGTERM at step" in stopped.stderr
-    assert "go on with --resume" in stopped.stderr
+    assert "continue with --resume" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert 1 <= metrics(out)[-1]["step"] < 30
     resumed = door(*arguments, "--resume")

@@ -9,7 +9,8 @@ from tiny_runs import IMAGES, SAMPLES, STUDENT, record, write_data
 
 from alignkd.pipeline.config.evaluate import EvaluateConfig
 from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
-from alignkd.pipeline.evaluate.runner import contains, evaluate, exact, wilson_interval
+from alignkd.pipeline.evaluate.metrics import contains, exact
+from alignkd.pipeline.evaluate.runner import evaluate, wilson_interval
 
 
 def question(name, image, text="<image>\nWhat is it?"):

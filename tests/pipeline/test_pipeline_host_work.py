@@ -68,7 +68,7 @@ def test_writes_behind_happen_one_at_a_time_in_order_and_all_before_the_end():
 
 
 def test_who_writes_faster_than_the_storage_waits(monkeypatch):
-    monkeypatch.setattr(host_work, "_BEHIND", 2)
+    monkeypatch.setattr(host_work, "_MAX_WRITES", 2)
     first, go_on = threading.Event(), threading.Event()
     accepted = []
 

@@ -17,9 +17,9 @@ from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding.batch_loader import TrainingLoader
-from alignkd.pipeline.feeding.dataset import Positions, TrainingSet
+from alignkd.pipeline.feeding.dataset import MicroBatchSamples, TrainingSet
 from alignkd.pipeline.feeding.feature_cache import SharedFeatures, cache_tower_features
-from alignkd.pipeline.feeding.order import SHARDS_OPEN, BatchOrder, StepSampler
+from alignkd.pipeline.feeding.order import WINDOW_SHARDS, BatchOrder, StepSampler
 from alignkd.pipeline.feeding.shared_memory import SharedMemoryBatch
 
 ALL = frozenset({"attention", "vision", "logits"})
@@ -34,7 +34,7 @@ def tensors(collated):
     """Every tensor of a batch and its targets, by name."""
     batch, targets = collated["batch"], collated["targets"]
     found = {field.name: value for field in fields(batch) if isinstance(value := getattr(batch, field.name), torch.Tensor)}
-    for name, quantised in {**targets.quantised, **targets.quantised_answers}.items():
+    for name, quantised in {**targets.attention, "vision": targets.vision_BVD, **targets.answers}.items():
         found |= {f"{name}/{part}": values for part, values in quantised.parts.items()}
     return found
 
@@ -55,7 +55,7 @@ def test_workers_give_the_batches_that_their_own_process_would(student_vlm, data
     assert [collated["ids"] for collated in found] == [collated["ids"] for collated in expected]
     for collated, same in zip(found, expected, strict=True):
         if same["batch"] is None:
-            assert collated == {"batch": None, "targets": None, "failures": [], "ids": []}
+            assert collated == {"batch": None, "targets": None, "failures": [], "ids": [], "truncated": 0}
             continue
         values, others = tensors(collated), tensors(same)
         assert values.keys() == others.keys()
@@ -75,27 +75,27 @@ def test_shards_are_announced_half_a_window_before_they_are_needed_and_never_of_
     student_vlm, data, cache, start
 ):
     whole = training_set(student_vlm, data, cache)
-    whole.shard_of_sample = shards = np.repeat(np.arange(4 * SHARDS_OPEN), 16)
-    order = BatchOrder(shards, seed=0, window=SHARDS_OPEN, batch_size=8)  # 16 micro-batches a window, 64 an epoch
+    whole.shard_of_sample = shards = np.repeat(np.arange(4 * WINDOW_SHARDS), 16)
+    order = BatchOrder(shards, seed=0, window=WINDOW_SHARDS, batch_size=8)  # 16 micro-batches a window, 64 an epoch
     sampler = StepSampler(order, steps=100, world_size=1, rank=0, accumulation=1, start_step=start)
     announced = list(TrainingLoader(whole, sampler, workers=0, pin_memory=False).batch_sampler)
     assert [list(positions) for positions in announced] == list(sampler)
     window_of_shard = {int(shards[i]): turn // 16 for turn, batch in enumerate(order.epoch(0)) for i in batch}
     for turn, positions in enumerate(announced[: 56 - start], start):  # after which the next epoch's are announced
         coming = {int(shards[i]) for batch in order.epoch(0)[turn + 1 : turn + 8] for i in batch}
-        assert coming <= set(positions.coming)
-        assert {window_of_shard[shard] for shard in positions.coming} <= {turn // 16, (turn + 8) // 16}
-    assert announced[-1].coming == []
+        assert coming <= set(positions.upcoming_shards)
+        assert {window_of_shard[shard] for shard in positions.upcoming_shards} <= {turn // 16, (turn + 8) // 16}
+    assert announced[-1].upcoming_shards == []
 
 
-@pytest.mark.parametrize(("room", "begun"), [(2 * SHARDS_OPEN, {0, 2}), (2 * SHARDS_OPEN - 1, {0})])
+@pytest.mark.parametrize(("room", "begun"), [(2 * WINDOW_SHARDS, {0, 2}), (2 * WINDOW_SHARDS - 1, {0})])
 def test_announced_shards_are_opened_where_the_reader_has_room_for_two_windows(student_vlm, data, cache, room, begun):
     whole = training_set(student_vlm, data, cache)
     whole.reader.max_shards = room
     fetched, real = set(), whole.reader._future
     whole.reader._future = lambda number: fetched.add(number) or real(number)
     (first,) = (int(i) for i in np.flatnonzero(whole.shard_of_sample == 0)[:1])
-    items = whole.__getitems__(pickle.loads(pickle.dumps(Positions([first], [2]))))
+    items = whole.__getitems__(pickle.loads(pickle.dumps(MicroBatchSamples([first], [2]))))
     assert fetched == begun
     assert [item.sample_id for item in items] == [whole.sample(first).id]
 

@@ -9,8 +9,9 @@ import types
 import pytest
 import torch
 
-from alignkd.pipeline.training import metrics as metrics_module
-from alignkd.pipeline.training.metrics import Metrics
+from alignkd.errors import CheckpointError
+from alignkd.pipeline.training.monitoring import metrics as metrics_module
+from alignkd.pipeline.training.monitoring.metrics import Metrics
 
 WEIGHTS = {"supervised": 1.0, "reverse_kl": 2.0, "attention": 0.5}
 LOGS = {"loss": 99.0, "grad_norm": 0.75, "learning_rate": 1e-3}
@@ -35,8 +36,8 @@ def outputs(supervised=1.0, reverse_kl=0.5, **others):
     return {name: torch.tensor(value) for name, value in {"loss": loss, **terms}.items()}
 
 
-def add(metrics, *, samples=2, tokens=100, answers=10, **terms):
-    metrics.add(outputs(**terms), samples=samples, tokens=tokens, answers=answers)
+def add(metrics, *, samples=2, tokens=100, answers=10, truncated=0, **terms):
+    metrics.add(outputs(**terms), samples=samples, tokens=tokens, answers=answers, truncated=truncated)
 
 
 def written(path):
@@ -119,7 +120,7 @@ def test_nothing_is_copied_to_the_host_until_a_line(path):
 def test_a_line_of_two_processes_holds_totals_of_both_and_one_of_them_writes(tmp_path, clock):
     first, second = (Metrics(tmp_path / f"{i}.jsonl", WEIGHTS, writes=i == 0) for i in range(2))
     add(first, supervised=1.0, samples=2, tokens=100)
-    add(second, supervised=2.0, samples=3, tokens=50, attention=4.0)
+    add(second, supervised=2.0, samples=3, tokens=50, attention=4.0, truncated=2)
     first.waited(1.0)
     clock.now += 2
     lines = in_step(*(lambda r, m=m: m.line(dict(LOGS), step=1, epoch=0.5, reduce=r) for m in (first, second)))
@@ -127,7 +128,7 @@ def test_a_line_of_two_processes_holds_totals_of_both_and_one_of_them_writes(tmp
     assert {**line, "peak_memory_bytes": 0} == {**other, "peak_memory_bytes": 0}
     assert (line["supervised"], line["attention"]) == (3.0, 4.0)
     assert line["loss"] == pytest.approx(sum(value for name, value in line.items() if name.startswith("weighted/")))
-    assert (line["samples"], line["tokens"], line["tokens_per_second"]) == (5, 150, 75)
+    assert (line["samples"], line["truncated"], line["tokens"], line["tokens_per_second"]) == (5, 2, 150, 75)
     assert line["data_wait_share"] == 0.25
     assert written(tmp_path / "0.jsonl") == [line]
     assert not (tmp_path / "1.jsonl").exists()
@@ -176,7 +177,7 @@ def steps(metrics, clock, numbers, *, every):
     """Steps of two micro-batches that differ, with a line after every so many."""
     for step in numbers:
         for half in (1, 2):
-            add(metrics, supervised=1 / (3 * step + half), tokens=step + half)
+            add(metrics, supervised=1 / (3 * step + half), tokens=step + half, truncated=step % 2)
         clock.now += 1
         if step % every == 0:
             metrics.line(dict(LOGS), step=step, epoch=step / 10)
@@ -198,6 +199,7 @@ def test_a_run_stopped_after_any_step_writes_the_lines_of_a_run_that_was_not(tmp
     after = Metrics(stopped, WEIGHTS, writes=True)
     after.resume(state, stop)
     assert after.state_dict().get("samples") == 4 * stop
+    assert after.state_dict().get("truncated") == 2 * ((stop + 1) // 2)
     steps(after, clock, range(stop + 1, 13), every=4)
     assert without_waiting(written(stopped)) == without_waiting(written(whole))
 
@@ -231,3 +233,29 @@ def test_a_process_that_does_not_write_leaves_the_file_alone(path):
     path.write_text('{"step": 1}\n{"step": 2}\n')
     Metrics(path, WEIGHTS, writes=False).resume({}, 1)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_checkpoint_that_does_not_count_truncated_samples_resumes(path):
+    before = Metrics(path, WEIGHTS, writes=True)
+    add(before, samples=5)
+    state = before.state_dict()
+    del state["truncated"], state["since_line"]["truncated"]
+    after = Metrics(path, WEIGHTS, writes=True)
+    after.resume(json.loads(json.dumps(state)), 1)
+    add(after, samples=2, truncated=1)
+    line = after.line(dict(LOGS), step=2, epoch=0)
+    assert (line["samples"], line["truncated"]) == (7, 1)
+
+
+@pytest.mark.parametrize("text", ['{"step": 1}\n{"step" 2}\n', '{"step": "two"}\n', "[1}\n", '{"loss": 1}\n', "\udcff}\n"])
+def test_a_damaged_file_is_named_with_the_way_out(path, text):
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"--resume: .*metrics.jsonl is damaged: remove it, or the lines"):
+        Metrics(path, WEIGHTS, writes=True).resume({}, 2)
+    assert path.read_bytes() == text.encode(errors="surrogateescape")
+
+
+@pytest.mark.parametrize("state", [{"samples": "many"}, {"seconds": None}, {"since_line": 3}, {"since_line": {"loss": "x"}}])
+def test_damaged_totals_of_a_checkpoint_are_named(path, state):
+    with pytest.raises(CheckpointError, match=r"--resume: the totals of .* in the checkpoint are damaged"):
+        Metrics(path, WEIGHTS, writes=True).resume(state, 2)

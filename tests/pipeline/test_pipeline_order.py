@@ -1,10 +1,13 @@
+"""What every order of samples must hold to, and that ``BatchOrder`` cuts its micro-batches from such an order."""
+
 from __future__ import annotations
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from reference.epoch_order import epoch_order
 
-from alignkd.pipeline.feeding.order import epoch_order
+from alignkd.pipeline.feeding.order import BatchOrder
 
 SHARDS = st.lists(st.integers(0, 12), min_size=1, max_size=60).map(np.asarray)
 SEEDS = st.integers(0, 2**32)
@@ -43,3 +46,10 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 def test_the_order_is_the_same_on_every_machine_and_in_every_version():
     order = epoch_order(np.repeat(np.arange(3), 3), seed=1, epoch=2, window=2)
     assert order.tolist() == [6, 1, 0, 7, 2, 8, 5, 4, 3]
+
+
+@given(SHARDS, SEEDS, st.integers(0, 50), st.integers(1, 5), st.integers(1, 9))
+def test_micro_batches_are_cut_from_the_order(shards, seed, epoch, window, batch_size):
+    batches = BatchOrder(shards, seed=seed, window=window, batch_size=batch_size).epoch(epoch)
+    assert {len(batch) for batch in batches[:-1]} <= {batch_size}
+    assert np.concatenate(batches).tolist() == epoch_order(shards, seed=seed, epoch=epoch, window=window).tolist()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reference.epoch_order import epoch_order
 
-from alignkd.pipeline.feeding.order import BatchOrder, StepSampler, epoch_order
+from alignkd.pipeline.feeding.order import BatchOrder, StepSampler
 
 SHARDS = st.lists(st.integers(0, 6), min_size=1, max_size=60).map(np.asarray)
 BUDGET = 40

@@ -13,7 +13,8 @@ from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.errors import SampleError
 from alignkd.inputs.batch import Collator
 from alignkd.pipeline.data.preparer import Prepared, Preparer
-from alignkd.pipeline.data.samples import SampleFile, parse_sample
+from alignkd.pipeline.data.sample import parse_sample
+from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding.dataset import FailedSample, TrainingExample, TrainingSet
 from alignkd.pipeline.feeding.row_checks import MisalignedRowError, check_row
 from alignkd.targets.batch_targets import Targets
@@ -118,8 +119,8 @@ def test_targets_of_a_batch_are_padded_without_mixing_samples(student_vlm, data,
         decoded = reader.row(whole.sample(i).key, {"attention", "vision_tokens"}).values
         _, rows, columns = decoded["attention"].shape
         assert (rows, columns) == (int(batch.text_mask_BT[i].sum()), int(batch.vision_mask_BV[i].sum()))
-        np.testing.assert_array_equal(targets.attention_BHTV[i, :, :rows, :columns], decoded["attention"])
-        assert float(targets.attention_BHTV[i].sum()) == pytest.approx(float(decoded["attention"].sum()), rel=1e-5)
+        np.testing.assert_array_equal(targets.attention[0][i, :, :rows, :columns], decoded["attention"])
+        assert float(targets.attention[0][i].sum()) == pytest.approx(float(decoded["attention"].sum()), rel=1e-5)
         np.testing.assert_array_equal(targets.vision_BVD[i, :columns], decoded["vision_tokens"])
         assert not targets.vision_BVD[i, columns:].any()
         steps = item.stored["topk_rank_steps"].parts["values"]
@@ -138,13 +139,11 @@ def test_only_the_fields_that_the_recipe_needs_are_read(student_vlm, data, cache
 def test_attention_and_vision_tokens_reach_the_device_as_the_bytes_that_are_stored(student_vlm, data, cache):
     whole = training_set(student_vlm, data, cache)
     targets = whole.collate([whole[i] for i in range(6)])["targets"]
-    assert targets.attention_BHTV is None
-    assert targets.vision_BVD is None
-    found = {name: (q.codec, {p: t.dtype for p, t in q.parts.items()}) for name, q in targets.quantised.items()}
-    assert found == {
-        "attention_BHTV": ("sqrt8", {"codes": torch.uint8, "scales": torch.float16}),
-        "vision_BVD": ("int8-rows", {"codes": torch.int8, "scales": torch.float32}),
-    }
+    found = [(q.codec, {p: t.dtype for p, t in q.parts.items()}) for q in (targets.attention[0], targets.vision_BVD)]
+    assert found == [
+        ("sqrt8", {"codes": torch.uint8, "scales": torch.float16}),
+        ("int8-rows", {"codes": torch.int8, "scales": torch.float32}),
+    ]
 
 
 def test_a_changed_image_is_a_misaligned_row_that_names_sample_and_cause(student_vlm, tmp_path, data, cache):

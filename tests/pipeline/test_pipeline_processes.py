@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_runs import IMAGES, STUDENT, metrics, student_sha256, train, wait_until
 
 from alignkd.pipeline.training.checkpoints import RECORD
-from alignkd.pipeline.training.deepspeed_configs import deepspeed_config
+from alignkd.pipeline.training.deepspeed_configs import read_deepspeed_config
 
 pytestmark = pytest.mark.processes
 
@@ -73,7 +73,7 @@ def sharding(request, tmp_path):
         return []
     if request.param != "zero3":
         return ["--deepspeed", request.param]
-    shipped = json.loads(deepspeed_config("zero3").read_text())
+    shipped = read_deepspeed_config("zero3")
     shipped["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "zero3.json").write_text(json.dumps(shipped))
     return ["--deepspeed", tmp_path / "zero3.json"]

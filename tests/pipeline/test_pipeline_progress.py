@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from alignkd.pipeline.runtime import progress as progress_module
-from alignkd.pipeline.runtime.progress import bar
+from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.signals import Interrupted, stop_on_signals
 
 
@@ -32,7 +32,7 @@ def clock(monkeypatch):
 
 def console(monkeypatch, terminal):
     made = Console(file=io.StringIO(), force_terminal=terminal, width=200)
-    monkeypatch.setattr(progress_module, "console", made)
+    monkeypatch.setattr(progress_module, "stderr_console", made)
     return made
 
 
@@ -42,7 +42,7 @@ def lines(made):
 
 def test_a_log_file_gets_a_line_now_and_then(clock, monkeypatch):
     log = console(monkeypatch, terminal=False)
-    with bar("cache-teacher 3/8", 1000, "samples") as progress:
+    with progress_bar("cache-teacher 3/8", 1000, "samples") as progress:
         for _ in range(100):
             clock.now += 1.0
             progress.advance(2)
@@ -56,7 +56,7 @@ def test_a_log_file_gets_a_line_now_and_then(clock, monkeypatch):
 
 def test_what_was_done_before_does_not_count_for_the_rate(clock, monkeypatch):
     log = console(monkeypatch, terminal=False)
-    with bar("distill", 100, "steps", done=40) as progress:
+    with progress_bar("distill", 100, "steps", done=40) as progress:
         clock.now += 30
         progress.advance(30)
         assert lines(log) == ["distill: 70 of 100 steps, 1.0/s, 30 s left"]
@@ -64,7 +64,7 @@ def test_what_was_done_before_does_not_count_for_the_rate(clock, monkeypatch):
 
 def test_a_terminal_gets_a_bar_and_no_lines(clock, monkeypatch):
     terminal = console(monkeypatch, terminal=True)
-    with bar("verify", 10, "shards") as progress:
+    with progress_bar("verify", 10, "shards") as progress:
         clock.now += 100
         progress.advance(4)
     assert "verify" in terminal.file.getvalue()
@@ -75,7 +75,7 @@ def test_a_terminal_gets_a_bar_and_no_lines(clock, monkeypatch):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_bar_that_is_not_shown_says_nothing(clock, monkeypatch, terminal):
     hidden = console(monkeypatch, terminal)
-    with bar("cache-teacher", 10, "samples", show=False) as progress:
+    with progress_bar("cache-teacher", 10, "samples", show=False) as progress:
         clock.now += 100
         progress.advance(4)
         assert progress.seconds == 100
@@ -89,7 +89,7 @@ def test_a_signal_is_kept_until_the_next_safe_point(name):
         stop.check()
         os.kill(os.getpid(), signal.Signals[name])
         assert stop
-        with pytest.raises(Interrupted, match=f"stopped by {name}; run the same command again to go on"):
+        with pytest.raises(Interrupted, match=f"stopped by {name}; run the same command again to continue"):
             stop.check()
     assert signal.getsignal(signal.Signals[name]) == before
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignkd.pipeline.runtime.ranks import Worker, find_worker
+from alignkd.errors import ConfigError
+from alignkd.pipeline.runtime.ranks import Worker, find_process, find_worker
 
 
 def array(here, first, last, **more):
@@ -69,17 +70,36 @@ REFUSED = {
         None,
         None,
         array(7, 1, 7, SLURM_ARRAY_TASK_COUNT=3),
-        "not every 1. number from 1 to 7.*submit it without gaps, or give --rank and --world-size",
+        "not every 1. number from 1 to 7.*submit the array without gaps, or give --rank and --world-size",
     ),
     "no number": (None, None, {"RANK": "first", "WORLD_SIZE": "2"}, "RANK='first' in the environment: expected a number"),
+    "no number of tasks": (
+        None,
+        None,
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4(x2)"},
+        r"SLURM_STEP_NUM_TASKS='4\(x2\)' in",
+    ),
+    "array without steps": (None, None, array(1, 0, 3, SLURM_ARRAY_TASK_STEP=0), "SLURM_ARRAY_TASK_STEP=0 in the environment"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_leaves_open_who_does_what_is_refused(name):
     rank, world_size, environment, words = REFUSED[name]
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ConfigError, match=words):
         find_worker(rank, world_size, environment)
+
+
+def test_a_training_process_is_known_from_torchrun_alone():
+    assert find_process({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Worker(5, 8, 1)
+    assert find_process({"RANK": "abc"}) == find_process(task(3, 4)) == Worker(0, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_a_variable_of_torchrun_that_is_not_a_number_is_named(name):
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", name: "abc"}
+    with pytest.raises(ConfigError, match=f"{name}='abc' in the environment: expected a number.*unset {name}"):
+        find_process(environment)
 
 
 PENDING = st.sets(st.integers(0, 60)).map(sorted)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pickle
 import signal
+import sys
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -13,9 +15,11 @@ import psutil
 import pytest
 from tiny_runs import IMAGES, TEACHER, content, numbered, stage_one_config, wait_until, write_cache, write_data
 
+from alignkd.errors import AlignkdError, CacheError, ConfigError
+from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
 from alignkd.pipeline.runtime.signals import Interrupted, StopFlag
 from alignkd.pipeline.stage_one import ray_workers as ray_engine
-from alignkd.pipeline.stage_one.ray_workers import _Shards, _user_error, _wait, cache_teacher_on_ray
+from alignkd.pipeline.stage_one.ray_workers import ShardCounts, _error_in_actor, _Shards, _wait, cache_teacher_on_ray
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
@@ -38,7 +42,7 @@ class FakeActor:
             self.kills.remove(shard)
             raise ActorLostError(f"killed by shard {shard}")
         self.done.append(shard)
-        return self.rejects
+        return ShardCounts(self.rejects, truncated=1)
 
     def _pending(self, pending):
         self.asked += 1
@@ -75,8 +79,10 @@ def shards(tmp_path, data):
 
 def test_every_shard_is_done_once(shards):
     actors = [FakeActor() for _ in range(4)]
-    shards(*actors).run()
+    job = shards(*actors)
+    job.run()
     assert sorted(shard for actor in actors for shard in actor.done) == list(range(9))
+    assert job.truncated == 9
 
 
 def test_the_shard_of_a_lost_actor_is_done_by_another_and_the_actor_works_again_when_it_lives_again(shards):
@@ -119,7 +125,7 @@ def test_an_actor_that_never_comes_back_ends_the_job(shards):
 
 def test_rejected_samples_of_all_actors_and_of_earlier_runs_count_together(shards):
     shards(FakeActor(rejects=2), FakeActor(rejects=2), max_rejected=20).run()
-    with pytest.raises(ValueError, match="20 samples cannot be used, more than --max-rejected"):
+    with pytest.raises(TooManyRejectedError, match="20 samples cannot be used, more than --max-rejected 19 allows"):
         shards(FakeActor(rejects=2), FakeActor(rejects=2), max_rejected=19).run()
 
 
@@ -140,17 +146,38 @@ def test_actors_that_are_all_lost_before_they_are_ready_are_one_message():
         _wait(FakeRay(), [FakeActor(returns=False) for _ in range(2)], StopFlag())
 
 
-@pytest.mark.parametrize(
-    ("cause", "kind"),
-    [(ValueError("no data"), ValueError), (OSError("disk full"), ValueError), (RuntimeError("a bug"), RuntimeError)],
-)
-def test_an_error_in_an_actor_is_told_as_if_it_had_happened_here(cause, kind):
-    told = _user_error(SimpleNamespace(cause=cause))
-    assert (type(told), str(told)) == (kind, str(cause))
+class FailedTaskError(Exception):
+    """As Ray reports an error of an actor: with its cause, as far as it can be pickled, and the text of its traceback."""
+
+    def __init__(self, cause):
+        super().__init__(f"Traceback of the actor: {cause}")
+        self.cause = pickle.loads(pickle.dumps(cause))
+
+
+@pytest.mark.parametrize("cause", [CacheError("other settings"), AlignkdError("no data"), OSError(28, "disk full")])
+def test_a_users_error_in_an_actor_is_raised_as_if_it_had_happened_here(cause):
+    raised = _error_in_actor(FailedTaskError(cause))
+    assert (type(raised), str(raised)) == (type(cause), str(cause))
+
+
+@pytest.mark.parametrize("cause", [ValueError("a bug"), KeyError("a bug"), RuntimeError("a bug"), None])
+def test_any_other_error_in_an_actor_keeps_its_traceback(cause):
+    raised = _error_in_actor(FailedTaskError(cause))
+    assert (type(raised), str(raised)) == (RuntimeError, f"Traceback of the actor: {cause}")
+
+
+def test_a_cluster_that_does_not_answer_is_one_message(tmp_path, data, monkeypatch):
+    def init(address, **options):
+        raise ConnectionError("nobody there")
+
+    fake = SimpleNamespace(init=init, shutdown=lambda: None, exceptions=SimpleNamespace(RayTaskError=FailedTaskError))
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    with pytest.raises(ConfigError, match=r"--ray-address far:6379 cannot be used \(ConnectionError: nobody there\)"):
+        cache_teacher_on_ray(stage_one_config(data, tmp_path / "cache"), workers=1, address="far:6379")
 
 
 def test_without_ray_the_message_says_how_to_install_it(tmp_path, data, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"--engine ray needs the package ray; install it with: pip install 'alignkd\[ray\]'"):
         cache_teacher_on_ray(stage_one_config(data, tmp_path / "cache"), workers=1, address=None)
 
@@ -211,5 +238,5 @@ def test_a_signal_ends_a_cluster_with_exit_code_75(door, tmp_path):
     os.kill(running.pid, signal.SIGTERM)
     finished = running.finish()
     assert finished.code == 75, finished.stderr
-    assert "stopped by SIGTERM; run the same command again to go on" in finished.stderr
+    assert "stopped by SIGTERM; run the same command again to continue" in finished.stderr
     assert psutil.wait_procs(everyone, timeout=100)[1] == []

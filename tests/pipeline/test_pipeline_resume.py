@@ -82,7 +82,7 @@ def test_a_signal_ends_the_real_process_with_exit_code_75_and_a_rerun_completes_
     os.kill(running.pid, signal.Signals[name])
     stopped = running.finish()
     assert stopped.code == 75, stopped.stderr
-    assert f"stopped by {name}; run the same command again to go on" in stopped.stderr
+    assert f"stopped by {name}; run the same command again to continue" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     before = len(list(commits.glob("0*.json")))
     assert 1 <= before < 6

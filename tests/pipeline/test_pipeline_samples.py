@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import SAMPLES, record, write_data
 
+from alignkd.errors import DataError
 from alignkd.pipeline.data import samples as samples_module
-from alignkd.pipeline.data.samples import DataError, SampleFile, parse_sample
+from alignkd.pipeline.data.sample import parse_sample
+from alignkd.pipeline.data.samples import SampleFile
 
 TEXTS = st.text(max_size=12)
 RECORDS = st.builds(

@@ -28,7 +28,7 @@ from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cli import main
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.cache_io.compatibility import check_student_matches, check_teacher
+from alignkd.pipeline.cache_io.compatibility import check_online_teacher, check_student_compatible
 from alignkd.pipeline.cache_io.logits import open_codec, settings_of
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.preparer import Preparer
@@ -109,7 +109,7 @@ def whole(place):
 def fit(student, cache, **changes):
     reader = CacheReader(cache)
     fields = [field.name for field in reader.spec.fields]
-    return check_student_matches(student, {**reader.fingerprint, **changes}, "v1", 2048, "cache", needs=ALL, fields=fields)
+    return check_student_compatible(student, {**reader.fingerprint, **changes}, "v1", 2048, "cache", needs=ALL, fields=fields)
 
 
 def test_a_cache_made_by_the_option_serves_three_steps_of_align_kd(place, tmp_path):
@@ -134,7 +134,7 @@ def test_divergences_are_those_of_the_dense_distribution_over_the_shared_ids(pla
     preparer = Preparer.of(student_vlm, template="v1", max_length=2048, image_root=IMAGES)
     samples = SampleFile(place / "data.json")
     data = TrainingSet(
-        samples, preparer, student=student_vlm, reader=reader, needs=frozenset({"logits"}), max_rejected=0, across=across
+        samples, preparer, student=student_vlm, reader=reader, needs=frozenset({"logits"}), max_rejected=0, cross_model=across
     )
     codec = open_codec(settings_of(reader.fingerprint), reader.tensors, "cpu")
     theirs = Preparer.of(llava, template="chat", max_length=2048, image_root=IMAGES)
@@ -213,7 +213,7 @@ def test_an_answer_with_a_token_beyond_the_ids_kept_is_rejected_by_name_and_a_qu
     reader = CacheReader(write(place, "last", data="last.json", vocabulary=SHARED - 1))
     (rejected,) = reader.rejected.values()
     assert rejected.sample_id == "answered"
-    assert rejected.reason == f"its answer holds {last!r}, id 511: --logit-vocabulary 511 keeps the ids below alone"
+    assert rejected.reason == f"its answer holds {last!r}, id 511, but --logit-vocabulary 511 keeps only the ids below 511"
     assert reader.find("asked")
     assert not CacheReader(write(place, "last-too", data="last.json")).rejected
 
@@ -231,7 +231,7 @@ def test_a_wider_head_of_the_students_own_make_is_met_as_it_is(data, tmp_path, s
 
 def test_a_teacher_in_the_loop_that_extends_the_student_is_to_be_cached_with_the_option(student_vlm, llava):
     with pytest.raises(ValueError, match=r"cache it first \(alignkd cache-teacher --logit-vocabulary 512\)"):
-        check_teacher(student_vlm, llava, "v1")
+        check_online_teacher(student_vlm, llava, "v1")
 
 
 def test_the_digest_of_first_ids_sees_what_matters_and_nothing_else(student_vlm, llava):

@@ -275,7 +275,7 @@ def test_a_flipped_bit_in_the_slice_is_refused(data, sliced, tmp_path):
         ),
         (lambda about: about["features"].update(projector_grid=200), r"40000\), its teacher"),
         (lambda about: about["tower"].pop("sha256"), "does not describe its slice: KeyError"),
-        (lambda about: about.update(vision=3), "not the description of a teacher's slice"),
+        (lambda about: about.update(vision=3), "not the configuration of a teacher's slice"),
         (lambda about: about["text"].update(head_dim=4), r"the slice's text holds \(\d+,\) numbers"),
     ],
     ids=["vocabulary", "grid", "no digest", "no tower", "other sizes"],
@@ -293,7 +293,7 @@ def test_a_slice_of_another_dtype_than_its_teacher_is_refused(sliced, student_vl
     reader = CacheReader(sliced)
     teacher = {**reader.fingerprint["teacher"], "dtype": "bfloat16"}
     reader.spec = dataclasses.replace(reader.spec, fingerprint={**reader.fingerprint, "teacher": teacher})
-    with pytest.raises(ValueError, match=r"holds torch\.float32, its teacher ran in torch\.bfloat16"):
+    with pytest.raises(ValueError, match=r"holds torch\.float32, but its teacher ran in torch\.bfloat16"):
         slice_io.open_slice(reader, student_vlm, frozenset({"vision"}), features_only=False)
 
 
@@ -310,7 +310,7 @@ def test_a_teacher_with_numbers_that_are_not_finite_starts_no_cache(data, tmp_pa
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"alignment": "slice", "settings": TargetSettings(targets=("logits",))}, "--targets logits wants neither"),
+        ({"alignment": "slice", "settings": TargetSettings(targets=("logits",))}, "--targets logits has neither"),
         ({"slice_without_tower": True}, "--slice-without-tower needs --alignment slice"),
         ({"alignment": "part"}, "--alignment part: known are targets, slice"),
     ],

@@ -20,7 +20,7 @@ from alignkd.pipeline.stage_one.dry_run import dry_run, spread
 from alignkd.pipeline.stage_one.shard_work import PlannedSample, batches
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
 from alignkd.targets.logits import LogitSettings
-from alignkd.targets.logits.kept import logprob_error
+from tests.reference.logits import logprob_error
 
 
 def log_softmax(logits):

@@ -34,10 +34,10 @@ from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.stage_one.run_teacher import run_teacher
-from alignkd.pipeline.training import run as distill_module
+from alignkd.pipeline.training import run_inputs, teacher_source
 from alignkd.targets.logits import LogitSettings
 
-FIGURES = {"step", "epoch", "samples", "tokens", "answers", "seconds", "loss", "grad_norm", "learning_rate"}
+FIGURES = {"step", "epoch", "samples", "tokens", "answers", "truncated", "seconds", "loss", "grad_norm", "learning_rate"}
 FIGURES |= {"tokens_per_second", "samples_per_second", "data_wait_share", "attention_contrast", "peak_memory_bytes"}
 
 
@@ -122,7 +122,8 @@ def test_cached_targets_give_the_loss_and_gradients_of_targets_made_online(
 def test_the_teacher_is_never_loaded(cache, data, tmp_path, monkeypatch):
     assert not os.path.exists(run_record(cache)["configuration"]["teacher"])
     loaded = []
-    monkeypatch.setattr(distill_module, "load_vlm", lambda folder, **k: loaded.append(str(folder)) or load_vlm(folder, **k))
+    for module in (run_inputs, teacher_source):
+        monkeypatch.setattr(module, "load_vlm", lambda folder, **k: loaded.append(str(folder)) or load_vlm(folder, **k))
     train(data, cache, tmp_path / "out", max_steps=1)
     assert loaded == [str(STUDENT)]
 
@@ -182,7 +183,7 @@ def test_the_student_loads_again_from_both_layouts_with_identical_outputs(run, s
         with torch.no_grad():
             captured.append(capture(vlm, batch))
     assert torch.equal(captured[0].hidden_AD, captured[1].hidden_AD)
-    assert torch.equal(captured[0].attention_BHTV, captured[1].attention_BHTV)
+    assert torch.equal(captured[0].attention[0], captured[1].attention[0])
     assert torch.equal(captured[0].vision_BVD, captured[1].vision_BVD)
 
 

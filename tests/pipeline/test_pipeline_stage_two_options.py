@@ -13,7 +13,7 @@ from tiny_runs import STUDENT, TEACHER, metrics, student_sha256, train, without_
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.runtime.signals import Interrupted
-from alignkd.pipeline.training.health_checks import NotFiniteError
+from alignkd.pipeline.training.monitoring.health_checks import NotFiniteError
 from alignkd.targets.logits import LogitSettings
 
 TERMS = ("loss", "supervised", "reverse_kl", "attention", "vision_all", "vision_focus")

@@ -7,7 +7,7 @@ import types
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alignkd.pipeline.training.tensorboard import TensorBoard
+from alignkd.pipeline.training.monitoring.tensorboard import TensorBoard
 
 LINE = {"step": 1, "loss": 1.5, "weighted/attention": 0.25, "share/attention": 0.5, "samples": 4, "note": "no number"}
 

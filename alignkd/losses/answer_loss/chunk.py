@@ -1,8 +1,8 @@
 """The terms of a chunk of answers and, in place of their logits, the gradient.
 
 1. Where the teacher is known token by token, compare both distributions over the vocabulary in one pass.
-2. Elsewhere take the known tokens out of the row, so that what is left is the tail; compare known tokens and tail, which is
-   small work; then fill the row: the tail's softmax, scaled, and the known tokens one by one.
+2. Otherwise take the known tokens out of the row, which leaves the tail; compare known tokens and tail, which is little work;
+   then fill the row: the tail's softmax, scaled, and the known tokens one by one.
 
 Shapes: C answers of a chunk, N vocabulary, X known tokens, or known tokens and the tail.
 """
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from alignkd.losses.answer_loss.forms import FORMS, Sides
-from alignkd.losses.answer_loss.rows import DenseTeacher, Labels, Normaliser, Rows, Softmax, wide
+from alignkd.losses.answer_loss.rows import DenseTeacher, Labels, Normaliser, Rows, Softmax
+from alignkd.losses.dtypes import at_least_float32
 from alignkd.targets.logits.answers import Draws, TeacherAnswers
 
 SUPERVISED = "supervised"
@@ -21,7 +22,7 @@ SUPERVISED = "supervised"
 
 @dataclass(frozen=True)
 class Terms:
-    """Which terms, and the weight of each in the gradient; the divergences' temperature."""
+    """The terms, the weight of each in the gradient, and the temperature of the divergences."""
 
     weights: Mapping[str, float]
     temperature: float
@@ -45,8 +46,8 @@ def chunk_terms_(
     terms: Terms,
     gradient: bool,
 ) -> dict[str, torch.Tensor]:
-    """Each term ``[C]``. With ``gradient``, ``logits_CN`` become the weighted gradient; else they are spent."""
-    label_C = wide(logits_CN.gather(1, answer_ids_C[:, None]))[:, 0]
+    """Each term ``[C]``. With ``gradient``, ``logits_CN`` become the weighted gradient; otherwise their values are lost."""
+    label_C = at_least_float32(logits_CN.gather(1, answer_ids_C[:, None]))[:, 0]
     labels = Labels(answer_ids_C, terms.supervised)
     if teacher is None:
         none_CX = answer_ids_C.new_empty(len(answer_ids_C), 0)
@@ -91,7 +92,7 @@ def dense_teacher(rows: Rows, teacher: TeacherAnswers, temperature: float) -> De
 
 
 def _finite(log_C: torch.Tensor) -> torch.Tensor:
-    """Where nothing is left of a row, because every token is known, any finite number does."""
+    """Any finite number will do where every token of a row is known, which leaves no tail."""
     return torch.where(log_C == -torch.inf, 0.0, log_C)
 
 
@@ -116,7 +117,7 @@ def _sparse_(
 ) -> dict[str, torch.Tensor]:
     ids_CX, t = teacher.ids_AX, terms.temperature
     repeats_CX = torch.zeros_like(ids_CX, dtype=torch.bool) if teacher.draws is None else teacher.draws.repeats_AX
-    known_CX = wide(logits_CN.gather(1, ids_CX))
+    known_CX = at_least_float32(logits_CN.gather(1, ids_CX))
     logits_CN.scatter_(1, ids_CX, -torch.inf)
     wanted = {*([t] if terms.divergences else []), *([1.0] if SUPERVISED in terms.weights else [])}
     students = {at: _student(rows, logits_CN, known_CX, repeats_CX, at) for at in sorted(wanted)}
@@ -124,15 +125,15 @@ def _sparse_(
     # What the row becomes: the known tokens, and at each temperature a multiple of the tail's softmax.
     filled_CX, scales = torch.zeros_like(known_CX), {at: torch.zeros_like(label_C) for at in students}
     if terms.divergences:
-        found, moved_CX, moved_tail_C = _divergences(students[t], teacher, repeats_CX, logits_CN.shape[1], terms)
-        filled_CX, scales[t] = filled_CX + moved_CX, scales[t] + moved_tail_C
+        found, gradient_CX, tail_gradient_C = _divergences(students[t], teacher, repeats_CX, logits_CN.shape[1], terms)
+        filled_CX, scales[t] = filled_CX + gradient_CX, scales[t] + tail_gradient_C
     if SUPERVISED in terms.weights:
         student = students[1.0]
         found[SUPERVISED] = (student.whole.top_C - label_C) + student.whole.log_C
         taken_CX = (ids_CX == labels.ids_C[:, None]).to(known_CX.dtype)
-        moved_CX = (student.logprobs_CX.exp() - taken_CX).masked_fill(repeats_CX, 0.0)
+        gradient_CX = (student.logprobs_CX.exp() - taken_CX).masked_fill(repeats_CX, 0.0)
         if terms.supervised:
-            filled_CX = filled_CX + terms.supervised * moved_CX
+            filled_CX = filled_CX + terms.supervised * gradient_CX
             scales[1.0] = scales[1.0] + terms.supervised * student.tail_C.exp()
     if gradient:
         parts = [Softmax(scales[at], student.tail, at) for at, student in students.items()]
@@ -164,15 +165,15 @@ def _divergences(
     mass_CX[:, :-1].masked_fill_(repeats_CX, 0.0)
     student_CX = student_CX.masked_fill(teacher_CX == -torch.inf, -torch.inf)
     sides = Sides(student_CX, teacher_CX)
-    found, moved_CX = {}, torch.zeros_like(mass_CX)
+    found, gradient_CX = {}, torch.zeros_like(mass_CX)
     for name, weight in terms.divergences.items():
         if name == "forward_kl" and teacher.draws is not None:
             found[name], slope_CX = _drawn_forward_kl(student, teacher.draws)
         else:
             found[name], slope_CX = FORMS[name](sides)
         if weight:
-            moved_CX += (slope_CX - mass_CX * slope_CX.sum(dim=1, keepdim=True)) * (weight / terms.temperature)
-    return found, moved_CX[:, :-1], moved_CX[:, -1]
+            gradient_CX += (slope_CX - mass_CX * slope_CX.sum(dim=1, keepdim=True)) * (weight / terms.temperature)
+    return found, gradient_CX[:, :-1], gradient_CX[:, -1]
 
 
 def _drawn_forward_kl(student: _Student, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:

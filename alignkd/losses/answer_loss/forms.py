@@ -4,8 +4,7 @@ A divergence is ``L = sum_o F(Q_o, P_o)`` over outcomes of student Q and teacher
 softmax of ``z / t``, the gradient at the logit of a token that is an outcome by itself is
 ``dL/dz_i = (slope_i - q_i sum_o slope_o) / t``; tokens of a bucket share its slope in proportion to q.
 
-The formulas are those of :mod:`alignkd.targets.logits.divergences`. As there, an outcome that is impossible for both sides
-counts
+``tests/reference/divergences.py`` has the plain formulas. As there, an outcome that is impossible for both sides counts
 nothing, and one that is impossible for the teacher alone makes reverse KL infinite.
 
 Shapes: C answers, X outcomes.
@@ -27,12 +26,12 @@ class Sides:
         self._teacher_CX = teacher_CX
 
     def p(self) -> torch.Tensor:
-        """The teacher's probabilities; not every divergence wants them."""
+        """The teacher's probabilities, computed when asked for: not every divergence needs them."""
         return self._teacher_CX.exp()
 
 
 Form = Callable[[Sides], tuple[torch.Tensor, torch.Tensor]]
-"""To losses ``[C]`` and slopes ``[C, X]``, a tensor of its own."""
+"""Gives losses ``[C]`` and slopes ``[C, X]``, in a new tensor."""
 
 
 def reverse_kl(sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +54,7 @@ def jensen_shannon(sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def times(probability_CX: torch.Tensor, log_CX: torch.Tensor) -> torch.Tensor:
-    """The product; zero where the probability is, whatever the log is there."""
+    """The product; zero where the probability is zero, whatever the log is."""
     return (probability_CX * log_CX).masked_fill_(probability_CX == 0, 0.0)
 
 

@@ -1,13 +1,12 @@
 """The terms of all answers from their last hidden states: a chunk of logits at a time, gradient included.
 
-The gradient is found in the forward pass, while a chunk's logits are there: the matrix products are those of plain
-cross-entropy, nothing is computed twice, and no [answers x vocabulary] tensor exists. Backward only scales what was found.
+The gradient is computed in the forward pass, while a chunk's logits exist: the matrix products are those of plain
+cross-entropy, nothing is computed twice, and no [answers x vocabulary] tensor exists. Backward only scales the result.
 The idea is that of Liger-Kernel's fused linear cross-entropy (arXiv 2410.10989), here with divergences from a teacher.
 
 1. A chunk of rows: ``logits = hidden @ head.T``, in the dtype of autocast.
-2. :mod:`alignkd.losses.answer_loss.chunk` turns them into losses and, in place, their gradient, at the scale of a sum over
-answers:
-   in float16 a mean over thousands would vanish.
+2. :mod:`alignkd.losses.answer_loss.chunk` turns them into losses and, in place, their gradient, at the scale of a sum
+   over answers: in float16 a mean over thousands would vanish.
 3. ``hidden``'s gradient is ``gradient @ head``; ``head``'s grows by ``gradient.T @ hidden``.
 4. Backward multiplies both by the gradient of the loss and the scale of the mean.
 
@@ -26,14 +25,16 @@ from transformers.utils.generic import maybe_autocast
 
 from alignkd.losses.answer_loss import rows as torch_rows
 from alignkd.losses.answer_loss.chunk import SUPERVISED, Terms, chunk_terms_
-from alignkd.losses.answer_loss.rows import Rows, wide
-from alignkd.targets.logits import DIVERGENCES, LogitCodec
+from alignkd.losses.answer_loss.forms import FORMS
+from alignkd.losses.answer_loss.rows import Rows
+from alignkd.losses.dtypes import at_least_float32
+from alignkd.targets.logits import LogitCodec
 from alignkd.targets.logits.answers import TeacherReader
 
 _SCRATCH_BYTES = 2**26
-"""A chunk's logits, with the teacher's where they are dense."""
+"""Size of a chunk's logits, with the teacher's where they are dense."""
 _HEAD_ROWS = 4096
-"""Rows of the head whose gradient is widened at a time."""
+"""Rows of the head whose gradient is converted to float32 at a time."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -70,15 +71,15 @@ def answer_terms(
 ) -> AnswerTerms:
     """The terms named in ``weights`` (``supervised`` and divergences) of logits ``hidden @ head.T + bias``.
 
-    Gradients reach ``hidden_AD``, ``head_ND`` and ``bias_N``, as far as they ask for one. A term of weight 0 is reported
+    Gradients reach ``hidden_AD``, ``head_ND`` and ``bias_N``, where they require one. A term of weight 0 is reported
     and touches neither loss nor gradient, even where it overflows. ``values`` are the codec's targets, first axis A.
-    ``temperature`` is that of the divergences. There may be no answers at all. Runs outside compiled graphs, as it is.
+    ``temperature`` is that of the divergences. There may be no answers at all. Is not compiled by ``torch.compile``.
 
     Raises:
-        RuntimeError: in a second backward pass: the first one gave the gradients away, to keep no copy of the head's.
+        RuntimeError: in a second backward pass: the first one hands the gradients over, so that no copy of the head's is kept.
     """
     names = [name for name in weights if name != SUPERVISED]
-    assert set(names) <= DIVERGENCES.keys(), f"terms {names}"
+    assert set(names) <= FORMS.keys(), f"terms {names}"
     assert codec is not None or not names, "a divergence needs a codec"
     assert len(head_ND), "the output head has no rows here: a sharded one must be gathered first"
     largest = max((abs(weight) for weight in weights.values()), default=0.0) or 1.0
@@ -98,7 +99,7 @@ def answer_terms(
 
 @dataclass(frozen=True)
 class _Work:
-    """What is not differentiated. The weights of ``terms`` times ``scale`` are those of the loss."""
+    """The inputs that are not differentiated. The weights of ``terms`` times ``scale`` are those of the loss."""
 
     answer_ids_A: torch.Tensor
     teacher: TeacherReader | None
@@ -108,18 +109,18 @@ class _Work:
     gradient: bool
 
     def chunks(self, vocabulary: int, itemsize: int) -> Iterator[slice]:
-        """Answers whose logits fit the scratch, in chunks of about one size."""
+        """Answers in chunks of similar size, whose logits are no larger than the scratch."""
         answers = len(self.answer_ids_A)
-        fitting = max(1, _SCRATCH_BYTES // (vocabulary * (itemsize + 4 * self.dense_teacher)))
-        size = -(-answers // max(1, -(-answers // fitting)))
+        at_most = max(1, _SCRATCH_BYTES // (vocabulary * (itemsize + 4 * self.dense_teacher)))
+        size = -(-answers // max(1, -(-answers // at_most)))
         return (slice(start, min(start + size, answers)) for start in range(0, answers, size or 1))
 
 
 @dataclass(frozen=True)
 class _Head:
-    """The output head at work, in the dtype of its products, and the gradients that its chunks add to.
+    """The output head in the dtype of its products, and the gradients to which its chunks add.
 
-    Gradients are those of a sum over answers, in the dtypes of the parameters; None where none is wanted.
+    Gradients are those of a sum over answers, in the dtypes of the parameters; None where none is needed.
     """
 
     hidden_AD: torch.Tensor
@@ -139,7 +140,7 @@ class _Head:
         chunks = work.chunks(len(self.head_ND), self.head_ND.element_size())
         found = [self._chunk(part, work) for part in chunks]
         if not found:
-            return wide(self.hidden_AD.new_zeros(len(work.terms.weights), 0))
+            return at_least_float32(self.hidden_AD.new_zeros(len(work.terms.weights), 0))
         return torch.cat(found, dim=1)
 
     def _chunk(self, part: slice, work: _Work) -> torch.Tensor:
@@ -156,7 +157,7 @@ class _Head:
         if self.hidden_gradient_AD is not None:
             self.hidden_gradient_AD[part] = change_CN @ self.head_ND
         if self.bias_gradient_N is not None:
-            self.bias_gradient_N.add_(change_CN.sum(dim=0, dtype=wide(change_CN[:0]).dtype))
+            self.bias_gradient_N.add_(change_CN.sum(dim=0, dtype=at_least_float32(change_CN[:0]).dtype))
         if self.head_gradient_ND is not None and self.head_gradient_ND.dtype == change_CN.dtype:
             self.head_gradient_ND.addmm_(change_CN.T, self.hidden_AD[part])
         elif self.head_gradient_ND is not None:
@@ -186,7 +187,7 @@ class _FusedAnswerLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("answer_terms gave its gradients away in the first backward pass: call it again for a second")
+            raise RuntimeError("answer_terms hands its gradients over in the first backward pass: call it again for a second")
         if grad_loss is None:
             return None, None, None, None
         factor = grad_loss * ctx.scale
@@ -197,7 +198,7 @@ class _FusedAnswerLoss(torch.autograd.Function):
 
 
 def _product_dtype(hidden_AD: torch.Tensor) -> torch.dtype:
-    """What autocast would make of a matrix product of these."""
+    """The dtype that autocast gives a matrix product of these."""
     kind = hidden_AD.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and hidden_AD.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -207,7 +208,7 @@ def _product_dtype(hidden_AD: torch.Tensor) -> torch.dtype:
 def _scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     """In float32: the factor itself may be out of the range of float16."""
     for rows in _some_rows(gradient):
-        gradient[rows] = wide(gradient[rows]).mul_(factor)
+        gradient[rows] = at_least_float32(gradient[rows]).mul_(factor)
 
 
 def _some_rows(gradient: torch.Tensor) -> Iterator[slice]:

@@ -1,7 +1,7 @@
 """The passes over a chunk of logits, in PyTorch: the reference of :mod:`alignkd.losses.answer_loss.triton_kernel`.
 
-Everything else about a chunk is small. A pass goes over a few rows at a time, so that its temporaries stay small, and on a
-CPU in cache.
+The other work on a chunk is small. A pass takes a few rows at a time, so that its temporaries stay small and, on a CPU, in its
+cache.
 
 Shapes: C answers of a chunk, N vocabulary.
 """
@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from alignkd.losses.answer_loss.forms import FORMS, Sides
+from alignkd.losses.dtypes import at_least_float32
 
 _ELEMENTS = 2**19
 
@@ -21,8 +22,8 @@ _ELEMENTS = 2**19
 class Normaliser:
     """The log-sum-exp of each row in two parts, ``top_C + log_C``.
 
-    Log-probabilities near zero then keep their digits, however large logits are. The top is finite; the log of a row that
-    is -inf throughout is -inf.
+    Log-probabilities near zero then keep their precision, however large the logits are. The top is finite; the log of a row of
+    -inf alone is -inf.
     """
 
     top_C: torch.Tensor
@@ -32,7 +33,7 @@ class Normaliser:
         return Normaliser(self.top_C[rows], self.log_C[rows])
 
     def logprobs(self, scaled_CX: torch.Tensor) -> torch.Tensor:
-        """Of logits over the temperature, ``[C, X]``."""
+        """Log-probabilities of logits that are divided by the temperature already, ``[C, X]``."""
         return (scaled_CX - self.top_C[:, None]).sub_(self.log_C[:, None])
 
 
@@ -47,7 +48,7 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Labels:
-    """Of each row the logit ``ids_C``, from whose gradient ``weight`` is taken."""
+    """In each row, ``weight`` is subtracted from the gradient of the logit ``ids_C``."""
 
     ids_C: torch.Tensor
     weight: float
@@ -65,7 +66,7 @@ class Rows(Protocol):
     """What a backend offers. Logits may be of any float type; everything per row is float32, or float64 for float64."""
 
     def normaliser(self, logits_CN: torch.Tensor, temperature: float) -> Normaliser:
-        """Of ``logits_CN / temperature``."""
+        """The normaliser of ``logits_CN / temperature``."""
         ...
 
     def mix_(self, logits_CN: torch.Tensor, parts: Sequence[Softmax], labels: Labels | None) -> None:
@@ -83,22 +84,17 @@ class Rows(Protocol):
     ) -> torch.Tensor:
         """The divergences named in ``weights``, ``[names, C]``; with ``gradient``, logits are replaced by theirs.
 
-        ``student`` is at the divergences' temperature. A weight of 0 stays out of the gradient, as does ``supervised``
-        where it is None.
+        ``student`` is at the divergences' temperature. A term of weight 0 does not enter the gradient, nor does
+        ``supervised`` where it is None.
         """
         ...
-
-
-def wide(values: torch.Tensor) -> torch.Tensor:
-    """float32, or float64 as it is."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def normaliser(logits_CN: torch.Tensor, temperature: float) -> Normaliser:
     """See :class:`Rows`."""
     tops, logs = [], []
     for rows in _few(logits_CN):
-        scaled_RN = _over(wide(logits_CN[rows]), temperature)
+        scaled_RN = _over(at_least_float32(logits_CN[rows]), temperature)
         top_R = scaled_RN.amax(dim=1)
         top_R = torch.where(top_R == -torch.inf, 0.0, top_R)
         tops.append(top_R)
@@ -109,15 +105,15 @@ def normaliser(logits_CN: torch.Tensor, temperature: float) -> Normaliser:
 def mix_(logits_CN: torch.Tensor, parts: Sequence[Softmax], labels: Labels | None) -> None:
     """See :class:`Rows`."""
     for rows in _few(logits_CN):
-        found_RN = wide(logits_CN[rows])
-        mixed_RN = _scaled(found_RN, parts[0], rows)
+        found_RN = at_least_float32(logits_CN[rows])
+        sum_RN = _scaled(found_RN, parts[0], rows)
         for part in parts[1:]:
-            mixed_RN += _scaled(found_RN, part, rows)
+            sum_RN += _scaled(found_RN, part, rows)
         if labels is not None:
             ids_R1 = labels.ids_C[rows, None]
             taken_R1 = (found_RN.gather(1, ids_R1) > -torch.inf) * -labels.weight
-            mixed_RN.scatter_add_(1, ids_R1, taken_R1.to(mixed_RN))
-        logits_CN[rows] = mixed_RN
+            sum_RN.scatter_add_(1, ids_R1, taken_R1.to(sum_RN))
+        logits_CN[rows] = sum_RN
 
 
 def compare_(
@@ -131,7 +127,7 @@ def compare_(
     """See :class:`Rows`."""
     losses = []
     for rows in _few(logits_CN):
-        found_RN, temperature = wide(logits_CN[rows]), student.temperature
+        found_RN, temperature = at_least_float32(logits_CN[rows]), student.temperature
         student_RN = student.normaliser[rows].logprobs(_over(found_RN, temperature))
         teacher_RN = teacher.normaliser[rows].logprobs(_over(teacher.logits_CN[rows].to(found_RN.dtype), temperature))
         sides, changes = Sides(student_RN, teacher_RN), []
@@ -158,7 +154,7 @@ def _scaled(logits_RN: torch.Tensor, part: Softmax, rows: slice) -> torch.Tensor
 
 
 def _over(logits_RN: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Divided; itself where the temperature is one."""
+    """Divided by the temperature; unchanged where it is one."""
     return logits_RN if temperature == 1 else logits_RN / temperature
 
 

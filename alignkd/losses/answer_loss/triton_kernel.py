@@ -1,7 +1,7 @@
-"""The passes over a chunk of logits as Triton kernels: one program a row, everything computed in float32.
+"""The passes over a chunk of logits as Triton kernels: one program per row, everything computed in float32.
 
-The functions are those of :class:`alignkd.losses.answer_loss.rows.Rows`, and :mod:`alignkd.losses.answer_loss.rows` is what
-they must equal.
+The functions are those of :class:`alignkd.losses.answer_loss.rows.Rows`, and :mod:`alignkd.losses.answer_loss.rows` is their
+reference.
 
 Shapes: C answers of a chunk, N vocabulary.
 """
@@ -70,7 +70,7 @@ def compare_(
 
 
 def _layout(logits_CN: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """One program a row, and how a row is walked."""
+    """One program per row, and the blocks of a row."""
     answers, vocabulary = logits_CN.shape
     assert logits_CN.stride(1) == 1
     return (answers,), {"N": vocabulary, "BLOCK": min(4096, triton.next_power_of_2(vocabulary)), "num_warps": 8}
@@ -108,12 +108,12 @@ def _mix_kernel(
     for start in range(0, N, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = _load(logits, columns, N)
-        mixed = _scaled_softmax(z, row, scale_1, top_1, log_1, temperature_1)
+        sum_ = _scaled_softmax(z, row, scale_1, top_1, log_1, temperature_1)
         if PARTS == 2:
-            mixed += _scaled_softmax(z, row, scale_2, top_2, log_2, temperature_2)
+            sum_ += _scaled_softmax(z, row, scale_2, top_2, log_2, temperature_2)
         if LABELS:
-            mixed -= tl.where((columns == tl.load(label_ids + row)) & (z > float("-inf")), label_weight, 0.0)
-        tl.store(logits + columns, mixed, mask=columns < N)
+            sum_ -= tl.where((columns == tl.load(label_ids + row)) & (z > float("-inf")), label_weight, 0.0)
+        tl.store(logits + columns, sum_, mask=columns < N)
 
 
 @triton.jit

@@ -70,7 +70,7 @@ def tower_config(name: str, folder: Path | None) -> CLIPVisionConfig:
 
 def image_settings(checkpoint: Path, folder: Path | None, image_size: int) -> dict[str, Any]:
     """CLIP preprocessing settings: the checkpoint's own file, the tower's, or CLIP's own at the tower's image size."""
-    for place in (checkpoint, folder):
-        if place is not None and (place / NAME).is_file():
-            return read_json(place / NAME)
+    for source in (checkpoint, folder):
+        if source is not None and (source / NAME).is_file():
+            return read_json(source / NAME)
     return clip_settings(image_size)

@@ -1,6 +1,6 @@
 """MiniGPT-4 as it is released: four separate downloads, which a small ``config.json`` brings together.
 
-``{"model_type": "minigpt4", "vicuna": FOLDER, "vision": FILE, "qformer": FILE, "projection": FILE}``, places relative to the
+``{"model_type": "minigpt4", "vicuna": FOLDER, "vision": FILE, "qformer": FILE, "projection": FILE}``, paths relative to the
 folder: Vicuna in Hugging Face form, ``eva_vit_g.pth``, ``blip2_pretrained_flant5xxl.pth`` and ``pretrained_minigpt4_7b.pth``.
 ``vision_config``, ``qformer_config`` and ``num_query_tokens`` are those of the release where they are left out.
 
@@ -23,8 +23,8 @@ from alignkd.models.checkpoints.state_files import read_state, read_wrapped
 from alignkd.models.config_files import check_sizes, integer, mapping, read_json
 from alignkd.models.modules.minigpt4 import MiniGpt4, MiniGpt4Config
 
-PLACES = ("vicuna", "vision", "qformer", "projection")
-"""What a configuration names, in the order in which it is read."""
+_FILES = ("vicuna", "vision", "qformer", "projection")
+"""What a configuration names, in the order of reading."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ def vicuna_folder(folder: Path, config: dict[str, Any]) -> Path:
     Raises:
         CheckpointError: the configuration does not name all that belongs to MiniGPT-4.
     """
-    if missing := [name for name in PLACES if not isinstance(config.get(name), str)]:
+    if missing := [name for name in _FILES if not isinstance(config.get(name), str)]:
         raise CheckpointError(
-            f"{folder}/config.json: a MiniGPT-4 names {', '.join(PLACES)}; it lacks {', '.join(missing)}. The Llama 2 version"
+            f"{folder}/config.json: a MiniGPT-4 names {', '.join(_FILES)}; it lacks {', '.join(missing)}. The Llama 2 version"
             " has no Q-Former and is not supported"
         )
     return folder / str(config["vicuna"])

@@ -38,7 +38,7 @@ def read_wrapped(path: Path) -> dict[str, torch.Tensor]:
         CheckpointError: it is missing, or cannot be read as tensors.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: copy it there, or name its place in config.json")
+        raise CheckpointError(f"{path} is missing: copy it there, or name its path in config.json")
     state = _load(path)
     return _tensors(state["model"] if isinstance(state.get("model"), dict) else state)
 

@@ -41,7 +41,7 @@ class _Walk:
 
     def __init__(self, text: str, is_known: Callable[[str], bool]) -> None:
         self.text, self.is_known = text, is_known
-        self.place, self.part = 0, 0
+        self.position, self.part = 0, 0
 
     def take(self, piece: Piece) -> tuple[int, int]:
         """The characters that the next piece covers."""
@@ -52,44 +52,44 @@ class _Walk:
         start: int | None = None
         for character in piece:
             if character == WORD_START:
-                self.place += self.place < len(self.text) and self.text[self.place] in (" ", WORD_START)
+                self.position += self.position < len(self.text) and self.text[self.position] in (" ", WORD_START)
                 continue
-            self.place = self._after_spaces(character)
-            start = self.place if start is None else start
-            self._expect(self.text[self.place : self.place + 1] == character, piece)
-            self.place += 1
-        return self.place if start is None else start, self.place
+            self.position = self._after_spaces(character)
+            start = self.position if start is None else start
+            self._expect(self.text[self.position : self.position + 1] == character, piece)
+            self.position += 1
+        return self.position if start is None else start, self.position
 
     def _unknown(self) -> tuple[int, int]:
-        start = self.place = self._after_spaces("")
-        while self.place < len(self.text) and not self.is_known(self.text[self.place]):
-            self.place += 1
-        return start, self.place
+        start = self.position = self._after_spaces("")
+        while self.position < len(self.text) and not self.is_known(self.text[self.position]):
+            self.position += 1
+        return start, self.position
 
     def _byte(self, value: int) -> tuple[int, int]:
         if not self.part:
-            while self.place < len(self.text) and self.text[self.place].encode()[0] != value:
-                self._expect(self.text[self.place].isspace(), f"<0x{value:02X}>")
-                self.place += 1
-        self._expect(self.place < len(self.text), f"<0x{value:02X}>")
-        place, written = self.place, self.text[self.place].encode()
+            while self.position < len(self.text) and self.text[self.position].encode()[0] != value:
+                self._expect(self.text[self.position].isspace(), f"<0x{value:02X}>")
+                self.position += 1
+        self._expect(self.position < len(self.text), f"<0x{value:02X}>")
+        start, written = self.position, self.text[self.position].encode()
         self._expect(written[self.part] == value, f"<0x{value:02X}>")
         self.part += 1
         if self.part == len(written):
-            self.place, self.part = self.place + 1, 0
-        return place, place + 1
+            self.position, self.part = self.position + 1, 0
+        return start, start + 1
 
     def _after_spaces(self, character: str) -> int:
         """The next position with ``character``, or with anything but white space."""
-        place = self.place
-        while place < len(self.text) and self.text[place] != character and _is_space(self.text[place]):
-            place += 1
-        return place
+        position = self.position
+        while position < len(self.text) and self.text[position] != character and _is_space(self.text[position]):
+            position += 1
+        return position
 
     def _expect(self, holds: bool, piece: str) -> None:
         if not holds:
             raise ValueError(
-                f"the tokenizer gives {str(piece)!r} where the text continues with {self.text[self.place :][:20]!r}"
+                f"the tokenizer gives {str(piece)!r} where the text continues with {self.text[self.position :][:20]!r}"
             )
 
 

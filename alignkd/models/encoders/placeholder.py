@@ -23,7 +23,7 @@ from alignkd.models.encoders.text_offsets import text_offsets
 
 
 @dataclass(frozen=True)
-class Picture:
+class LoadedImage:
     """One image: pixel values ``[3, h, w]`` or tower features ``[P, C]``, and the (width, height) it had."""
 
     values: torch.Tensor
@@ -32,7 +32,7 @@ class Picture:
 
 @dataclass
 class PlaceholderEncoder:
-    """An :class:`alignkd.inputs.encoder.Encoder` of :class:`Picture` images."""
+    """An :class:`alignkd.inputs.encoder.Encoder` of :class:`LoadedImage` images."""
 
     tokenizer: Any
     images: ImagePreprocessor
@@ -55,22 +55,22 @@ class PlaceholderEncoder:
         spans = self._spans(turns, bool(images))[: len(encoded.input_ids)]
         return Planned(len(encoded.input_ids) + images * (self.tokens_per_placeholder - 1), encoded, spans)
 
-    def encode(self, turns: Turns, images: Sequence[Picture]) -> tuple[ModelInput, bool]:
+    def encode(self, turns: Turns, images: Sequence[LoadedImage]) -> tuple[ModelInput, bool]:
         """See :class:`alignkd.inputs.encoder.Encoder`."""
         return self.finish(turns, self.plan(turns, len(images)), images)
 
-    def load(self, image: Image.Image) -> Picture:
+    def load(self, image: Image.Image) -> LoadedImage:
         """Its pixel values."""
-        return Picture(self.images(image), image.size)
+        return LoadedImage(self.images(image), image.size)
 
-    def finish(self, turns: Turns, planned: Planned, images: Sequence[Picture]) -> tuple[ModelInput, bool]:
+    def finish(self, turns: Turns, planned: Planned, images: Sequence[LoadedImage]) -> tuple[ModelInput, bool]:
         """The planned ids with the images."""
         del turns
         encoded = planned.encoded
         assert encoded is not None, "made by plan"
         return self._input(encoded.input_ids, encoded.labels, images, planned.spans), encoded.truncated
 
-    def question(self, turns: Turns, images: Sequence[Picture]) -> ModelInput:
+    def question(self, turns: Turns, images: Sequence[LoadedImage]) -> ModelInput:
         """The prompt; its labels are all ignored."""
         ids = encode_question(turns, template=self.template, tokenizer=self.tokenizer, has_image=bool(images))
         return self._input(ids, ids * 0 + IGNORE, images)
@@ -102,7 +102,7 @@ class PlaceholderEncoder:
         return int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
 
     def _input(
-        self, ids: np.ndarray, labels: np.ndarray, images: Sequence[Picture], spans: np.ndarray = NO_SPANS
+        self, ids: np.ndarray, labels: np.ndarray, images: Sequence[LoadedImage], spans: np.ndarray = NO_SPANS
     ) -> ModelInput:
         side = math.isqrt(self.tokens_per_placeholder)
         regions = [region(i, (side, side), square_box(image.size, self.images.fit)) for i, image in enumerate(images)]

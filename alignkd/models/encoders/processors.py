@@ -117,8 +117,8 @@ def without_videos(name: str) -> type[Any]:
         @classmethod
         def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
             found: list[Any] = super()._get_arguments_from_pretrained(path, processor_dict, **kwargs)
-            place = cls.get_attributes().index("image_processor")
-            found[place] = AutoImageProcessor.from_pretrained(path, backend="pil", **kwargs)
+            index = cls.get_attributes().index("image_processor")
+            found[index] = AutoImageProcessor.from_pretrained(path, backend="pil", **kwargs)
             return found
 
         @classmethod

@@ -3,9 +3,8 @@
 from alignkd.targets.logit_settings import LogitSettings
 from alignkd.targets.logits.base import Calibration, LogitCodec
 from alignkd.targets.logits.dense import Hidden, Sketched
-from alignkd.targets.logits.divergences import DIVERGENCES
 from alignkd.targets.logits.topk import Sampled, TopK
 
 LOGIT_CODECS: dict[str, type[LogitCodec]] = {codec.kind: codec for codec in (TopK, Sampled, Sketched, Hidden)}
 
-__all__ = ["DIVERGENCES", "LOGIT_CODECS", "Calibration", "LogitCodec", "LogitSettings"]
+__all__ = ["LOGIT_CODECS", "Calibration", "LogitCodec", "LogitSettings"]

@@ -1,4 +1,4 @@
-"""What a codec's targets say of the teacher at a few answers: enough for losses whose gradients are written by hand.
+"""What a codec's targets say of the teacher at a few answers, as losses with gradients written by hand need it.
 
 Shapes: A answers, X known tokens, N vocabulary.
 """
@@ -11,10 +11,10 @@ import torch
 
 @dataclass(frozen=True)
 class Draws:
-    """How drawn tokens, which stand among the known ones, enter forward KL: a cross-entropy with sparse weights.
+    """How drawn tokens, which are among the known ones, enter forward KL: a cross-entropy with sparse weights.
 
-    ``repeats_AX``: the id stands further left already, so it counts nothing here; ``weights_AX`` are zero there.
-    ``negentropy_A``: what forward KL adds to the cross-entropy.
+    ``repeats_AX``: True where an id is already known further left; it counts nothing there, and ``weights_AX`` are zero.
+    ``negentropy_A``: the constant that forward KL adds to the cross-entropy.
     """
 
     repeats_AX: torch.Tensor
@@ -27,8 +27,8 @@ class TeacherAnswers:
     """Tokens known one by one, the mass of all others, and the shape of that tail, if there is one.
 
     ``logprobs_AX``: of the tokens ``ids_AX``; -inf leaves a token out of every divergence. ``tail_A``: log mass of all other
-    tokens. ``tail_logits_AN``: logits that give each of them its share, before the temperature (a tensor of its own: who
-    asked for it may overwrite it); without them the tail is one bucket.
+    tokens. ``tail_logits_AN``: logits that give each of them its share, before the temperature; the caller may overwrite
+    them. Without them the tail is one bucket.
     """
 
     ids_AX: torch.Tensor

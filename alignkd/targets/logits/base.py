@@ -1,4 +1,4 @@
-"""What every form of logit targets offers: fields of a row, tensors of a cache, and divergences of a student from them.
+"""What every form of logit targets offers: fields of a row, tensors of a cache, and what they say of the teacher.
 
 Shapes: A answers, M calibration answers, D teacher width, N vocabulary.
 """
@@ -13,12 +13,11 @@ from torch import nn
 
 from alignkd.targets.logit_settings import LogitSettings
 from alignkd.targets.logits.answers import TeacherReader
-from alignkd.targets.logits.divergences import DIVERGENCES
 
 
 @dataclass(frozen=True)
 class FieldShape:
-    """A field of a row: axes of one answer token by name, dtype of its values, and how the cache may store it."""
+    """A field of a row: names of the axes of one answer token, dtype of its values, and codec of the cache."""
 
     dims: tuple[str, ...]
     dtype: str
@@ -27,7 +26,7 @@ class FieldShape:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the teacher does on a few samples: last hidden states, the output head, and the mean answer distribution."""
+    """The teacher on a few samples: last hidden states, output head, and the mean answer distribution."""
 
     hidden_MD: torch.Tensor
     head_ND: torch.Tensor
@@ -36,9 +35,9 @@ class Calibration:
 
 
 class LogitCodec(nn.Module, ABC):
-    """One form of logit targets. Its tensors are kept once per cache, and move with the module.
+    """One form of logit targets. Its tensors are stored once per cache and move with the module.
 
-    ``whole_vocabulary``: the targets give every token a log-probability of its own.
+    ``whole_vocabulary``: the targets give each token its own log-probability.
     """
 
     kind: ClassVar[str]
@@ -58,7 +57,7 @@ class LogitCodec(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def calibrate(cls, settings: LogitSettings, calibration: Calibration) -> dict[str, torch.Tensor]:
-        """The tensors that a cache keeps once."""
+        """The tensors that a cache stores once."""
 
     @classmethod
     @abstractmethod
@@ -69,36 +68,17 @@ class LogitCodec(nn.Module, ABC):
     def encode(
         self, hidden_AD: torch.Tensor, logits_AN: torch.Tensor, label_ids_A: torch.Tensor, uniform_AX: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The fields of answers from the teacher's last hidden states and logits.
+        """The fields of answers, from the teacher's last hidden states and logits.
 
-        ``uniform_AX`` are random numbers in (0, 1], ``[A, draws]``, for the kinds that draw.
+        ``uniform_AX``: random numbers in (0, 1], ``[A, draws]``, for the kinds that draw.
         """
-
-    @abstractmethod
-    def outcomes(
-        self, logits_AN: torch.Tensor, values: Mapping[str, torch.Tensor], temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of student and teacher, ``[A, X]`` each; see :mod:`alignkd.targets.logits.divergences`."""
 
     @abstractmethod
     def teacher(self, values: Mapping[str, torch.Tensor]) -> TeacherReader:
-        """What :meth:`outcomes` makes of the targets, a slice of answers at a time; what slices share is prepared once.
+        """What the targets say of the teacher, a slice of answers at a time; what slices share is prepared once.
 
-        Matrix products are in the dtype of autocast where this is called under autocast.
+        Under autocast, matrix products are in its dtype.
         """
-
-    def divergence(
-        self, name: str, logits_AN: torch.Tensor, values: Mapping[str, torch.Tensor], temperature: float
-    ) -> torch.Tensor:
-        """The divergence called ``name`` of the student's logits from the targets, ``[A]``."""
-        return DIVERGENCES[name](*self.outcomes(logits_AN, values, temperature))
-
-
-def at_temperature(logits_AN: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities; half precision is computed in float32."""
-    if logits_AN.dtype in (torch.bfloat16, torch.float16):
-        logits_AN = logits_AN.float()
-    return (logits_AN / temperature).log_softmax(dim=1)
 
 
 def part_of(values: Mapping[str, torch.Tensor], part: slice) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Targets that give every token a log-probability: a sketch of the tail, and the last hidden state itself.
+"""Targets that give every token a log-probability: a sketch of the tail, or the last hidden state.
 
 Shapes: A answers, K kept tokens, D teacher width, N vocabulary, S bytes of a sketch.
 """
@@ -9,7 +9,7 @@ import torch
 
 from alignkd.targets.logit_settings import LogitSettings
 from alignkd.targets.logits.answers import TeacherAnswers, TeacherReader
-from alignkd.targets.logits.base import Calibration, FieldShape, LogitCodec, at_temperature, part_of
+from alignkd.targets.logits.base import Calibration, FieldShape, LogitCodec, part_of
 from alignkd.targets.logits.sketch import Sketch, fit_sketch
 from alignkd.targets.logits.topk import TopK, Values, kept_fields
 
@@ -17,7 +17,7 @@ _SKETCH = ("mean", "projection", "bits", "step", "base", "head")
 
 
 class Sketched(TopK):
-    """Top-k, and a sketch that gives the tail its shape: its mass and the kept tokens stay exact."""
+    """Top-k with a sketch of the tail's shape; the tail's mass and the kept tokens stay exact."""
 
     kind = "sketch"
     whole_vocabulary = True
@@ -51,13 +51,6 @@ class Sketched(TopK):
     ) -> dict[str, torch.Tensor]:
         return {"sketch": self.sketch.encode(hidden_AD)}
 
-    def outcomes(self, logits_AN: torch.Tensor, values: Values, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole vocabulary."""
-        ids_AK, logprobs_AK, tail_A = self.kept(values)
-        tail_AN = (self.sketch.logits(values["sketch"]) / temperature).scatter(1, ids_AK, -torch.inf)
-        tail_AN = tail_AN + (tail_A - tail_AN.logsumexp(dim=1))[:, None]
-        return at_temperature(logits_AN, temperature), tail_AN.scatter(1, ids_AK, logprobs_AK)
-
     def teacher(self, values: Values) -> TeacherReader:
         """The kept tokens, and a tail with a shape."""
         decode = self.sketch.decoder()
@@ -65,10 +58,10 @@ class Sketched(TopK):
 
 
 class Hidden(LogitCodec):
-    """The last hidden state, and the teacher's output head kept once: every logit, at any temperature.
+    """The last hidden state, with the teacher's output head stored once: every logit, at any temperature.
 
-    Features are divided by powers of two near their standard deviations, so that one scale a token serves large and small
-    ones; the head is multiplied by them, exactly.
+    Features are divided by powers of two near their standard deviations, so that one scale per token suits large and small
+    ones; the head is multiplied by the same powers, which is exact.
     """
 
     kind = "hidden"
@@ -96,7 +89,7 @@ class Hidden(LogitCodec):
 
     @classmethod
     def fields(cls, settings: LogitSettings, vocabulary: int) -> dict[str, FieldShape]:
-        """The hidden state: in 8 bits with a scale of its own for each token, or in 16."""
+        """The hidden state: in 8 bits with one scale per token, or in 16 bits."""
         return {"hidden": FieldShape(("D",), "float32", {8: "int8-rows", 16: "float16"}[settings.hidden_bits])}
 
     def encode(
@@ -105,15 +98,8 @@ class Hidden(LogitCodec):
         """See :meth:`LogitCodec.encode`."""
         return {"hidden": hidden_AD.float() / self.feature_scale}
 
-    def outcomes(
-        self, logits_AN: torch.Tensor, values: Mapping[str, torch.Tensor], temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole vocabulary."""
-        teacher_AN = torch.nn.functional.linear(values["hidden"].to(self.output_head.dtype), self.output_head, self.output_bias)
-        return at_temperature(logits_AN, temperature), at_temperature(teacher_AN, temperature)
-
     def teacher(self, values: Mapping[str, torch.Tensor]) -> TeacherReader:
-        """No token on its own: all of the mass has the shape of the logits."""
+        """No single tokens: all of the mass is in the tail, whose shape is the logits."""
         head_ND, bias_N, kind = self.output_head, self.output_bias, self.output_head.device.type
         if torch.is_autocast_enabled(kind):
             head_ND, bias_N = (t.to(torch.get_autocast_dtype(kind)) for t in (head_ND, bias_N))

@@ -1,13 +1,11 @@
 """Tokens whose log-probability is kept: chosen, coded as small integers, and decoded on the device.
 
-Ids travel as ranks: place in the order of the teacher's mean probability, which a calibration finds once a cache. Kept ranks
-are sorted and stored as steps from one to the next: frequent tokens come first, so the steps are small and squeeze well.
-Log-probabilities are stored in 59 levels, fine near zero, where they weigh most, and coarse far down.
+Ids are stored as ranks in the order of the teacher's mean probability, which a calibration estimates once per cache. Kept ranks
+are sorted and stored as steps from one to the next: frequent tokens come first, so that the steps are small and compress well.
+Log-probabilities are stored in 59 levels, fine near zero, where they matter most, and coarse far below.
 
 Shapes: A answers, K kept tokens, N vocabulary, M calibration answers.
 """
-
-import math
 
 import torch
 
@@ -20,7 +18,7 @@ def rank_order(mean_probability_N: torch.Tensor) -> torch.Tensor:
 
 
 def choose(logprobs_AN: torch.Tensor, k: int, label_ids_A: torch.Tensor) -> torch.Tensor:
-    """Ids of the k likeliest tokens of each answer, the last of them given up for the label where it is not among them."""
+    """Ids of the k likeliest tokens of each answer; the label takes the place of the last one where it is not among them."""
     ids_AK = logprobs_AN.topk(min(k, logprobs_AN.shape[1]), dim=1).indices
     held_A = (ids_AK == label_ids_A[:, None]).any(dim=1)
     ids_AK[:, -1] = torch.where(held_A, ids_AK[:, -1], label_ids_A)
@@ -28,7 +26,7 @@ def choose(logprobs_AN: torch.Tensor, k: int, label_ids_A: torch.Tensor) -> torc
 
 
 def encode_ids(ids_AK: torch.Tensor, rank_of_id_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Steps between sorted ranks (``[A, K]``), and the order of the ids that they stand for (``[A, K]``)."""
+    """Steps between sorted ranks (``[A, K]``), and the order of the ids (``[A, K]``)."""
     ranks_AK, order_AK = rank_of_id_N[ids_AK].sort(dim=1, stable=True)
     first_A1 = torch.zeros_like(ranks_AK[:, :1])
     return torch.diff(ranks_AK, dim=1, prepend=first_A1), order_AK
@@ -40,19 +38,13 @@ def decode_ids(steps_AK: torch.Tensor, id_of_rank_N: torch.Tensor) -> torch.Tens
 
 
 def encode_logprobs(logprobs_AK: torch.Tensor) -> torch.Tensor:
-    """uint8 codes; see :func:`logprob_error` for what is lost."""
+    """uint8 codes: the nearest level."""
     return ((1 - logprobs_AK.clamp(LOWEST, 0.0) / FINE).log() * LEVELS_PER_E).round().to(torch.uint8)
 
 
 def decode_logprobs(codes_AK: torch.Tensor) -> torch.Tensor:
     """float32 log-probabilities."""
     return (1 - (codes_AK.float() / LEVELS_PER_E).exp()) * FINE
-
-
-def logprob_error(logprobs: torch.Tensor) -> torch.Tensor:
-    """Worst case of |decoded - logprobs|: half a level to either side, and what lies below the lowest."""
-    half_level = math.exp(0.5 / LEVELS_PER_E) - 1
-    return (FINE - logprobs.clamp(LOWEST, 0.0)) * half_level + (LOWEST - logprobs).clamp(min=0) + 1e-5
 
 
 def renormalise(topk_logprobs_AK: torch.Tensor, tail_logmass_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

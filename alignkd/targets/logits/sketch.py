@@ -2,13 +2,13 @@
 
 Logits are ``W h``. Measured in the metric of a weight per token (half the teacher's mean distribution, half uniform), the
 principal directions of the centred logits of a calibration set are found; a hidden state is projected on them, and each
-coordinate gets bits by its variance (reverse water-filling: the same error for all), until the bytes a token may take are
-spent. The reduced head that turns coordinates back into logits is kept once per cache.
+coordinate gets bits by its variance (reverse water-filling: the same error for all), until the bytes per token are used up.
+The reduced head that turns coordinates back into logits is stored once per cache.
 
 Source: METHOD of this project ("top-k + sketch"); rate allocation as in Cover and Thomas, Elements of Information Theory,
 section 10.3.
 
-Shapes: A answers, M calibration answers, D teacher width, N vocabulary, R coordinates, S bytes a token.
+Shapes: A answers, M calibration answers, D teacher width, N vocabulary, R coordinates, S bytes per token.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-# Range of a quantiser of so many bits, in standard deviations: wide enough for heavy tails, narrow enough for few levels.
+# Range of a quantiser by its number of bits, in standard deviations: wide enough for heavy tails, narrow enough for few levels.
 _RANGE = {2: 1.5, 3: 2.3, 4: 2.9, 5: 3.5, 6: 4.0, 7: 4.5, 8: 5.0}
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """What a cache keeps once: see the module's text.
+    """What a cache stores once; the text of this module explains it.
 
     ``mean_D`` and ``projection_RD`` turn a hidden state into coordinates; ``bits_R`` (uint8) and ``step_R`` quantise them;
     ``base_N + coordinates_AR @ head_NR.T`` are centred logits; ``size`` is S.
@@ -41,19 +41,15 @@ class Sketch:
         coordinates_AR = (hidden_AD.float() - self.mean_D) @ self.projection_RD.T
         levels_R = 2 ** self.bits_R.int()
         codes_AR = ((coordinates_AR / self.step_R).floor() + levels_R / 2).clamp(min=0).minimum(levels_R - 1).int()
-        return pack(codes_AR, self.bits_R, self.size)
+        return pack_bits(codes_AR, self.bits_R, self.size)
 
     def coordinates(self, packed_AS: torch.Tensor) -> torch.Tensor:
         """Coordinates ``[A, R]`` in float32, each in the middle of its level."""
         levels_R = 2 ** self.bits_R.int()
-        return (unpack(packed_AS, self.bits_R) + 0.5 - levels_R / 2) * self.step_R
-
-    def logits(self, packed_AS: torch.Tensor) -> torch.Tensor:
-        """Centred logits ``[A, N]`` in float32."""
-        return self.decoder()(packed_AS)
+        return (unpack_bits(packed_AS, self.bits_R) + 0.5 - levels_R / 2) * self.step_R
 
     def decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The function :meth:`logits`, with the head widened once for many calls."""
+        """Packed coordinates ``[A, S]`` to centred logits ``[A, N]`` in float32; the head is converted once for many calls."""
         # Half precision is fast on a GPU and slow on a CPU.
         dtype = torch.float16 if self.head_NR.is_cuda else torch.float32
         head_NR, base_N = self.head_NR.to(dtype), self.base_N.float()
@@ -68,14 +64,14 @@ class Sketch:
 def fit_sketch(
     hidden_MD: torch.Tensor, head_ND: torch.Tensor, bias_N: torch.Tensor | None, mean_probability_N: torch.Tensor, size: int
 ) -> Sketch:
-    """The best sketch of ``size`` bytes a token for these hidden states; the D x D problems are solved in float64."""
+    """The best sketch of ``size`` bytes per token for these hidden states; the D x D problems are solved in float64."""
     weight_N = 0.5 * mean_probability_N.float() + 0.5 / len(mean_probability_N)
     centred_ND = head_ND.float() - weight_N @ head_ND.float()
     metric_DD = (centred_ND.T @ (weight_N[:, None] * centred_ND)).double()
     mean_D = hidden_MD.float().mean(dim=0)
     spread_MD = (hidden_MD.float() - mean_D).double()
     covariance_DD = spread_MD.T @ spread_MD / len(hidden_MD)
-    # Directions that no calibration answer moved still get a little, so that their scale is not zero.
+    # Directions in which no calibration answer varies get a little variance, so that their scale is not zero.
     covariance_DD.diagonal().add_(1e-4 * covariance_DD.diagonal().mean() + 1e-12)
     metric_DD.diagonal().add_(1e-9 * metric_DD.diagonal().mean() + 1e-12)
     root_DD = torch.linalg.cholesky(metric_DD)
@@ -113,9 +109,9 @@ def allocate(variance_D: torch.Tensor, total: int) -> torch.Tensor:
     return bits_at(high)
 
 
-def pack(codes_AR: torch.Tensor, bits_R: torch.Tensor, size: int) -> torch.Tensor:
+def pack_bits(codes_AR: torch.Tensor, bits_R: torch.Tensor, size: int) -> torch.Tensor:
     """Codes side by side without gaps, the first in the highest bits of ``size`` bytes; ``[A, S]`` of uint8."""
-    byte_R, shift_R = _places(bits_R)
+    byte_R, shift_R = _bit_positions(bits_R)
     words_AR = codes_AR.int() << shift_R
     packed_AS = torch.zeros(len(codes_AR), size + 1, dtype=torch.int32, device=codes_AR.device)
     packed_AS.index_add_(1, byte_R, words_AR >> 8)
@@ -123,15 +119,15 @@ def pack(codes_AR: torch.Tensor, bits_R: torch.Tensor, size: int) -> torch.Tenso
     return packed_AS[:, :size].to(torch.uint8)
 
 
-def unpack(packed_AS: torch.Tensor, bits_R: torch.Tensor) -> torch.Tensor:
-    """The codes of :func:`pack`, ``[A, R]`` of int32."""
-    byte_R, shift_R = _places(bits_R)
+def unpack_bits(packed_AS: torch.Tensor, bits_R: torch.Tensor) -> torch.Tensor:
+    """The codes of :func:`pack_bits`, ``[A, R]`` of int32."""
+    byte_R, shift_R = _bit_positions(bits_R)
     padded_AS = torch.nn.functional.pad(packed_AS, (0, 1)).int()
     words_AR = (padded_AS[:, byte_R] << 8) | padded_AS[:, byte_R + 1]
     return (words_AR >> shift_R) & (2 ** bits_R.int() - 1)
 
 
-def _places(bits_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _bit_positions(bits_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """First byte of each code, and how far its end lies from the end of the two bytes it may touch."""
     start_R = bits_R.long().cumsum(0) - bits_R.long()
     return start_R // 8, (16 - start_R % 8 - bits_R.long()).int()

@@ -10,7 +10,7 @@ import torch
 from alignkd.targets.logit_levels import LOWEST_CODE
 from alignkd.targets.logit_settings import LogitSettings
 from alignkd.targets.logits.answers import Draws, TeacherAnswers, TeacherReader
-from alignkd.targets.logits.base import Calibration, FieldShape, LogitCodec, at_temperature, part_of, rank_dtype
+from alignkd.targets.logits.base import Calibration, FieldShape, LogitCodec, part_of, rank_dtype
 from alignkd.targets.logits.kept import (
     choose,
     decode_ids,
@@ -22,7 +22,7 @@ from alignkd.targets.logits.kept import (
 )
 
 LEAST_TAIL = -100.0
-"""Log of the mass of a tail that has none: what 16 bits can hold."""
+"""Log of the mass of an empty tail: 16 bits can hold it."""
 
 Values = Mapping[str, torch.Tensor]
 
@@ -30,7 +30,8 @@ Values = Mapping[str, torch.Tensor]
 class TopK(LogitCodec):
     """The likeliest tokens, the label always among them, with log-sum-exp and the tail as one bucket.
 
-    With one bucket the student may share the tail's mass out as it likes: the divergence is a lower bound of the dense one.
+    With one bucket, how the student distributes the tail's mass does not count: the divergence is a lower bound of the dense
+    one.
     """
 
     kind = "topk"
@@ -70,7 +71,7 @@ class TopK(LogitCodec):
     def _encode_more(
         self, hidden_AD: torch.Tensor, logsumexp_A: torch.Tensor, rest_AN: torch.Tensor, uniform_AX: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """What is stored besides kept tokens and tail mass; ``rest_AN`` are the log-probabilities of the others."""
+        """The fields besides kept tokens and tail mass; ``rest_AN`` are the log-probabilities of the other tokens."""
         return {"logsumexp": logsumexp_A}
 
     def rank_of_id(self) -> torch.Tensor:
@@ -83,11 +84,6 @@ class TopK(LogitCodec):
         ids_AK = decode_ids(values["topk_rank_steps"], self.id_of_rank)
         return ids_AK, *renormalise(decode_logprobs(values["topk_logprob_codes"]), values["tail_logmass"].float())
 
-    def outcomes(self, logits_AN: torch.Tensor, values: Values, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kept tokens and one bucket."""
-        ids_AK, logprobs_AK, tail_A = self.kept(values)
-        return bucketed(at_temperature(logits_AN, temperature), ids_AK, logprobs_AK, tail_A)
-
     def teacher(self, values: Values) -> TeacherReader:
         """The kept tokens and one bucket."""
         return lambda part: TeacherAnswers(*self.kept(part_of(values, part)))
@@ -98,7 +94,7 @@ class Sampled(TopK):
 
     After random-sampling KD ("Sparse Logit Sampling", arXiv 2503.16870), with the likeliest tokens kept out of the draw, which
     takes most of the noise away; a draw then weighs tail mass / draws. Reverse KL and Jensen-Shannon are not linear in the
-    teacher's probabilities: they take the drawn tokens as known ones, and the others as a bucket.
+    teacher's probabilities: for them the drawn tokens are known ones, and the others are one bucket.
     """
 
     kind = "sampled"
@@ -123,26 +119,7 @@ class Sampled(TopK):
         logprobs_AJ = rest_AN.gather(1, ids_AJ).gather(1, order_AJ)
         return {"draw_rank_steps": steps_AJ, "draw_logprob_codes": encode_logprobs(logprobs_AJ)}
 
-    def divergence(self, name: str, logits_AN: torch.Tensor, values: Values, temperature: float) -> torch.Tensor:
-        """Forward KL from the draws; the others from :meth:`outcomes`."""
-        if name != "forward_kl":
-            return super().divergence(name, logits_AN, values, temperature)
-        ids_AK, logprobs_AK, tail_A = self.kept(values)
-        ids_AJ = decode_ids(values["draw_rank_steps"], self.id_of_rank)
-        drawn_AJ = decode_logprobs(values["draw_logprob_codes"])
-        student_AN = at_temperature(logits_AN, temperature)
-        kept_A = (logprobs_AK.exp() * (logprobs_AK - student_AN.gather(1, ids_AK))).sum(dim=1)
-        return kept_A + tail_A.exp() * (drawn_AJ - student_AN.gather(1, ids_AJ)).mean(dim=1)
-
-    def outcomes(self, logits_AN: torch.Tensor, values: Values, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kept tokens, the drawn ones, and one bucket."""
-        if values["topk_rank_steps"].shape[1] == logits_AN.shape[1]:  # there was nothing to draw from
-            return super().outcomes(logits_AN, values, temperature)
-        ids_AX, logprobs_AX, left_A = self._known(values)
-        student_AX, teacher_AX = bucketed(at_temperature(logits_AN, temperature), ids_AX, logprobs_AX, left_A)
-        return student_AX.masked_fill(teacher_AX == -torch.inf, -torch.inf), teacher_AX
-
-    def _known(self, values: Values) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def known(self, values: Values) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Kept tokens, then drawn ones, and the log mass of all others; -inf for what is drawn again."""
         ids_AK, logprobs_AK, tail_A = self.kept(values)
         steps_AJ, codes_AJ = values["draw_rank_steps"].long(), values["draw_logprob_codes"]
@@ -150,7 +127,7 @@ class Sampled(TopK):
         again_AJ[:, 0] = False
         # The lowest code is also that of a kept token, drawn where no other has any probability.
         drawn_AJ = decode_logprobs(codes_AJ).masked_fill(again_AJ | (codes_AJ == LOWEST_CODE), -torch.inf)
-        # Rounded log-probabilities of the drawn may pass the mass they were drawn from.
+        # Rounded log-probabilities of drawn tokens may exceed the mass they were drawn from.
         left_A = (tail_A.exp() - drawn_AJ.exp().sum(dim=1)).clamp(min=1e-4 * tail_A.exp()).log()
         known_AX = torch.cat([logprobs_AK, drawn_AJ, left_A[:, None]], dim=1).log_softmax(dim=1)
         ids_AX = torch.cat([ids_AK, decode_ids(steps_AJ, self.id_of_rank)], dim=1)
@@ -165,10 +142,10 @@ class Sampled(TopK):
     def _with_draws(self, values: Values) -> TeacherAnswers:
         _, logprobs_AK, tail_A = self.kept(values)
         drawn_AJ = decode_logprobs(values["draw_logprob_codes"])
-        ids_AX, known_AX, left_A = self._known(values)
+        ids_AX, known_AX, left_A = self.known(values)
         k, draws = logprobs_AK.shape[1], drawn_AJ.shape[1]
         same_AJX = ids_AX[:, k:, None] == ids_AX[:, None, :]
-        # Draw j stands at k + j: it is a repeat where its id stands before that.
+        # Draw j is at k + j: it is a repeat where its id occurs before that.
         again_AJ = same_AJX.tril(k - 1).any(dim=2)
         repeats_AX = torch.cat([torch.zeros_like(ids_AX[:, :k], dtype=torch.bool), again_AJ], dim=1)
         of_draws_AX = same_AJX.sum(dim=1) * (tail_A.exp() / draws)[:, None]
@@ -186,14 +163,3 @@ def kept_fields(vocabulary: int) -> dict[str, FieldShape]:
         "topk_logprob_codes": FieldShape(("K",), "uint8"),
         "tail_logmass": FieldShape((), "float32", "float16"),
     }
-
-
-def bucketed(
-    student_AN: torch.Tensor, ids_AK: torch.Tensor, logprobs_AK: torch.Tensor, tail_A: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outcomes of student and teacher: the tokens of ``ids_AK``, and one bucket for all others, if there are any."""
-    student_AK = student_AN.gather(1, ids_AK)
-    if ids_AK.shape[1] == student_AN.shape[1]:
-        return student_AK, logprobs_AK
-    bucket_A = student_AN.scatter(1, ids_AK, -torch.inf).logsumexp(dim=1)
-    return torch.cat([student_AK, bucket_A[:, None]], dim=1), torch.cat([logprobs_AK, tail_A[:, None]], dim=1)

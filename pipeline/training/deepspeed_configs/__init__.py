@@ -1,33 +1,40 @@
 """DeepSpeed configurations for ``alignkd distill --deepspeed``: ZeRO stages 1, 2 and 3.
 
-Each ``"auto"`` is filled in by transformers' Trainer from the command's own options. There is no optimizer section:
-alignkd brings its own, with a group for the projector.
+transformers' Trainer fills in each ``"auto"`` from the command's options. There is no optimizer section: alignkd makes its
+own optimizer, with a parameter group for the projector.
 """
 
 import json
 from pathlib import Path
+from typing import Any
+
+from alignkd.errors import ConfigError
 
 _FOLDER = Path(__file__).parent
 SHIPPED = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 
 
-def deepspeed_config(name_or_file: str) -> Path:
-    """The file of a shipped configuration (``zero1``, ``zero2``, ``zero3``), or the user's own ``.json``.
+def read_deepspeed_config(name_or_file: str) -> dict[str, Any]:
+    """A shipped configuration (``zero1``, ``zero2``, ``zero3``), or the user's own ``FILE.json``.
 
     Raises:
-        ValueError: neither, or a file that holds no JSON object.
+        ConfigError: neither, or a file that DeepSpeed cannot use.
     """
-    if name_or_file in SHIPPED:
-        return _FOLDER / f"{name_or_file}.json"
-    path = Path(name_or_file)
+    path = _FOLDER / f"{name_or_file}.json" if name_or_file in SHIPPED else Path(name_or_file)
+    known = f"known are {', '.join(SHIPPED)}, or a FILE.json"
     if path.suffix != ".json":
-        raise ValueError(f"--deepspeed {name_or_file}: known are {', '.join(SHIPPED)}, or a FILE.json")
+        raise ConfigError(f"--deepspeed {name_or_file}: {known}")
     try:
         found = json.loads(path.read_text())
     except OSError as error:
-        raise ValueError(f"--deepspeed {path}: {error.strerror}; known are {', '.join(SHIPPED)}, or a FILE.json") from error
-    except ValueError as error:
-        raise ValueError(f"--deepspeed {path} is not JSON: {error}") from error
+        raise ConfigError(f"--deepspeed {path}: {error.strerror}; {known}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--deepspeed {path} is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"--deepspeed {path} holds {type(found).__name__}, expected an object with DeepSpeed's settings")
-    return path
+        raise ConfigError(f"--deepspeed {path} holds {type(found).__name__}, expected an object with DeepSpeed's settings")
+    zero = found.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise ConfigError(
+            f"--deepspeed {path}: zero_optimization is {zero!r}, expected an object whose 'stage' is 0, 1, 2 or 3"
+        )
+    return found

@@ -1,4 +1,4 @@
-"""Log lines for TensorBoard: terms, weighted terms and shares in groups of their own."""
+"""Log lines for TensorBoard, with terms, weighted terms and shares in separate groups."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class TensorBoard(TrainerCallback):  # type: ignore[misc]
     """Writes each log line's numbers as scalars into a folder, from the first process alone.
 
-    transformers' own callback puts ``train/`` before every name, so that TensorBoard, which groups by what is before the
-    first slash, shows one group of all; and after a resume it shows steps that were run again twice.
+    transformers' own callback puts ``train/`` before every name, so TensorBoard, which groups by the text before the first
+    slash, shows a single group. It also shows steps twice that were run again after a resume.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -22,7 +22,7 @@ class TensorBoard(TrainerCallback):  # type: ignore[misc]
         self.writer: SummaryWriter | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Trainer's hook: opens a file of events; those of steps that are run again are hidden."""
+        """Open a file of events; events of steps that are run again are hidden."""
         if state.is_world_process_zero:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -31,7 +31,7 @@ class TensorBoard(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Trainer's hook after a log line; its summary of the run, which has no loss, is not one."""
+        """Write a log line; Trainer's own summary at the end, which has no loss, is not one."""
         if self.writer is None or not logs or "loss" not in logs:
             return
         for name, value in logs.items():
@@ -40,7 +40,7 @@ class TensorBoard(TrainerCallback):  # type: ignore[misc]
         self.writer.flush()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Trainer's hook: closes the file."""
+        """Close the file."""
         if self.writer is not None:
             self.writer.close()
             self.writer = None

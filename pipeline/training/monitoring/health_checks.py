@@ -1,4 +1,4 @@
-"""Warnings that matter, from the log lines of a run; and a stop where a loss is no longer a number."""
+"""Warnings from the log lines of a run, and a stop when a loss is no longer a finite number."""
 
 import math
 from collections import deque
@@ -8,56 +8,76 @@ from typing import Any
 
 import torch
 
+from alignkd.errors import AlignkdError
 from alignkd.losses.recipes import Recipe, term_weights
 from alignkd.pipeline.runtime.host_copy import copy_to_host
 from alignkd.targets.logit_settings import DIVERGENCE_NAMES
 
 LINES = 10
-"""Log lines in a row that make a warning."""
+"""How many log lines in a row a condition must hold for a warning."""
 
 _PARTS = {name: (name,) for name in ("supervised", *DIVERGENCE_NAMES, "attention")} | {"vision": ("vision_all", "vision_focus")}
-"""Weights of a recipe, and the logged terms that each sets: the focus is a small part of L_V by design."""
+"""Each weight of a recipe, and the logged terms that it sets. The focus is a small part of the vision term by design.
+A weight that is not here, of a term from outside the package, sets the term of its own name."""
 
 NEGLIGIBLE, DOMINANT = 0.01, 0.90
-"""Shares of the weighted loss below and above which a term is worth a word."""
+"""Shares of the weighted loss below and above which a term gets a warning."""
 
 UNIFORM = 1e-3
-"""Contrast of the teacher's attention (see :mod:`alignkd.losses.uniformity`) below which it is as good as uniform."""
+"""Contrast of the teacher's attention (see :mod:`alignkd.losses.uniformity`) below which it counts as uniform."""
 
 _NAMED = 10
-"""Samples that an error names; the rest is counted."""
+"""How many samples an error names; it counts the others."""
 
 
-class Watch:
-    """Reads log lines and says what a user should look at, each warning once as long as its cause lasts."""
+class HealthChecks:
+    """Reads log lines and returns warnings, each once as long as its cause lasts.
 
-    def __init__(self, recipe: Recipe, *, lines: int = LINES) -> None:
-        self.recipe, self.lines = recipe, lines
-        self.active = tuple(name for name in _PARTS if getattr(recipe, name) > 0)
+    ``max_length``: token ids a sample may have, for the warning about truncated samples.
+    """
+
+    def __init__(self, recipe: Recipe, *, lines: int = LINES, max_length: int | None = None) -> None:
+        self.recipe, self.lines, self.max_length = recipe, lines, max_length
+        self.active = tuple(name for name, weight in recipe.weights.items() if weight > 0)
         self._lasting: dict[tuple[str, str], int] = {}
+        self._truncation_reported = False
 
     def __call__(self, line: Mapping[str, Any]) -> list[str]:
         """The warnings that are due at this line."""
-        return [*self._shares(line), *self._uniformity(line)]
+        return [*self._truncation(line), *self._shares(line), *self._uniformity(line)]
+
+    def _truncation(self, line: Mapping[str, Any]) -> list[str]:
+        """Once a run: the first line that counts a truncated sample."""
+        truncated = line.get("truncated", 0)
+        if self._truncation_reported or not truncated:
+            return []
+        self._truncation_reported = True
+        limit = "--max-length" + (f" {self.max_length}" if self.max_length else "")
+        return [
+            f"{truncated:,} of the first {line['samples']:,} samples were longer than {limit} and were cut there: the rest of"
+            " their conversations is not learned. metrics.jsonl counts them as 'truncated'. Raise --max-length to keep more (a"
+            " cache must be written with the same)"
+        ]
 
     def _shares(self, line: Mapping[str, Any]) -> list[str]:
-        # Learned weights make every term weigh the same in the end.
+        # Learned weights give every term the same share in the end.
         if len(self.active) < 2 or self.recipe.weighting == "learned":
             return []
         found = []
         for name in self.active:
-            shares = [line[f"share/{part}"] for part in _PARTS[name] if f"share/{part}" in line]
+            shares = [line[f"share/{part}"] for part in _PARTS.get(name, (name,)) if f"share/{part}" in line]
             share = sum(shares) if shares else math.nan
-            weight = f"its weight (--set {name}=..., now {getattr(self.recipe, name):g})"
+            weight = f"its weight (--set {name}=..., now {self.recipe.weights[name]:g})"
             when = f"of the loss in {self.lines} log lines (now {share:.2%}, step {line['step']})"
             if self._lasts("negligible", name, share < NEGLIGIBLE):
                 found.append(
-                    f"{name} was below {NEGLIGIBLE:.0%} {when}: it teaches next to nothing. Raise {weight}, or set it to 0 and"
-                    " save what it costs"
+                    f"{name} was below {NEGLIGIBLE:.0%} {when}: it has almost no effect. Raise {weight}, or set it to 0 to save"
+                    " its cost"
                 )
             if self._lasts("dominant", name, share > DOMINANT):
                 found.append(
-                    f"{name} was above {DOMINANT:.0%} {when}: the others hardly count. Lower {weight}, or raise theirs"
+                    f"{name} was above {DOMINANT:.0%} {when}: the other terms have almost no effect. Lower {weight}, or raise"
+                    " theirs"
                 )
         return found
 
@@ -69,37 +89,37 @@ class Watch:
         return [
             f"the teacher's attention over vision tokens was uniform in {self.lines} log lines (relative variance"
             f" {contrast:.1e}, step {line['step']}): there is nothing to learn from it. Look at the teacher with alignkd show"
-            f" --plot; if it is as it should be, leave the term out ({' '.join(f'--set {name}=0' for name in terms)})"
+            f" --plot; if its attention is right, switch the term off ({' '.join(f'--set {name}=0' for name in terms)})"
         ]
 
     def _lasts(self, kind: str, name: str, holds: bool) -> bool:
-        """Whether a condition now holds in as many lines in a row as make a warning: true once an episode."""
+        """Whether a condition holds in the last ``lines`` lines, and did not in the one before them: once an episode."""
         key = (kind, name)
         self._lasting[key] = self._lasting.get(key, 0) + 1 if holds else 0
         return self._lasting[key] == self.lines
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(AlignkdError):
     """A loss term of some samples is not a finite number."""
 
     def __init__(self, step: int, bad: Sequence[str], samples: int) -> None:
         self.step, self.sample_ids = step, tuple(bad)
         named = ", ".join(bad[:_NAMED]) + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
         cause = (
-            "Every sample of the batch has it, so the weights themselves have probably left the numbers: lower --learning-rate"
+            "It is so for every sample of the batch, so the weights themselves are probably not finite: lower --learning-rate"
             if len(bad) == samples > 1
-            else "Look at them with alignkd show --id ID and alignkd cache inspect --id ID; if they are sound, lower"
-            " --learning-rate"
+            else "Look at them with alignkd show --id ID and alignkd cache inspect --id ID; if they look right,"
+            " lower --learning-rate"
         )
         super().__init__(
             f"step {step}: a loss term is not a finite number for {len(bad)} of {samples} samples: {named}. Nothing of this"
-            f" step was saved. {cause}, or use --dtype bfloat16 in place of float16; then go on with --resume"
+            f" step was saved. {cause}, or use --dtype bfloat16 in place of float16; then continue with --resume"
         )
 
 
 @dataclass(frozen=True)
 class _Flags:
-    """Flags of a micro-batch on their way to the host; ``arrived`` is None once they are there."""
+    """Flags of a micro-batch on their way to the host; ``arrived`` is None where there is nothing to wait for."""
 
     bad_B: torch.Tensor
     arrived: torch.cuda.Event | None
@@ -110,7 +130,7 @@ class _Flags:
 class FiniteCheck:
     """Finds the samples whose loss is not finite, without making the device wait.
 
-    Loss terms, not gradients: with float16 an overflowing gradient is the scaler's business.
+    It looks at loss terms, not at gradients: with float16 the gradient scaler handles an overflowing gradient.
 
     Shapes: B samples of a micro-batch.
     """
@@ -119,14 +139,14 @@ class FiniteCheck:
         self._flags: deque[_Flags] = deque()
 
     def add(self, bad_B: torch.Tensor, sample_ids: Sequence[str], *, step: int) -> None:
-        """Take note of a micro-batch: True in ``bad_B`` where a term of that sample is not finite."""
+        """Note a micro-batch: ``bad_B`` is True where a term of that sample is not finite."""
         assert bad_B.dtype == torch.bool
         assert bad_B.shape == (len(sample_ids),)
         host, arrived = copy_to_host({"bad": bad_B.clone()})
         self._flags.append(_Flags(host["bad"], arrived, tuple(sample_ids), step))
 
     def check(self, *, wait: bool = False) -> None:
-        """Look at the flags that have arrived; with ``wait`` (before a checkpoint is saved), at all.
+        """Look at the flags that have arrived; with ``wait``, as before a checkpoint is saved, at all of them.
 
         Raises:
             NotFiniteError: names the samples.

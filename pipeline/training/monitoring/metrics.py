@@ -12,25 +12,28 @@ from typing import Any
 
 import torch
 
+from alignkd.errors import CheckpointError, wrap_errors
 from alignkd.pipeline.runtime.devices import peak_memory_bytes
+from alignkd.pipeline.runtime.files import replace_text
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
-"""Sums a small float64 vector over processes. It may come on the CPU (of a process that had no batch yet)."""
+"""Sums a small float64 vector over processes. A process that had no batch yet gives its vector on the CPU."""
 
 OBSERVED = ("attention_contrast",)
-"""Outputs that are no terms: their mean over micro-batches, leaving out those where they are NaN (nothing to observe)."""
+"""Outputs that are not terms. A line has their mean over micro-batches, without those where they are NaN."""
 
 PRECISION = "precision/{}"
-"""Output that is the learned precision of a term: the factor of the recipe's weight."""
+"""Name of the output that is a term's learned precision, which multiplies the recipe's weight."""
 
-_COUNTED = ("samples", "tokens", "answers")
+_COUNTED = ("samples", "tokens", "answers", "truncated")
+"""Totals since the start of the run; ``truncated`` counts the samples that were cut at the maximum length."""
 
 
 class Metrics:
     """Sums between two log lines, and the file they go to.
 
-    ``weights`` are the factors of the unweighted terms in the loss, times what :data:`PRECISION` gives where they are
-    ``learned``; ``writes`` is False on every process but the first.
+    ``weights``: the factor of each unweighted term in the loss; where they are ``learned``, :data:`PRECISION` multiplies
+    it. ``writes``: True on the first process only.
     """
 
     def __init__(self, path: Path, weights: Mapping[str, float], *, writes: bool, learned: bool = False) -> None:
@@ -41,7 +44,7 @@ class Metrics:
         self._start({}, 0)
 
     def _start(self, state: Mapping[str, Any], step: int) -> None:
-        # What was summed up to the checkpoint goes on in one process alone, or it would count once for each.
+        # One process alone continues the sums of the checkpoint, or they would count once for each process.
         since = state.get("since_line", {}) if self.writes else {}
         self._sums = torch.tensor([since.get(name, 0.0) for name in self._summed])
         self._seen = {name: since.get(f"seen/{name}", 0) for name in self._terms}
@@ -56,14 +59,15 @@ class Metrics:
 
     @property
     def seconds(self) -> float:
-        """Spent so far, also before the run was resumed."""
+        """Spent so far, the time before a resume included."""
         return self._seconds_before + time.perf_counter() - self._started
 
-    def add(self, outputs: Mapping[str, torch.Tensor], *, samples: int, tokens: int, answers: int) -> None:
+    def add(self, outputs: Mapping[str, torch.Tensor], *, samples: int, tokens: int, answers: int, truncated: int = 0) -> None:
         """Count a micro-batch; nothing is copied to the host here.
 
-        ``outputs``: scalars; ``loss`` and the unweighted terms are this process's share of the step's mean, so that they
-        add up over micro-batches and processes. Names that are neither terms nor observed are passed over.
+        ``outputs``: scalars. ``loss`` and the unweighted terms are this process's share of the step's mean, so that they
+        add up over micro-batches and processes. Names that are neither terms nor observed are ignored. ``truncated``: how
+        many of the ``samples`` were cut at the maximum length.
         """
         for name in self._terms:
             if name in outputs:
@@ -74,7 +78,7 @@ class Metrics:
                 value = outputs[name].detach().float()
                 self._add(name, value.nan_to_num(0.0))
                 self._add(f"{name}/batches", ~value.isnan())
-        for name, count in zip(_COUNTED, (samples, tokens, answers), strict=True):
+        for name, count in zip(_COUNTED, (samples, tokens, answers, truncated), strict=True):
             self._counts[name] += count
 
     def _add(self, name: str, value: torch.Tensor) -> None:
@@ -83,21 +87,21 @@ class Metrics:
         self._sums[self._summed.index(name)].add_(value)
 
     def waited(self, seconds: float) -> None:
-        """Count time in which the loop had no batch to work on."""
+        """Count time that the loop spent waiting for a batch."""
         self._waited += seconds
 
     def line(self, logs: Mapping[str, Any], *, step: int, epoch: float, reduce: Reduce | None = None) -> dict[str, Any]:
-        """The log line of a step, also appended to the file; every process calls it, and gets the same totals.
+        """The log line of a step, also appended to the file. Every process calls it, and gets the same totals.
 
-        Terms and ``loss`` are means over the steps since the last line; a ``loss`` in ``logs`` counts where no micro-batch
-        had one. A term that no micro-batch had is left out. Peak memory and seconds are this process's own.
+        Terms and ``loss`` are means over the steps since the last line. Where no micro-batch had a loss, the ``loss`` in
+        ``logs`` stays; a term that no micro-batch had is absent. Peak memory and seconds are this process's own.
         """
         since, seconds = self._since_line(reduce), self.seconds
         steps, interval = max(step - self._line_step, 1), max(seconds - self._line_seconds, 1e-9)
         means = {name: since[name] / steps for name in self._terms if since[f"seen/{name}"]}
         observed = {name: since[name] / since[f"{name}/batches"] for name in self._observed if since[f"{name}/batches"]}
         in_loss = {name: weight * observed.get(PRECISION.format(name), 1.0) for name, weight in self.weights.items()}
-        # 0 times an overflow would still poison the shares.
+        # A term without weight may overflow: 0 times infinity would make every share NaN.
         weighted = {name: weight * means[name] if weight > 0 else 0.0 for name, weight in in_loss.items() if name in means}
         total = sum(weighted.values())
         for name in _COUNTED:
@@ -140,7 +144,7 @@ class Metrics:
         self._waited, self._waiting_since = 0.0, time.perf_counter()
 
     def state_dict(self, reduce: Reduce | None = None) -> dict[str, Any]:
-        """Totals over processes, and what was summed since the last line; with ``reduce``, every process calls it."""
+        """Totals over processes, and the sums since the last line. With ``reduce``, every process calls it."""
         since = self._since_line(reduce)
         return {
             **{name: self._until_line[name] + int(since[name]) for name in _COUNTED},
@@ -151,22 +155,31 @@ class Metrics:
         }
 
     def resume(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on from a checkpoint's state (empty: from the start), with any number of processes.
+        """Continue from a checkpoint's state (empty: from the start), with any number of processes.
 
         Lines of steps that are run again are dropped from the file.
+
+        Raises:
+            CheckpointError: the state or the file is damaged.
         """
-        self._start(state, step)
-        if not self.writes:
-            return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        damaged = f"--resume: the totals of {self.path.parent} in the checkpoint are damaged: remove it to resume from another"
+        with wrap_errors(CheckpointError, damaged, TypeError, ValueError, AttributeError, RuntimeError):
+            self._start(state, step)
+        if self.writes:
+            lines = _lines_up_to(self.path, step) if self.path.exists() else []
+            replace_text(self.path, "".join(line + "\n" for line in lines))
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    """The log lines of steps up to this one."""
+    damaged = f"--resume: {path} is damaged: remove it, or the lines that are not JSON"
+    with wrap_errors(CheckpointError, damaged, ValueError, KeyError, TypeError, RecursionError):
+        lines = path.read_text().splitlines()
         # A kill can cut the last line short; it belongs to a step that is run again.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        rewritten = self.path.with_name(self.path.name + ".part")
-        rewritten.write_text("".join(line + "\n" for line in kept))
-        rewritten.replace(self.path)
+        return [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
 
 
 def _as_json(line: Mapping[str, Any]) -> str:
-    """JSON knows no NaN and no infinity: they are null."""
-    unfit = {name: None for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
-    return json.dumps({**line, **unfit}, allow_nan=False)
+    """NaN and infinity become null, as JSON has neither."""
+    not_finite = {name: None for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps({**line, **not_finite}, allow_nan=False)
