@@ -50,6 +50,7 @@ test-fast: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(PYTEST) -n $(SLOW_WORKERS) -m slow
 
+# Apart from make test, and not in CI: tracing nearly doubles the processor time of the tests.
 coverage: $(VENV)/.installed-dev
 	$(PYTEST) $(PARALLEL) -m "not slow" --cov --cov-report=term-missing
 

@@ -58,7 +58,8 @@ def scripts(folder, wheel):
     run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
     scripts = folder / "venv" / "bin"
     constraints = ["--constraint", ROOT / "constraints.txt"]
-    run(scripts / "python", "-m", "pip", "install", "--quiet", *constraints, wheel, cwd=folder)
+    # Compiling every module of torch takes minutes; those that are imported are compiled then.
+    run(scripts / "python", "-m", "pip", "install", "--quiet", "--no-compile", *constraints, wheel, cwd=folder)
     return scripts
 
 
