@@ -136,7 +136,7 @@ def flip(storage: Storage, name: str, where: float = 0.5, bit: int = 0) -> None:
 
 
 def in_process(method: str, function: Callable[..., Any], *args: Any) -> Any:
-    """What ``function`` gives in a process of its own."""
+    """The result of ``function`` in another process."""
     context = multiprocessing.get_context(method)
     results = context.SimpleQueue()
     process = context.Process(target=_put, args=(results, function, args))

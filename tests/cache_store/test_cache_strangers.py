@@ -1,6 +1,6 @@
-"""A shard is read by who has never heard of alignkd: with zarr alone, and with webdataset and numcodecs alone.
+"""A shard can be read without alignkd: with zarr alone, and with webdataset and numcodecs alone.
 
-The readers are taken from docs/cache-format.md as they stand there.
+The readers are the code blocks of docs/cache-format.md, unchanged.
 """
 
 from __future__ import annotations

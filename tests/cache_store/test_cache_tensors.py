@@ -1,4 +1,4 @@
-"""Tensors kept once per cache: made by one run, adopted by all others, believed by nobody before their sha256 was compared."""
+"""Tensors stored once per cache: made by one run, used by all others, and verified whenever they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit finds every kind of damage and says whom it touches; its digest says what a cache holds, not how."""
+"""The audit finds every kind of damage and names the affected samples; its digest depends on the content alone."""
 
 from __future__ import annotations
 
