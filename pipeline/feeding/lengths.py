@@ -106,7 +106,11 @@ def _digest(data: TrainingSet, student: Vlm) -> str:
 def _read(storage: LocalStorage, name: str, samples: int) -> np.ndarray | None:
     """The lengths of an earlier run; None where there are none, or where they are damaged."""
     try:
-        lengths: np.ndarray = np.load(io.BytesIO(storage.read(name)), allow_pickle=False)
-    except (FileNotFoundError, ValueError, EOFError):
+        stored = storage.read(name)
+    except FileNotFoundError:
+        return None
+    try:
+        lengths: np.ndarray = np.load(io.BytesIO(stored), allow_pickle=False)
+    except (ValueError, EOFError):
         return None
     return lengths if lengths.shape == (samples,) and lengths.dtype == np.int32 else None

@@ -16,7 +16,7 @@ from alignkd.cache_store.rows.encode import concatenate_rows, encode_row
 from alignkd.cache_store.rows.row import Rejected, Row
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 from alignkd.capture.teacher_slice import check_sliceable, slice_config, slice_sizes
-from alignkd.errors import DataError
+from alignkd.errors import AlignkdError, DataError
 from alignkd.pipeline.cache_admin.status import dense_bytes
 from alignkd.pipeline.config.cache_layout import logit_width
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
@@ -155,6 +155,6 @@ def _options(stage: StageOne, made: Sequence[Row], stored: Mapping[str, float]) 
 def _sliceable(stage: StageOne) -> bool:
     try:
         check_sliceable(stage.teacher)
-    except ValueError:
+    except AlignkdError:
         return False
     return True
