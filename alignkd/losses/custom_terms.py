@@ -26,7 +26,18 @@ from alignkd.losses.term_registry import AVERAGED_OVER, AveragedOver, Registered
 _TARGETS = ("attention", "vision", "logits")
 
 _LOGGED = (
-    *("loss", "step", "epoch", "samples", "tokens", "answers", "seconds", "tokens_per_second", "samples_per_second"),
+    *(
+        "loss",
+        "step",
+        "epoch",
+        "samples",
+        "tokens",
+        "answers",
+        "truncated",
+        "seconds",
+        "tokens_per_second",
+        "samples_per_second",
+    ),
     *("data_wait_share", "attention_contrast", "peak_memory_bytes", "learning_rate", "grad_norm"),
 )
 """Keys of a line of metrics.jsonl, where each term stands under its name."""

@@ -6,6 +6,16 @@ from typing import Any
 LOGIT_TENSOR = "logits.{}"
 """Name of a tensor that a cache keeps once for its logit targets."""
 
+ALIGNMENTS = ("targets", "slice")
+
+TARGETS = ("attention", "vision", "logits")
+
+SLICED = frozenset({"attention", "vision"})
+"""The targets that a slice gives."""
+
+_OF_LAYER = "attention_"
+"""Begins the fields of attention of other layers than the first."""
+
 
 def logit_width(fingerprint: Mapping[str, Any]) -> int:
     """N: ids that a cache's distributions are over, or would be if it held any."""
@@ -13,23 +23,9 @@ def logit_width(fingerprint: Mapping[str, Any]) -> int:
     return int(found.get("vocabulary", fingerprint["teacher"]["vocabulary"]))
 
 
-ALIGNMENTS = ("targets", "slice")
-
-
-SLICED = frozenset({"attention", "vision"})
-"""The targets that a slice gives."""
-
-
 def is_slice(fingerprint: dict[str, Any]) -> bool:
     """Whether a cache's attention and vision tokens are recomputed from a slice."""
     return bool(fingerprint.get("alignment") == "slice")
-
-
-TARGETS = ("attention", "vision", "logits")
-
-
-_OF_LAYER = "attention_"
-"""Begins the fields of attention of other layers than the first."""
 
 
 def attention_field(layer: int) -> str:
@@ -41,4 +37,5 @@ def attention_layer(name: str) -> int | None:
     """The layer whose attention a field holds; None where it holds another target."""
     if name == "attention":
         return 0
-    return int(name.removeprefix(_OF_LAYER)) if name.startswith(_OF_LAYER) else None
+    number = name.removeprefix(_OF_LAYER)
+    return int(number) if number != name and number.isascii() and number.isdecimal() else None

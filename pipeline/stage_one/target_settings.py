@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from alignkd.capture.teacher_slice import check_sliceable
-from alignkd.errors import ConfigError
+from alignkd.errors import AlignkdError, ConfigError
 from alignkd.losses.layers import find_teacher_layers
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.logits import clamp_to_teacher
@@ -31,7 +31,7 @@ def _attention_layers(config: CacheTeacherConfig, depth: int) -> tuple[int, ...]
     """The teacher's layers whose attention is cached."""
     try:
         layers = find_teacher_layers(config.attention_layers, depth)
-    except ValueError as error:
+    except AlignkdError as error:
         raise ConfigError(f"--attention-layers: {error}") from error
     if layers != (0,) and config.alignment == "slice":
         raise ConfigError(

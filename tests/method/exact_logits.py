@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from alignkd.capture.attention import capture
+from alignkd.objective import TeacherShape
+from alignkd.targets.batch_targets import Targets
 from alignkd.targets.logits import LogitCodec, LogitSettings
 from alignkd.targets.logits.answers import TeacherAnswers
 from tests.reference.divergences import DIVERGENCES
@@ -52,3 +55,14 @@ def exact_answers(teacher, hidden_AD, k=20):
     """What :class:`ExactTopK` wants of a teacher's last hidden states."""
     kept = topk_targets(teacher.model.lm_head(hidden_AD), k)
     return dict(zip(("ids", "logprobs", "tail"), kept, strict=True))
+
+
+def targets_of(teacher, batch, k=20):
+    """All that a teacher has to teach about a batch: every layer's attention, its vision tokens, its exact answers."""
+    with torch.no_grad():
+        captured = capture(teacher, batch, layers=range(teacher.layers))
+        return Targets(captured.attention, captured.vision_BVD, exact_answers(teacher, captured.hidden_AD, k))
+
+
+def shape_of(teacher):
+    return TeacherShape(teacher.heads, teacher.hidden_size, teacher.layers)

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exact_logits import ExactTopK, exact_answers
+from exact_logits import ExactTopK, targets_of
 from tiny_models import batch_of, flat, mixture, write_checkpoint
 
-from alignkd.capture.attention import capture
 from alignkd.losses.recipes import Recipe
 from alignkd.models.loading import load_vlm
 from alignkd.objective import Objective, TeacherShape
@@ -29,12 +28,6 @@ def teacher(tmp_path_factory):
 def objective(tiny, teacher):
     torch.manual_seed(0)
     return Objective(tiny, RECIPE, TeacherShape(teacher.heads, teacher.hidden_size), logit_codec=ExactTopK())
-
-
-def targets_of(teacher, batch):
-    with torch.no_grad():
-        captured = capture(teacher, batch)
-        return Targets(captured.attention, captured.vision_BVD, exact_answers(teacher, captured.hidden_AD))
 
 
 def gradients(objective, batch, targets):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from exact_logits import ExactTopK, exact_answers
+from exact_logits import ExactTopK, shape_of, targets_of
 from tiny_models import batch_of, flat, mixture, write_checkpoint
 from torch import nn
 
@@ -21,7 +21,7 @@ from alignkd.losses import term_registry
 from alignkd.losses.custom_terms import RESERVED, register_term
 from alignkd.losses.recipes import RECIPES, Recipe, get_recipe, one_term_recipes, recipe_record, term_weights
 from alignkd.models.loading import load_vlm
-from alignkd.objective import Objective, TeacherShape
+from alignkd.objective import Objective
 from alignkd.targets.batch_targets import Targets
 
 
@@ -36,16 +36,6 @@ def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "model"
     write_checkpoint(folder, seed=1, hidden_size=32, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=3)
     return load_vlm(folder)
-
-
-def shape_of(teacher):
-    return TeacherShape(teacher.heads, teacher.hidden_size, teacher.layers)
-
-
-def targets_of(teacher, batch):
-    with torch.no_grad():
-        captured = capture(teacher, batch, layers=range(teacher.layers))
-        return Targets(captured.attention, captured.vision_BVD, exact_answers(teacher, captured.hidden_AD))
 
 
 def objective_of(tiny, teacher, recipe, **settings):
