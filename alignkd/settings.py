@@ -5,6 +5,7 @@ The dataclass checks itself when it is made, and the command line reads the same
 """
 
 import dataclasses
+import math
 import operator
 import os
 import types
@@ -43,6 +44,8 @@ class Setting:
         """What was expected instead of a value; empty where it is allowed."""
         if self.choices and value not in self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return "a finite number"
         limits = [
             (self.at_least, "{} or more", operator.ge),
             (self.more_than, "more than {}", operator.gt),

@@ -160,7 +160,7 @@ def write_photos(folder: Path, samples: int) -> None:
 
 def write_rows(vlm: Vlm, data: Path, folder: Path) -> None:
     """A cache of drawn targets, in shape what a teacher with ``HEADS`` heads would give."""
-    file, settings = SampleFile(data), TargetSettings(across=False)
+    file, settings = SampleFile(data), TargetSettings(cross_model=False)
     spec = CacheSpec(row_fields(settings, vlm.vocabulary), {"targets": settings.fingerprint()})
     plan = Plan(file.keys, SHARD_SAMPLES, {})
     store = CacheStore.create_or_open(folder / "cache", spec, plan, shard_format="zarr")

@@ -173,7 +173,7 @@ def count_bytes() -> None:
 
 
 def row_bytes(rows: int = 512) -> float:
-    spec = CacheSpec(row_fields(TargetSettings(targets=(), across=False), VOCABULARY), {})
+    spec = CacheSpec(row_fields(TargetSettings(targets=(), cross_model=False), VOCABULARY), {})
     generator = np.random.default_rng(0)
     encoded = []
     for number in range(rows):

@@ -25,9 +25,9 @@ def row_fields(settings: TargetSettings, vocabulary: int) -> tuple[FieldSpec, ..
     ``vocabulary``: columns of the teacher's output head.
     """
     fields = [FieldSpec("input_ids", ("L",), "int32", "exact"), FieldSpec("labels", ("L",), "int32", "exact")]
-    if settings.across:
+    if settings.cross_model:
         fields.append(FieldSpec("spans", ("L", "E"), "int32", "exact"))
-    if settings.across and {"attention", "vision"} & set(settings.targets):
+    if settings.cross_model and {"attention", "vision"} & set(settings.targets):
         fields.append(FieldSpec("regions", ("R", "C"), "float32", "exact", per_image=True))
     if "attention" in settings.targets:
         names = [attention_field(layer) for layer in settings.attention_layers]

@@ -39,7 +39,7 @@ class DemoConfig(Settings):
     """Every number of the demo."""
 
     out: str = setting(help="Folder for everything the demo makes.")
-    seed: int = setting(0, help="Seed of the teacher, the students and the choice of labelled images.")
+    seed: int = shared.seed("Seed of the teacher, the students and the choice of labelled images.")
     shard_format: str = setting("zarr", flag="format", choices=SHARD_FORMATS, help="Shard format of the cache.")
     device: str | None = shared.device()
     labelled_share: float = 0.03

@@ -48,7 +48,7 @@ class DistillConfig(Settings):
     muon_learning_rate: float = setting(0.02, at_least=0, help="Peak learning rate of Muon.")
     warmup: float = setting(0.03, at_least=0, at_most=0.999, help="Share of the steps in which the learning rate rises.")
     weight_decay: float = setting(0.0, at_least=0, help="Weight decay of the optimizer.")
-    seed: int = setting(0, help="Seed of the order of samples, of dropout and of new parameters.")
+    seed: int = shared.seed("Seed of the order of samples, of dropout and of new parameters.")
     dtype: str = shared.dtype("Dtype of the computation; trained weights stay float32.")
     gradient_checkpointing: bool = setting(False, help="Less memory, a third more time.")
     deepspeed: str | None = setting(

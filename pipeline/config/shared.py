@@ -31,6 +31,11 @@ def dtype(words: str) -> Any:
     return setting("float32", choices=DTYPES, help=words)
 
 
+def seed(words: str) -> Any:
+    """A seed that Python, numpy and torch all take."""
+    return setting(0, at_least=0, at_most=2**32 - 1, help=words)
+
+
 def device() -> Any:
     """Where models run."""
     return setting(None, default_text="the GPU where there is one", help="cpu, cuda, cuda:1 ...")

@@ -13,7 +13,7 @@ from alignkd.targets.logit_settings import LogitSettings
 class TargetSettings(Settings):
     """Which targets a cache holds, and how. ``attention_layers`` are the teacher's, of the ``layers`` that it has.
 
-    ``across``: rows also hold the coordinates of their vision tokens and the characters that their ids cover, which
+    ``cross_model``: rows also hold the coordinates of their vision tokens and the characters that their ids cover, which
     students of another architecture need.
     """
 
@@ -24,7 +24,7 @@ class TargetSettings(Settings):
     vision_codec: str = setting("int8-rows", choices=VISION_CODECS, help="How vision tokens are stored.")
     attention_layers: tuple[int, ...] = (0,)
     layers: int = 1
-    across: bool = True
+    cross_model: bool = True
 
     def fingerprint(self) -> dict[str, Any]:
         """The part of a cache's fingerprint that these settings are."""

@@ -50,4 +50,4 @@ def settings_of_rows(settings: TargetSettings, alignment: str) -> TargetSettings
     """
     if alignment == "targets":
         return settings
-    return replace(settings, targets=tuple(name for name in settings.targets if name not in SLICED), across=False)
+    return replace(settings, targets=tuple(name for name in settings.targets if name not in SLICED), cross_model=False)

@@ -82,7 +82,7 @@ class StageOne:
             template=self.template,
             max_length=config.max_length,
             image_root=config.images,
-            with_spans=self.row_settings.across,
+            with_spans=self.row_settings.cross_model,
         )
 
     @cached_property

@@ -79,6 +79,8 @@ OUT_OF_RANGE = [
     ("distill", "lora_dropout", 1.0, "less than 1"),
     ("distill", "optimizer", "sgd", "one of adamw, muon"),
     ("evaluate", "max_rejected", -1, "0 or more"),
+    ("distill", "seed", -1, "0 or more"),
+    ("demo", "seed", 2**32, "4294967295 or less"),
 ]
 
 
@@ -89,6 +91,13 @@ def test_a_value_out_of_range_is_refused_by_the_configuration_and_by_the_command
         config(**required, **{field: value})
     with pytest.raises(click.BadParameter):
         parse(name, f"--{field.replace('_', '-')}", value)
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+@pytest.mark.parametrize("field", ["epochs", "learning_rate", "weight_decay"])
+def test_a_number_that_is_not_finite_is_refused(field, value):
+    with pytest.raises((ConfigError, click.BadParameter), match="finite"):
+        from_options(DistillConfig, parse("distill", f"--{field.replace('_', '-')}", value))
 
 
 @pytest.mark.parametrize(

@@ -107,11 +107,11 @@ def training_set(vlm, place, cache, needs=ALL, template=None):
     template = template or vlm.default_template
     reader = CacheReader(cache)
     fields = [field.name for field in reader.spec.fields]
-    across = check_student_compatible(vlm, reader.fingerprint, template, 2048, "cache", needs=needs, fields=fields)
-    assert across is not None
+    cross_model = check_student_compatible(vlm, reader.fingerprint, template, 2048, "cache", needs=needs, fields=fields)
+    assert cross_model is not None
     preparer = Preparer.of(vlm, template=template, max_length=2048, image_root=place)
     samples = SampleFile(place / "data.json")
-    return TrainingSet(samples, preparer, student=vlm, reader=reader, needs=needs, max_rejected=0, cross_model=across)
+    return TrainingSet(samples, preparer, student=vlm, reader=reader, needs=needs, max_rejected=0, cross_model=cross_model)
 
 
 def cross_train(place, cache, out, student="student", **changes):
@@ -236,9 +236,9 @@ def test_other_vision_tokens_alone_keep_rows_and_answers_as_they_are(data, cache
     vlm = load_vlm(student)
     reader, samples = CacheReader(cache), SampleFile(data)
     fields = [field.name for field in reader.spec.fields]
-    across = check_student_compatible(vlm, reader.fingerprint, "v1", 2048, "cache", fields=fields)
+    cross_model = check_student_compatible(vlm, reader.fingerprint, "v1", 2048, "cache", fields=fields)
     preparer = Preparer.of(vlm, template="v1", max_length=2048, image_root=Path(STUDENT).parent / "images")
-    whole = TrainingSet(samples, preparer, student=vlm, reader=reader, needs=ALL, max_rejected=0, cross_model=across)
+    whole = TrainingSet(samples, preparer, student=vlm, reader=reader, needs=ALL, max_rejected=0, cross_model=cross_model)
     item = whole[0]
     held = reader.row(samples[0].key).values["attention"]
     expected = held.reshape(8, -1, 6, 2, 6, 2).sum(axis=(3, 5)).reshape(8, -1, 36)
@@ -305,7 +305,7 @@ def test_a_slice_and_a_cache_without_spans_serve_their_own_make_alone(place, tmp
     assert {field.name for field in CacheReader(tmp_path / "slice").spec.fields}.isdisjoint({"spans", "regions"})
     with pytest.raises(ValueError, match=r"holds a slice of the teacher, which only a student with the teacher's architecture"):
         cross_train(place, tmp_path / "slice", tmp_path / "out", student="llava")
-    write_cache(data, tmp_path / "bare", settings=TargetSettings(across=False), **other)
+    write_cache(data, tmp_path / "bare", settings=TargetSettings(cross_model=False), **other)
     with pytest.raises(ValueError, match=r"its rows lack regions and spans.*write another cache"):
         cross_train(place, tmp_path / "bare", tmp_path / "out", student="llava")
 

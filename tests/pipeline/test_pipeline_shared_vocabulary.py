@@ -130,11 +130,17 @@ def test_divergences_are_those_of_the_dense_distribution_over_the_shared_ids(pla
     The logits come from a forward pass over the sample alone, the targets through cache and loader.
     """
     reader = CacheReader(write(place, f"dense-{kind}", kind=kind))
-    across = fit(student_vlm, reader.url)
+    cross_model = fit(student_vlm, reader.url)
     preparer = Preparer.of(student_vlm, template="v1", max_length=2048, image_root=IMAGES)
     samples = SampleFile(place / "data.json")
     data = TrainingSet(
-        samples, preparer, student=student_vlm, reader=reader, needs=frozenset({"logits"}), max_rejected=0, cross_model=across
+        samples,
+        preparer,
+        student=student_vlm,
+        reader=reader,
+        needs=frozenset({"logits"}),
+        max_rejected=0,
+        cross_model=cross_model,
     )
     codec = open_codec(settings_of(reader.fingerprint), reader.tensors, "cpu")
     theirs = Preparer.of(llava, template="chat", max_length=2048, image_root=IMAGES)
