@@ -195,14 +195,15 @@ def test_an_audit_finds_members_that_are_no_plain_files(kind):
         audited(list, type=kind)
 
 
-def test_an_audit_finds_every_flipped_bit_but_those_within_a_frame():
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 37])
+def test_an_audit_finds_every_flipped_bit_but_those_within_a_frame(every):
     data = written(2)
     shard = webdataset_shard.read_shard(SPEC, data)
     places = [place for frames in shard.frames.values() for place in zip(frames.starts, frames.stops, strict=True)]
     inside = {at for start, stop in places for at in range(start, stop)}
     assert inside
     after_index = range(members_of(data)[1][0].offset, len(data))
-    for at in set(after_index) - inside:
+    for at in sorted(set(after_index) - inside)[::every]:
         changed = bytearray(data)
         changed[at] ^= 1
         with pytest.raises(CorruptShardError, match=f"from byte {at} on"):
