@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cache_samples import SPEC, key_of, make_row, make_rows
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from reference.codec_errors import error_bound
@@ -116,7 +116,7 @@ class ShardConformance:
             assert (now.shape, now.dtype) == (was.shape, was.dtype)
             assert (np.abs(now.astype("f8") - was.astype("f8")) <= error_bound(field.codec, was)).all()
 
-    @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+    @settings(max_examples=15, deadline=None)
     @given(rows=any_rows())
     def test_rows_come_back_within_the_codecs_bound(self, rows):
         data = self.write(rows, ANY_SPEC)
@@ -136,7 +136,7 @@ class ShardConformance:
                 assert found.keys() == expected.keys()
                 assert all(np.array_equal(found[part], expected[part].reshape(-1)) for part in expected)
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+    @settings(max_examples=25, deadline=None)
     @given(images=st.lists(st.sampled_from(["", "a", "bb", "ccc", "dddd"]), max_size=8))
     def test_rows_of_one_image_have_the_first_ones_values_and_all_others_their_own(self, images):
         rows = image_rows(images)
@@ -252,7 +252,7 @@ class ShardConformance:
             with contextlib.suppress(CorruptShardError):
                 self.read_all(bytes(changed))
 
-    @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+    @settings(max_examples=50, deadline=None)
     @given(data=st.binary(max_size=200))
     def test_any_other_bytes_are_refused(self, data):
         with pytest.raises(CorruptShardError):

@@ -223,7 +223,7 @@ def test_learned_weights_have_a_rate_of_their_own_and_do_not_decay(data, layered
         seen.append([(len(g["params"]), g["params"][0].numel(), g["lr"], g["weight_decay"]) for g in optimizer.param_groups])
         return optimizer
 
-    monkeypatch.setattr("alignkd.pipeline.training.trainer.make_optimizer", spy)
+    monkeypatch.setattr("alignkd.pipeline.training.optimizers.make_optimizer", spy)
     overrides = {"weighting_learning_rate": "0.02"}
     train(data, layered, tmp_path / "out", recipe="beta-kd", overrides=overrides, weight_decay=0.1, max_steps=1)
     (groups,) = seen

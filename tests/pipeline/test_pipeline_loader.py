@@ -92,11 +92,12 @@ def test_shards_are_announced_half_a_window_before_they_are_needed_and_never_of_
 def test_announced_shards_are_opened_where_the_reader_has_room_for_two_windows(student_vlm, data, cache, room, begun):
     whole = training_set(student_vlm, data, cache)
     whole.reader.max_shards = room
-    fetched, real = set(), whole.reader._future
-    whole.reader._future = lambda number: fetched.add(number) or real(number)
+    begun_here, shards = set(), whole.reader._shards
+    begin = shards._future
+    shards._future = lambda number: begun_here.add(number) or begin(number)
     (first,) = (int(i) for i in np.flatnonzero(whole.shard_of_sample == 0)[:1])
     items = whole.__getitems__(pickle.loads(pickle.dumps(MicroBatchSamples([first], [2]))))
-    assert fetched == begun
+    assert begun_here == begun
     assert [item.sample_id for item in items] == [whole.sample(first).id]
 
 

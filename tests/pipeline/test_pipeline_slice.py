@@ -312,7 +312,7 @@ def test_a_teacher_with_numbers_that_are_not_finite_starts_no_cache(data, tmp_pa
     [
         ({"alignment": "slice", "settings": TargetSettings(targets=("logits",))}, "--targets logits has neither"),
         ({"slice_without_tower": True}, "--slice-without-tower needs --alignment slice"),
-        ({"alignment": "part"}, "--alignment part: known are targets, slice"),
+        ({"alignment": "part"}, "--alignment is 'part': expected one of targets, slice"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(data, tmp_path, options, words):
