@@ -37,7 +37,7 @@ from alignkd.pipeline.demo.tower import train_tower
 from alignkd.pipeline.evaluate.runner import evaluate
 from alignkd.pipeline.report.demo_page import write_report
 from alignkd.pipeline.runtime.devices import peak_memory_bytes, pick_device
-from alignkd.pipeline.runtime.files import replace_text
+from alignkd.pipeline.runtime.files import check_out_folder, replace_text
 from alignkd.pipeline.runtime.progress import stderr_console
 from alignkd.pipeline.runtime.run_record import collect_versions, write_run_record
 from alignkd.pipeline.stage_one.worker import cache_teacher
@@ -77,6 +77,7 @@ def demo(config: DemoConfig) -> DemoResult:
         ConfigError: easy-vqa is not installed, or ``out`` already holds a demo.
     """
     paths = Paths(Path(config.out))
+    check_out_folder(paths.out)
     if (paths.out / "result.json").exists() or paths.teacher_run.exists():
         raise ConfigError(f"--out {config.out} already holds a demo; choose another folder, or remove it")
     device = pick_device(config.device)

@@ -22,7 +22,7 @@ from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.data.tower_features import tower_features
 from alignkd.pipeline.evaluate.metrics import Metric, get_metric
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
-from alignkd.pipeline.runtime.files import replace_text
+from alignkd.pipeline.runtime.files import check_out_folder, replace_text
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.run_record import write_run_record
 from alignkd.plugins import load_plugins
@@ -50,6 +50,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         AlignkdError: bad input, or too many rejected samples.
     """
+    if config.out is not None:
+        check_out_folder(Path(config.out))
     load_plugins(config.plugins)
     metric = get_metric(config.metric)
     samples = SampleFile(config.data)

@@ -1,6 +1,19 @@
-"""Files that a kill leaves whole: the one of before, or the new one."""
+"""Output folders, checked before a job begins, and files that a kill leaves whole: the one of before, or the new one."""
 
 from pathlib import Path
+
+from alignkd.errors import ConfigError
+
+
+def check_out_folder(out: Path) -> None:
+    """Refuse an output folder that cannot be made, before the work whose results it should hold.
+
+    Raises:
+        ConfigError: it is a file, or lies below one.
+    """
+    existing = next((path for path in (out, *out.parents) if path.exists()), None)
+    if existing is not None and not existing.is_dir():
+        raise ConfigError(f"--out {out} cannot be a folder: {existing} is a file; choose another folder, or remove the file")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from alignkd.errors import CheckpointError, ConfigError, wrap_errors
 from alignkd.losses.recipes import recipe_record
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.feeding.dataset import TrainingSet
+from alignkd.pipeline.runtime.files import check_out_folder
 from alignkd.pipeline.training.run_inputs import RunInputs
 from alignkd.pipeline.training.schedule import Schedule
 from alignkd.plugins import loaded_plugins
@@ -38,8 +39,9 @@ def check_out(out: Path, *, resume: bool) -> None:
     """Refuse to write over a run.
 
     Raises:
-        ConfigError: the folder holds one.
+        ConfigError: the folder holds one, or cannot be a folder.
     """
+    check_out_folder(out)
     if not resume and (out / "metrics.jsonl").exists():
         raise ConfigError(f"--out {out} already holds a run; continue it with --resume, or choose another folder")
 

@@ -218,3 +218,17 @@ def test_debug_shows_the_traceback(door, tmp_path):
     finished = door("--debug", "cache", "status", tmp_path)
     assert finished.code == 1
     assert "Traceback" in finished.stderr
+
+
+@pytest.mark.parametrize("out", ["file", "file/below/it"])
+@pytest.mark.parametrize("command", ["distill", "evaluate", "demo"])
+def test_an_output_folder_that_a_file_is_in_the_way_of_is_refused_before_the_work(door, tmp_path, data, cache, command, out):
+    (tmp_path / "file").write_text("mine")
+    inputs = ["--data", data, "--images", IMAGES, "--device", "cpu"]
+    given = {
+        "distill": ["--student", STUDENT, "--cache", cache, *inputs],
+        "evaluate": ["--model", STUDENT, *inputs],
+        "demo": [],
+    }
+    refused(door, [command, *given[command], "--out", tmp_path / out], ["cannot be a folder", f"{tmp_path / 'file'} is a file"])
+    assert (tmp_path / "file").read_text() == "mine"
