@@ -17,7 +17,7 @@ def cache() -> None:
     """Look into a cache: its progress, its soundness, its rows."""
 
 
-@cache.command("status")
+@cache.command("status", short_help="Progress: shards and samples, done and left.")
 @click.argument("url")
 @click.option(
     "--rejected", "rejected_file", type=click.Path(), help="Write every rejected sample and its reason to a JSONL file."
@@ -69,7 +69,7 @@ def cache_verify(url: str, quick: bool, as_json: bool) -> None:
         sys.exit(2)
 
 
-@cache.command("repair")
+@cache.command("repair", short_help="Drop what verify finds wrong.")
 @click.argument("url")
 @click.option(
     "--min-age",
@@ -98,7 +98,7 @@ def cache_repair(url: str, min_age: float, as_json: bool) -> None:
     click.echo(f"shards to do: {report.shards_to_do}" + ("; run alignkd cache-teacher again" if report.shards_to_do else ""))
 
 
-@cache.command("convert")
+@cache.command("convert", short_help="Copy a cache into the other shard format.")
 @click.argument("source")
 @click.argument("target")
 @click.option(
@@ -121,7 +121,7 @@ def cache_convert(source: str, target: str, shard_format: str | None, as_json: b
     print_figures(status_figures(convert_with_progress(source, target, shard_format)), as_json)
 
 
-@cache.command("inspect")
+@cache.command("inspect", short_help="One row, decoded; or what the cache holds.")
 @click.argument("url")
 @click.option("--id", "sample_id", help="Decode the row of this sample.")
 @click.option("--save", help="Write the row's arrays to an .npz file.")

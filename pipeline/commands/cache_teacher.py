@@ -10,7 +10,9 @@ from alignkd.pipeline.commands.printing import print_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 
 
-@click.command("cache-teacher", cls=options.CommandWithSettings)
+@click.command(
+    "cache-teacher", cls=options.CommandWithSettings, short_help="Stage one: run the teacher once, write its targets."
+)
 @options.settings
 @options_of(CacheTeacherConfig)
 @click.option("--engine", type=click.Choice(["process", "ray"]), default="process", help="What hands out the shards.")

@@ -15,7 +15,7 @@ from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.plugins import load_plugins
 
 
-@click.command("distill", cls=options.CommandWithSettings)
+@click.command("distill", cls=options.CommandWithSettings, short_help="Stage two: train the student, without the teacher.")
 @options.settings
 @click.option(
     "--recipe",
