@@ -1,4 +1,4 @@
-"""Random damage to every object of a cache, and whether it is found; ``benchmarks/flips.py`` does more of the same."""
+"""Random damage to every object of a cache, and whether it is found; ``benchmarks/damage/flips.py`` does more of the same."""
 
 from __future__ import annotations
 

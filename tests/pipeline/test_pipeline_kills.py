@@ -36,7 +36,7 @@ def expected(many, tmp_path_factory):
 
 @pytest.mark.parametrize(("place", "crashes"), FEW, ids=lambda value: getattr(value, "shard_format", value))
 def test_killed_workers_leave_a_cache_that_others_complete(door, tmp_path, many, expected, request, place, crashes):
-    """``benchmarks/crash_runs.py`` does this a hundred times, with up to three kills."""
+    """``benchmarks/damage/crash_runs.py`` does this a hundred times, with up to three kills."""
     cache = request.getfixturevalue("s3_url") if place == "s3" else str(tmp_path / "cache")
     outcome = crash_run(door, many, cache, crashes)
     assert outcome.sound, outcome

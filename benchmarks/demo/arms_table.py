@@ -1,6 +1,6 @@
 """Table of several runs of demo_arms.py: accuracy a seed and arm, mean, and the paired difference to plain fine-tuning.
 
-Example: python benchmarks/arms_table.py runs/arms-0 runs/arms-1
+Example: python benchmarks/demo/arms_table.py runs/arms-0 runs/arms-1
 """
 
 import json

@@ -1,6 +1,6 @@
 """The demo's comparison over more arms than two: one seed a process, one JSON a seed.
 
-Example: python benchmarks/demo_arms.py --seed 0 --out runs/arms-0 --device cuda
+Example: python benchmarks/demo/demo_arms.py --seed 0 --out runs/arms-0 --device cuda
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Flip bits of a small cache and cut its objects off, at random, and count what the audit and the reader find.
 
-Example: python benchmarks/flips.py --count 1000
+Example: python benchmarks/damage/flips.py --count 1000
 """
 
 import argparse
@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "cache_store"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "cache_store"))
 
 from cache_flips import is_found, random_damages, small_cache
 

@@ -5,7 +5,7 @@ of tiny samples. All of them are killed at a random instant of the time that the
 times, each time with another number of workers; a last round goes on to the end. Exit code 1 where any run does not end with
 every planned sample once, no problem found by ``verify``, and the content sha256 of the undisturbed run.
 
-Example: python benchmarks/crash_runs.py --runs 100 --workers 4 --out crash_runs.json
+Example: python benchmarks/damage/crash_runs.py --runs 100 --workers 4 --out crash_runs.json
 """
 
 import argparse
@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "pipeline"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "pipeline"))
 
 from crashes import Crashes, crash_run, finish, look_at, start_workers
 from s3_server import S3, let_in, new_bucket, serving
