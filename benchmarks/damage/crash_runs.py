@@ -2,7 +2,7 @@
 
 Each run draws a shard format and a place (a local folder, or a real S3 server on loopback) and has real workers write a cache
 of tiny samples. All of them are killed at a random instant of the time that the shards left take undisturbed, one to three
-times, each time with another number of workers; a last round goes on to the end. Exit code 1 where any run does not end with
+times, each time with another number of workers; a last round continues to the end. Exit code 1 where any run does not end with
 every planned sample once, no problem found by ``verify``, and the content sha256 of the undisturbed run.
 
 Example: python benchmarks/damage/crash_runs.py --runs 100 --workers 4 --out crash_runs.json

@@ -6,8 +6,8 @@ from typing import Any
 from alignkd.models.registry import REFUSED, FamilyRecord, family_records
 
 OTHERS = (
-    "Any other image-text-to-text model of transformers is tried as it is, and refused by name where it does not fit: its"
-    " images must be encoded apart from the text, and its layers attend to them as to text."
+    "Any other image-text-to-text model of transformers is tried unchanged, and refused with the reason if it is incompatible:"
+    " its images must be encoded apart from the text, and its layers attend to them as to text."
 )
 
 

@@ -46,7 +46,7 @@ def check_budget(data: TrainingSet, lengths: np.ndarray, batch_tokens: int) -> N
     """Refuse a budget that is smaller than some sample.
 
     Raises:
-        ConfigError: names the longest sample, its length, and the way out.
+        ConfigError: names the longest sample, its length, and what to do.
     """
     longest = int(lengths.argmax())
     if lengths[longest] > batch_tokens:

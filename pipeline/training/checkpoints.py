@@ -82,7 +82,7 @@ def loading_checkpoint(folder: str | Path | None) -> Iterator[None]:
     """Turn what torch, safetensors and transformers raise on damaged files into one message.
 
     Raises:
-        CheckpointError: names the checkpoint and the way out. Errors of storage and of memory pass unchanged.
+        CheckpointError: names the checkpoint and what to do. Errors of storage and of memory pass unchanged.
     """
     try:
         yield

@@ -32,7 +32,7 @@ from tiny_tokenizers import sentencepiece
 class SquareMode:
     """What the encoder asks of image preprocessing here."""
 
-    fit = "pad"
+    square_mode = "pad"
 
 
 def placeholder(tokenizer, template="v1"):

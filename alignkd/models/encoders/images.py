@@ -83,7 +83,7 @@ class ImagePreprocessor:
         return torch.from_numpy(pixels)
 
     @property
-    def fit(self) -> SquareMode:
+    def square_mode(self) -> SquareMode:
         """How an image becomes square."""
         return "pad" if self.aspect_ratio == "pad" else "crop"
 

@@ -105,6 +105,6 @@ class PlaceholderEncoder:
         self, ids: np.ndarray, labels: np.ndarray, images: Sequence[LoadedImage], spans: np.ndarray = NO_SPANS
     ) -> ModelInput:
         side = math.isqrt(self.tokens_per_placeholder)
-        regions = [region(i, (side, side), square_box(image.size, self.images.fit)) for i, image in enumerate(images)]
+        regions = [region(i, (side, side), square_box(image.size, self.images.square_mode)) for i, image in enumerate(images)]
         pixels = torch.stack([image.values for image in images]) if images else torch.zeros(0)
         return ModelInput(ids, labels, pixels, regions_R8=stack(regions), spans=spans)

@@ -28,5 +28,5 @@ class Llava(TransformersVlm):
         others = tokens - side**2
         if others > 1:
             return [region_without_coordinates(index, tokens)]
-        fit: SquareMode = "crop" if getattr(processor.image_processor, "do_center_crop", False) else "stretch"
-        return [*[region_without_coordinates(index, 1)] * others, region(index, (side, side), square_box(size, fit))]
+        square_mode: SquareMode = "crop" if getattr(processor.image_processor, "do_center_crop", False) else "stretch"
+        return [*[region_without_coordinates(index, 1)] * others, region(index, (side, side), square_box(size, square_mode))]
