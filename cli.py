@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from alignkd.errors import AlignkdError
+from alignkd.errors import AlignkdError, is_resumable
 from alignkd.version import __version__
 
 _COMMANDS = {
@@ -21,9 +21,11 @@ _COMMANDS = {
 
 
 class UserError(click.ClickException):
-    """One message for the user; exit code 2."""
+    """One message for the user; exit code 2, or 75 where running the same command again can help."""
 
-    exit_code = 2
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class LazyGroup(click.Group):
@@ -55,7 +57,7 @@ class LazyGroup(click.Group):
         except (AlignkdError, OSError) as error:
             if ctx.find_root().params.get("debug"):
                 raise
-            raise UserError(str(error)) from error
+            raise UserError(str(error), RESUMABLE_EXIT_CODE if is_resumable(error) else 2) from error
         except Interrupted as stopped:
             click.echo(str(stopped), err=True)
             ctx.exit(RESUMABLE_EXIT_CODE)

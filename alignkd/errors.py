@@ -2,9 +2,11 @@
 
 A message says what was found, what was expected, and what to do next. Where others' bytes are read (JSON, YAML,
 safetensors, images, configurations of transformers, storage), what those libraries raise is wrapped in one of these; the
-command line turns them into one message and exit code 2. Anything else is a bug, and keeps its traceback.
+command line turns them into one message and exit code 2, or 75 where trying again can help (:func:`is_resumable`). Anything
+else is a bug, and keeps its traceback.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +33,33 @@ class SampleError(AlignkdError):
 
 class CacheError(AlignkdError):
     """A cache that is missing, damaged, or does not belong to what it is used for."""
+
+
+class TransientError(AlignkdError):
+    """A fault of the surroundings, not of the input: storage that does not answer, a lost worker. Trying again can help."""
+
+
+_TRANSIENT_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EAGAIN EBUSY ECONNABORTED ECONNREFUSED ECONNRESET EHOSTDOWN EHOSTUNREACH EINTR EIO EMFILE ENETDOWN ENETRESET"
+        " ENETUNREACH ENFILE ENOBUFS ENOLINK ENOMEM ENOTCONN EPIPE EREMOTEIO ESHUTDOWN ESTALE ETIMEDOUT"
+    ).split()
+    if hasattr(errno, name)
+)
+_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed in a moment: network and file server faults, timeouts, too many open files."""
+    if isinstance(error, TransientError | TimeoutError | ConnectionError):
+        return True
+    return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS
+
+
+def is_resumable(error: BaseException) -> bool:
+    """Whether the same command may succeed later: :func:`is_transient`, and disks that are full or became read-only."""
+    return is_transient(error) or isinstance(error, OSError) and error.errno in _FULL_ERRNOS
 
 
 @contextmanager

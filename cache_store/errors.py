@@ -1,6 +1,6 @@
 """The errors of a cache. Every message names the object, what was found, what was expected, and what to do."""
 
-from alignkd.errors import AlignkdError, CacheError
+from alignkd.errors import CacheError, TransientError
 
 
 class FingerprintMismatchError(CacheError):
@@ -34,7 +34,7 @@ class MissingTensorError(CacheError, KeyError):
         return str(self.args[0])
 
 
-class StorageError(OSError, AlignkdError):
+class StorageError(OSError, TransientError):
     """An object could not be read or written; the message says which one, why, and what to do.
 
     It is not a :class:`CacheError`: a storage that does not answer says nothing about the cache.

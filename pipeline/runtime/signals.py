@@ -9,7 +9,7 @@ from types import FrameType
 RESUMABLE_EXIT_CODE = 75
 """Of a command that was stopped at a safe point. Schedulers know it as EX_TEMPFAIL: run the job again."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class Interrupted(Exception):  # noqa: N818 - an early, orderly end; not an error that the user has to act on
@@ -17,7 +17,7 @@ class Interrupted(Exception):  # noqa: N818 - an early, orderly end; not an erro
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGUSR1 or SIGINT; the second SIGINT interrupts at once."""
+    """Set by SIGTERM, SIGUSR1, SIGHUP or SIGINT; the second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
