@@ -21,11 +21,15 @@ _COMMANDS = {
 
 
 class UserError(click.ClickException):
-    """One message for the user; exit code 2, or 75 where running the same command again can help."""
+    """One message for the user; exit code 2."""
 
-    def __init__(self, message: str, exit_code: int = 2) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    exit_code = 2
+
+
+class TryAgainError(UserError):
+    """One message; the exit code that says: run the same command again. Schedulers know it as EX_TEMPFAIL."""
+
+    exit_code = 75
 
 
 class LazyGroup(click.Group):
@@ -48,7 +52,7 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Click's hook."""
-        from alignkd.pipeline.runtime.signals import RESUMABLE_EXIT_CODE, Interrupted
+        from alignkd.pipeline.runtime.signals import Interrupted
 
         try:
             return super().invoke(ctx)
@@ -57,10 +61,10 @@ class LazyGroup(click.Group):
         except (AlignkdError, OSError) as error:
             if ctx.find_root().params.get("debug"):
                 raise
-            raise UserError(str(error), RESUMABLE_EXIT_CODE if is_resumable(error) else 2) from error
+            raise (TryAgainError if is_resumable(error) else UserError)(str(error)) from error
         except Interrupted as stopped:
             click.echo(str(stopped), err=True)
-            ctx.exit(RESUMABLE_EXIT_CODE)
+            ctx.exit(TryAgainError.exit_code)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

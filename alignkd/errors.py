@@ -40,12 +40,11 @@ class TransientError(AlignkdError):
 
 
 _TRANSIENT_ERRNOS = frozenset(
-    getattr(errno, name)
-    for name in (
-        "EAGAIN EBUSY ECONNABORTED ECONNREFUSED ECONNRESET EHOSTDOWN EHOSTUNREACH EINTR EIO EMFILE ENETDOWN ENETRESET"
-        " ENETUNREACH ENFILE ENOBUFS ENOLINK ENOMEM ENOTCONN EPIPE EREMOTEIO ESHUTDOWN ESTALE ETIMEDOUT"
-    ).split()
-    if hasattr(errno, name)
+    {
+        *(errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM),
+        *(errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.EPIPE, errno.ESHUTDOWN, errno.ESTALE, errno.ETIMEDOUT),
+    }
 )
 _FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
@@ -59,7 +58,7 @@ def is_transient(error: BaseException) -> bool:
 
 def is_resumable(error: BaseException) -> bool:
     """Whether the same command may succeed later: :func:`is_transient`, and disks that are full or became read-only."""
-    return is_transient(error) or isinstance(error, OSError) and error.errno in _FULL_ERRNOS
+    return is_transient(error) or (isinstance(error, OSError) and error.errno in _FULL_ERRNOS)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from alignkd.errors import TransientError, is_transient
 
@@ -11,10 +12,12 @@ ATTEMPTS = 5
 FIRST_PAUSE_S = 0.2
 """Seconds before the second attempt; each later pause is three times as long: about 8 seconds in all."""
 
+Result = TypeVar("Result")
+
 _log = logging.getLogger(__name__)
 
 
-def with_retries[Result](
+def with_retries(
     call: Callable[[], Result], what: str, *, attempts: int = ATTEMPTS, sleep: Callable[[float], None] = time.sleep
 ) -> Result:
     """The result of ``call``; ``what`` names it in the log. Errors that are not transient pass at once.

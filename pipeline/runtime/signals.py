@@ -6,9 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-RESUMABLE_EXIT_CODE = 75
-"""Of a command that was stopped at a safe point. Schedulers know it as EX_TEMPFAIL: run the job again."""
-
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 

@@ -44,7 +44,7 @@ def arguments(data, cache):
 
 def refused(data, cache, *parts):
     result = CliRunner().invoke(main, arguments(data, cache))
-    assert result.exit_code == 2, result.stderr
+    assert result.exit_code == 75, result.stderr
     assert "Traceback" not in result.stderr
     assert sum(line.startswith("Error: ") for line in result.stderr.splitlines()) == 1
     words = result.stderr.partition("Error: ")[2]
