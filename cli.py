@@ -67,7 +67,14 @@ class LazyGroup(click.Group):
             ctx.exit(TryAgainError.exit_code)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+_CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "show_default": True,
+    "token_normalize_func": lambda word: word.replace("_", "-"),  # --learning_rate, as transformers spells it
+}
+
+
+@click.group(cls=LazyGroup, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="alignkd")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:  # noqa: ARG001

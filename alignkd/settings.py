@@ -16,6 +16,9 @@ from alignkd.errors import ConfigError
 
 _KEY = "alignkd"
 
+GROUPS = ("data", "model", "targets", "training", "storage", "many machines", "advanced", "general")
+"""The sections of a command's help, in this order."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -24,7 +27,8 @@ class Setting:
     ``flag``: the name of the option, if it is not the name of the field. ``choices``: the values allowed.
     ``default_text``: what help shows if the default is None. ``plain_flag``: ``--name`` without
     ``--no-name``. ``comma_separated``: a tuple given as one word. ``nested``: the field is a dataclass of settings, whose
-    fields are options themselves.
+    fields are options themselves. ``group``: the section of the help that shows it, one of :data:`GROUPS`. ``aliases``: other
+    names of the option that users of similar tools type, without their dashes.
     """
 
     help: str = ""
@@ -39,6 +43,11 @@ class Setting:
     plain_flag: bool = False
     comma_separated: bool = False
     nested: bool = False
+    group: str = "advanced"
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.group in GROUPS, self.group
 
     def refusal(self, value: Any) -> str:
         """What was expected instead of a value; empty where it is allowed."""

@@ -21,17 +21,21 @@ class LogitSettings(Settings):
 
     kind: str = setting(
         "sketch",
+        group="targets",
         flag="logits",
         choices=LOGIT_KINDS,
         help="What is stored of an answer token's distribution: see docs/cache-size.md.",
     )
-    top_k: int = setting(16, at_least=1, help="Tokens stored with their log-probability.")
-    draws: int = setting(8, at_least=1, help="sampled: tokens drawn from the rest.")
-    sketch_bytes: int = setting(64, at_least=1, help="sketch: bytes that describe the distribution of the rest.")
-    hidden_bits: int = setting(8, choices=(8, 16), help="hidden: bits of each feature.")
-    temperature: float = setting(1.0, more_than=0, help="Temperature of the logits.")
+    top_k: int = setting(16, group="targets", at_least=1, help="Tokens stored with their log-probability.")
+    draws: int = setting(8, group="targets", at_least=1, help="sampled: tokens drawn from the rest.")
+    sketch_bytes: int = setting(
+        64, group="targets", at_least=1, help="sketch: bytes that describe the distribution of the rest."
+    )
+    hidden_bits: int = setting(8, group="targets", choices=(8, 16), help="hidden: bits of each feature.")
+    temperature: float = setting(1.0, group="targets", more_than=0, help="Temperature of the logits.")
     vocabulary: int | None = setting(
         None,
+        group="targets",
         flag="logit-vocabulary",
         at_least=1,
         default_text="all of the teacher's output head",

@@ -1,13 +1,17 @@
 """``alignkd cache-teacher``."""
 
+from functools import partial
 from typing import Any
 
 import click
 
 from alignkd.pipeline.commands import options
 from alignkd.pipeline.commands.from_config import from_options, options_of
+from alignkd.pipeline.commands.grouped_help import GroupedOption
 from alignkd.pipeline.commands.printing import print_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+
+_of_cluster = partial(click.option, cls=GroupedOption, group="many machines")
 
 
 @click.command(
@@ -15,9 +19,9 @@ from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 )
 @options.settings
 @options_of(CacheTeacherConfig)
-@click.option("--engine", type=click.Choice(["process", "ray"]), default="process", help="What hands out the shards.")
-@click.option("--ray-workers", type=click.IntRange(min=1), help="Ray actors, each with a teacher. [default: one per GPU]")
-@click.option("--ray-address", help="Address of a running Ray cluster. [default: the one Ray finds, or a local one]")
+@_of_cluster("--engine", type=click.Choice(["process", "ray"]), default="process", help="What hands out the shards.")
+@_of_cluster("--ray-workers", type=click.IntRange(min=1), help="Ray actors, each with a teacher. [default: one per GPU]")
+@_of_cluster("--ray-address", help="Address of a running Ray cluster. [default: the one Ray finds, or a local one]")
 @click.option(
     "--dry-run", "only_estimate", is_flag=True, help="Estimate plan, size and time from a few real samples; write nothing."
 )

@@ -10,7 +10,7 @@ from alignkd.pipeline.commands.from_config import from_options, options_of
 from alignkd.pipeline.config.demo import DemoConfig
 
 
-@click.command("demo", short_help="The whole path on easy-VQA, with a report.")
+@click.command("demo", cls=options.CommandWithSettings, short_help="The whole path on easy-VQA, with a report.")
 @options_of(DemoConfig)
 @options.as_json
 def demo_command(as_json: bool, **given: Any) -> None:

@@ -10,6 +10,7 @@ from alignkd.errors import ConfigError
 from alignkd.losses.recipes import RECIPES, get_recipe
 from alignkd.pipeline.commands import options
 from alignkd.pipeline.commands.from_config import from_options, options_of
+from alignkd.pipeline.commands.grouped_help import GroupedOption
 from alignkd.pipeline.commands.printing import print_figures
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.plugins import load_plugins
@@ -19,10 +20,20 @@ from alignkd.plugins import load_plugins
 @options.settings
 @click.option(
     "--recipe",
+    cls=GroupedOption,
+    group="targets",
     default=DistillConfig.recipe.name,
     help=f"{', '.join(RECIPES)} (see docs/method.md), or a FILE.yaml.",
 )
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the recipe; may be repeated.")
+@click.option(
+    "--set",
+    "overrides",
+    cls=GroupedOption,
+    group="targets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a field of the recipe; may be repeated.",
+)
 @options_of(DistillConfig)
 @options.as_json
 def distill_command(recipe: str, overrides: tuple[str, ...], as_json: bool, **given: Any) -> None:

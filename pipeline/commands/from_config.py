@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
+from alignkd.pipeline.commands.grouped_help import GroupedOption
 from alignkd.settings import Setting, Settings, flag_of, setting_of, types_of
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -63,23 +64,27 @@ def _option(field: dataclasses.Field[Any], declared: Setting, accepted: tuple[ty
     name, parameter = flag_of(field), field.name
     required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     words = declared.help + (f" [default: {declared.default_text}]" if declared.default_text else "")
+    others = [f"--{alias}" for alias in declared.aliases]
+    about: dict[str, Any] = {"cls": GroupedOption, "group": declared.group, "help": words}
     if bool in accepted:
         # A command line can undo what a settings file says, unless the option is only meant for one run.
         switch = name if declared.plain_flag else f"{name}/--no-{name.lstrip('-')}"
-        return click.option(switch, parameter, is_flag=True, default=field.default, help=words)
+        return click.option(switch, parameter, is_flag=True, default=field.default, **about)
     default = None if required else field.default
     if declared.comma_separated:
         assert isinstance(field.default, tuple)
-        return click.option(name, parameter, type=CommaSeparated(declared.choices), default=",".join(field.default), help=words)
+        kind, default = CommaSeparated(declared.choices), ",".join(field.default)
+        return click.option(name, *others, parameter, type=kind, default=default, **about)
     return click.option(
         name,
+        *others,
         parameter,
         type=_click_type(declared, accepted),
         default=default,
         required=required,
         multiple=tuple in accepted,
         metavar=declared.metavar,
-        help=words,
+        **about,
     )
 
 

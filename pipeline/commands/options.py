@@ -1,12 +1,12 @@
 """``--settings``, which sets defaults of a command's options from a file; and the options that reports share."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from alignkd.errors import ConfigError
+from alignkd.pipeline.commands.grouped_help import write_sections
 
 
 class CommandWithSettings(click.Command):
@@ -17,10 +17,8 @@ class CommandWithSettings(click.Command):
         return super().parse_args(ctx, sorted(args, key=lambda word: word in ctx.help_option_names))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Click's hook: where a settings file sets a default, the usual default in the help text is removed."""
-        records = [record for option in self.get_params(ctx) if (record := option.get_help_record(ctx))]
-        with formatter.section("Options"):
-            formatter.write_dl([(name, re.sub(r" \[default: [^]]*\](?=  \[default: )", "", words)) for name, words in records])
+        """Click's hook."""
+        write_sections(self.get_params(ctx), ctx, formatter)
 
 
 def _use_settings(ctx: click.Context, param: click.Parameter, value: str | None) -> None:  # noqa: ARG001
@@ -61,7 +59,7 @@ def _as_defaults(ctx: click.Context, where: str, values: Mapping[str, Any]) -> d
 
 
 def _long_name(option: click.Option) -> str:
-    return max(option.opts, key=len).lstrip("-")
+    return option.opts[0].lstrip("-")
 
 
 def _can_be_undone(option: click.Option) -> bool:

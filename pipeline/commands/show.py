@@ -11,7 +11,7 @@ from alignkd.pipeline.commands.printing import print_figures
 from alignkd.pipeline.config.show import ShowConfig
 
 
-@click.command("show", short_help="One sample as the model sees it.")
+@click.command("show", cls=options.CommandWithSettings, short_help="One sample as the model sees it.")
 @options_of(ShowConfig)
 @options.as_json
 def show_command(as_json: bool, **given: Any) -> None:

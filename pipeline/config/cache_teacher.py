@@ -13,39 +13,55 @@ from alignkd.settings import Settings, setting
 class CacheTeacherConfig(Settings):
     """What ``alignkd cache-teacher`` is asked to do. ``attention_layers``: see :mod:`alignkd.losses.layers`."""
 
-    teacher: str = setting(help="Folder of the teacher's checkpoint.")
+    teacher: str = setting(group="model", help="Folder of the teacher's checkpoint.")
     data: str = shared.data()
     images: str | None = shared.images()
-    cache: str = setting(help="Where the cache is written: a folder, or a URL such as s3://bucket/cache.")
+    cache: str = setting(group="storage", help="Where the cache is written: a folder, or a URL such as s3://bucket/cache.")
     template: str | None = shared.template()
     max_length: int = setting(
-        DEFAULT_MAX_LENGTH, at_least=2, help="Most token ids of a sample (an image counts as one); longer samples are cut."
+        DEFAULT_MAX_LENGTH,
+        group="data",
+        aliases=("model-max-length",),
+        at_least=2,
+        help="Most token ids of a sample (an image counts as one); longer samples are cut.",
     )
-    shard_format: str = setting("zarr", flag="format", choices=SHARD_FORMATS, help="Shard format.")
+    shard_format: str = setting("zarr", group="storage", flag="format", choices=SHARD_FORMATS, help="Shard format.")
     settings: TargetSettings = setting(factory=TargetSettings, nested=True)
     attention_layers: str = setting(
         "first",
+        group="targets",
         help="Layers whose attention is stored: first, last, middle, all, or numbers such as 0,15,31; with @24, the layers"
         " that a student of 24 layers needs.",
     )
     alignment: str = setting(
         "targets",
+        group="targets",
         choices=ALIGNMENTS,
         help="Store attention and vision tokens of every sample, or, once, the part of the teacher that recomputes them.",
     )
     slice_without_tower: bool = setting(
-        False, help="With --alignment slice: do not store the vision tower, because the student has the same one."
+        False,
+        group="targets",
+        help="With --alignment slice: do not store the vision tower, because the student has the same one.",
     )
-    shard_samples: int = setting(512, at_least=1, help="Samples per shard: the unit of work and of resuming.")
+    shard_samples: int = setting(512, group="storage", at_least=1, help="Samples per shard: the unit of work and of resuming.")
     batch_tokens: int = setting(16_384, at_least=1, help="Positions per forward pass, padding included.")
     dtype: str = shared.dtype("Dtype of the teacher.")
     max_rejected: int = shared.max_rejected()
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()
     rank: int | None = setting(
-        None, at_least=0, default_text="from torchrun, SLURM or Kubernetes, else 0", help="Number of this worker."
+        None,
+        group="many machines",
+        at_least=0,
+        default_text="from torchrun, SLURM or Kubernetes, else 0",
+        help="Number of this worker.",
     )
-    world_size: int | None = setting(None, at_least=1, default_text="likewise, else 1", help="Number of workers.")
-    steal: bool = setting(False, help="When its own shards are done, a worker takes shards that others have not done yet.")
+    world_size: int | None = setting(
+        None, group="many machines", at_least=1, default_text="likewise, else 1", help="Number of workers."
+    )
+    steal: bool = setting(
+        False, group="many machines", help="When its own shards are done, a worker takes shards that others have not done yet."
+    )
     host_threads: int = setting(4, at_least=1, help="Threads that read images ahead of the teacher.")
     plugins: tuple[str, ...] = shared.plugins()

@@ -38,9 +38,11 @@ class TowerTraining:
 class DemoConfig(Settings):
     """Every number of the demo."""
 
-    out: str = setting(help="Folder for everything the demo makes.")
+    out: str = setting(group="storage", help="Folder for everything the demo makes.")
     seed: int = shared.seed("Seed of the teacher, the students and the choice of labelled images.")
-    shard_format: str = setting("zarr", flag="format", choices=SHARD_FORMATS, help="Shard format of the cache.")
+    shard_format: str = setting(
+        "zarr", group="storage", flag="format", choices=SHARD_FORMATS, help="Shard format of the cache."
+    )
     device: str | None = shared.device()
     labelled_share: float = 0.03
     tower: TowerTraining = field(default_factory=TowerTraining)

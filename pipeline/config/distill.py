@@ -20,60 +20,111 @@ class DistillConfig(Settings):
     only the samples and their order.
     """
 
-    student: str = setting(help="Folder of the student's checkpoint.")
+    student: str = setting(group="model", help="Folder of the student's checkpoint.")
     cache: str | None = setting(
-        None, help="The cache that cache-teacher wrote. Not needed by recipes without a teacher, such as sft."
+        None, group="data", help="The cache that cache-teacher wrote. Not needed by recipes without a teacher, such as sft."
     )
     data: str = shared.data()
     images: str | None = shared.images()
-    out: str = setting(help="Folder of the run.")
+    out: str = setting(group="storage", aliases=("output-dir",), help="Folder of the run.")
     recipe: Recipe = RECIPES["align-kd"]
     template: str | None = shared.template()
-    max_length: int | None = setting(None, at_least=2, default_text="the cache's", help="Most token ids of a sample.")
-    epochs: float = setting(1.0, more_than=0, help="Passes over the data.")
-    max_steps: int | None = setting(None, at_least=1, help="Optimizer steps, instead of --epochs.")
-    batch_size: int | None = setting(
-        None, at_least=1, default_text="16, or as many as --batch-tokens allows", help="Samples per micro-batch and device."
+    max_length: int | None = setting(
+        None,
+        group="data",
+        aliases=("model-max-length",),
+        at_least=2,
+        default_text="the cache's",
+        help="Most token ids of a sample.",
     )
-    batch_tokens: int | None = setting(None, at_least=1, help="Positions per micro-batch and device, padding included.")
-    group_by_length: bool = setting(False, help="Micro-batches of samples of similar length: less padding.")
-    gradient_accumulation: int = setting(1, at_least=1, help="Micro-batches per step and device.")
-    learning_rate: float = setting(4e-5, at_least=0, help="Peak learning rate; cosine decay to zero.")
+    epochs: float = setting(1.0, group="training", aliases=("num-train-epochs",), more_than=0, help="Passes over the data.")
+    max_steps: int | None = setting(None, group="training", at_least=1, help="Optimizer steps, instead of --epochs.")
+    batch_size: int | None = setting(
+        None,
+        group="training",
+        aliases=("bs", "per-device-train-batch-size"),
+        at_least=1,
+        default_text="16, or as many as --batch-tokens allows",
+        help="Samples per micro-batch and device.",
+    )
+    batch_tokens: int | None = setting(
+        None, group="training", at_least=1, help="Positions per micro-batch and device, padding included."
+    )
+    group_by_length: bool = setting(False, group="training", help="Micro-batches of samples of similar length: less padding.")
+    gradient_accumulation: int = setting(
+        1, group="training", aliases=("gradient-accumulation-steps",), at_least=1, help="Micro-batches per step and device."
+    )
+    learning_rate: float = setting(
+        4e-5, group="training", aliases=("lr",), at_least=0, help="Peak learning rate; cosine decay to zero."
+    )
     projector_learning_rate: float | None = setting(
-        None, at_least=0, default_text="--learning-rate", help="Learning rate of the projector."
+        None,
+        group="training",
+        aliases=("projector-lr", "mm-projector-lr"),
+        at_least=0,
+        default_text="--learning-rate",
+        help="Learning rate of the projector.",
     )
     optimizer: OptimizerName = setting(
-        "adamw", choices=("adamw", "muon"), help="muon: for the weight matrices of layers, adamw for the rest."
+        "adamw",
+        group="training",
+        aliases=("optim",),
+        choices=("adamw", "muon"),
+        help="muon: for the weight matrices of layers, adamw for the rest.",
     )
-    muon_learning_rate: float = setting(0.02, at_least=0, help="Peak learning rate of Muon.")
-    warmup: float = setting(0.03, at_least=0, at_most=0.999, help="Share of the steps in which the learning rate rises.")
-    weight_decay: float = setting(0.0, at_least=0, help="Weight decay of the optimizer.")
+    muon_learning_rate: float = setting(
+        0.02, group="training", aliases=("muon-lr",), at_least=0, help="Peak learning rate of Muon."
+    )
+    warmup: float = setting(
+        0.03,
+        group="training",
+        aliases=("warmup-ratio",),
+        at_least=0,
+        at_most=0.999,
+        help="Share of the steps in which the learning rate rises.",
+    )
+    weight_decay: float = setting(0.0, group="training", aliases=("wd",), at_least=0, help="Weight decay of the optimizer.")
     seed: int = shared.seed("Seed of the order of samples, of dropout and of new parameters.")
     dtype: str = shared.dtype("Dtype of the computation; trained weights stay float32.")
-    gradient_checkpointing: bool = setting(False, help="Less memory, a third more time.")
+    gradient_checkpointing: bool = setting(False, group="training", help="Less memory, a third more time.")
     deepspeed: str | None = setting(
-        None, metavar="NAME|FILE.json", help="ZeRO for many GPUs: zero1, zero2, zero3, or a FILE.json."
+        None, group="many machines", metavar="NAME|FILE.json", help="ZeRO for many GPUs: zero1, zero2, zero3, or a FILE.json."
     )
     lora: bool = setting(
-        False, help="Train low-rank updates of the decoder's layers, with projector and adapters, and merge them at the end."
+        False,
+        group="training",
+        help="Train low-rank updates of the decoder's layers, with projector and adapters, and merge them at the end.",
     )
-    lora_rank: int = setting(64, at_least=1, help="Rank of the updates.")
-    lora_alpha: int = setting(128, at_least=1, help="The updates are multiplied by alpha / rank.")
-    lora_dropout: float = setting(0.0, at_least=0, less_than=1, help="Dropout before the updates.")
+    lora_rank: int = setting(64, group="training", aliases=("lora-r",), at_least=1, help="Rank of the updates.")
+    lora_alpha: int = setting(128, group="training", at_least=1, help="The updates are multiplied by alpha / rank.")
+    lora_dropout: float = setting(0.0, group="training", at_least=0, less_than=1, help="Dropout before the updates.")
     online_teacher: str | None = setting(
-        None, metavar="DIR", help="Run this teacher in the training loop instead of reading its targets from a cache."
+        None,
+        group="model",
+        metavar="DIR",
+        help="Run this teacher in the training loop instead of reading its targets from a cache.",
     )
-    teacher_dtype: str | None = setting(None, choices=DTYPES, default_text="--dtype", help="Dtype of the online teacher.")
+    teacher_dtype: str | None = setting(
+        None, group="model", choices=DTYPES, default_text="--dtype", help="Dtype of the online teacher."
+    )
     cache_tower_features: bool = setting(False, help="Keep the frozen vision tower's features of all images in memory.")
-    save_steps: int = setting(500, at_least=1, help="Steps between checkpoints.")
-    save_total_limit: int = setting(2, at_least=2, help="Checkpoints kept.")
-    log_steps: int = setting(10, at_least=1, help="Steps between lines of metrics.jsonl.")
+    save_steps: int = setting(500, group="storage", at_least=1, help="Steps between checkpoints.")
+    save_total_limit: int = setting(2, group="storage", at_least=2, help="Checkpoints kept.")
+    log_steps: int = setting(
+        10, group="general", aliases=("logging-steps",), at_least=1, help="Steps between lines of metrics.jsonl."
+    )
     report_to: tuple[str, ...] = setting(
-        ("tensorboard",), help="Tracker, by its name in transformers, or none; may be repeated."
+        ("tensorboard",), group="general", help="Tracker, by its name in transformers, or none; may be repeated."
     )
     term_gradients: bool = setting(False, help="Log the gradient norm of each term.")
-    workers: int | None = setting(None, at_least=0, default_text="4 with a GPU, else 0", help="Loader processes.")
-    resume: bool = setting(False, plain_flag=True, help="Continue from the last checkpoint in --out.")
+    workers: int | None = setting(
+        None,
+        aliases=("num-workers", "dataloader-num-workers"),
+        at_least=0,
+        default_text="4 with a GPU, else 0",
+        help="Loader processes.",
+    )
+    resume: bool = setting(False, group="storage", plain_flag=True, help="Continue from the last checkpoint in --out.")
     max_rejected: int = shared.max_rejected()
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()

@@ -10,14 +10,16 @@ from alignkd.settings import Settings, setting
 class EvaluateConfig(Settings):
     """What ``alignkd evaluate`` is asked to do."""
 
-    model: str = setting(help="Folder of a checkpoint.")
+    model: str = setting(group="model", help="Folder of a checkpoint.")
     data: str = shared.data()
     images: str | None = shared.images()
-    metric: str = setting("exact", help="How answers are compared: exact, contains, or a metric that a plugin registers.")
-    out: str | None = setting(None, help="Folder for predictions and result.")
+    metric: str = setting(
+        "exact", group="data", help="How answers are compared: exact, contains, or a metric that a plugin registers."
+    )
+    out: str | None = setting(None, group="storage", aliases=("output-dir",), help="Folder for predictions and result.")
     template: str | None = shared.template()
-    batch_size: int = setting(64, at_least=1, help="Questions at a time.")
-    max_new_tokens: int = setting(32, at_least=1, help="Most tokens of an answer.")
+    batch_size: int = setting(64, group="model", aliases=("bs",), at_least=1, help="Questions at a time.")
+    max_new_tokens: int = setting(32, group="model", at_least=1, help="Most tokens of an answer.")
     dtype: str = shared.dtype("Dtype of the model.")
     max_rejected: int = shared.max_rejected()
     device: str | None = shared.device()

@@ -13,22 +13,22 @@ VISION_CODECS = ("int8-rows", "int4-blocks", "float16", "exact")
 
 def data() -> Any:
     """The data file."""
-    return setting(help="LLaVA-format JSON or JSON lines.")
+    return setting(group="data", aliases=("data-path",), help="LLaVA-format JSON or JSON lines.")
 
 
 def images() -> Any:
     """The folder of the images."""
-    return setting(None, help="Folder that image paths are relative to.")
+    return setting(None, group="data", aliases=("image-folder", "image-dir"), help="Folder that image paths are relative to.")
 
 
 def template() -> Any:
     """The prompt template."""
-    return setting(None, default_text="the model's", help="Prompt template.")
+    return setting(None, group="data", default_text="the model's", help="Prompt template.")
 
 
 def dtype(words: str) -> Any:
     """A dtype, float32 by default."""
-    return setting("float32", choices=DTYPES, help=words)
+    return setting("float32", group="model", choices=DTYPES, help=words)
 
 
 def seed(words: str) -> Any:
@@ -38,17 +38,17 @@ def seed(words: str) -> Any:
 
 def device() -> Any:
     """Where models run."""
-    return setting(None, default_text="the GPU where there is one", help="cpu, cuda, cuda:1 ...")
+    return setting(None, group="model", default_text="the GPU where there is one", help="cpu, cuda, cuda:1 ...")
 
 
 def vision_tower() -> Any:
     """Where the CLIP tower is, if the checkpoint does not hold it."""
-    return setting(None, help="Local folder of the CLIP tower, if the checkpoint names one that is not there.")
+    return setting(None, group="model", help="Local folder of the CLIP tower, if the checkpoint names one that is not there.")
 
 
 def max_rejected() -> Any:
     """How many samples may be rejected."""
-    return setting(100, at_least=0, help="Stop when more samples than this cannot be used.")
+    return setting(100, group="data", at_least=0, help="Stop when more samples than this cannot be used.")
 
 
 def plugins() -> Any:

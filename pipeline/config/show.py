@@ -11,14 +11,14 @@ from alignkd.settings import Settings, setting
 class ShowConfig(Settings):
     """What ``alignkd show`` is asked to do."""
 
-    model: str = setting(help="Folder of a checkpoint.")
+    model: str = setting(group="model", help="Folder of a checkpoint.")
     data: str = shared.data()
     images: str | None = shared.images()
-    id: str | None = setting(None, default_text="the first", help="Id of the sample.")
+    id: str | None = setting(None, group="data", default_text="the first", help="Id of the sample.")
     template: str | None = shared.template()
-    max_length: int = setting(DEFAULT_MAX_LENGTH, at_least=2, help="Most token ids of a sample.")
-    save: str | None = setting(None, help="Write the arrays to an .npz file.")
-    plot: str | None = setting(None, help="Draw the attention over the image to a .png file.")
+    max_length: int = setting(DEFAULT_MAX_LENGTH, group="data", at_least=2, help="Most token ids of a sample.")
+    save: str | None = setting(None, group="storage", help="Write the arrays to an .npz file.")
+    plot: str | None = setting(None, group="storage", help="Draw the attention over the image to a .png file.")
     dtype: str = shared.dtype("Dtype of the model.")
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()

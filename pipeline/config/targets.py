@@ -17,11 +17,13 @@ class TargetSettings(Settings):
     students of another architecture need.
     """
 
-    targets: tuple[str, ...] = setting(TARGETS, comma_separated=True, choices=TARGETS, help="Comma-separated targets to cache.")
-    attention: str = setting("per-head", choices=("per-head", "mean"), help="Store every head, or their mean.")
+    targets: tuple[str, ...] = setting(
+        TARGETS, group="targets", comma_separated=True, choices=TARGETS, help="Comma-separated targets to cache."
+    )
+    attention: str = setting("per-head", group="targets", choices=("per-head", "mean"), help="Store every head, or their mean.")
     logits: LogitSettings = setting(factory=LogitSettings, nested=True)
-    attention_codec: str = setting("sqrt8", choices=ATTENTION_CODECS, help="How attention is stored.")
-    vision_codec: str = setting("int8-rows", choices=VISION_CODECS, help="How vision tokens are stored.")
+    attention_codec: str = setting("sqrt8", group="targets", choices=ATTENTION_CODECS, help="How attention is stored.")
+    vision_codec: str = setting("int8-rows", group="targets", choices=VISION_CODECS, help="How vision tokens are stored.")
     attention_layers: tuple[int, ...] = (0,)
     layers: int = 1
     cross_model: bool = True
