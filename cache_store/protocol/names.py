@@ -13,6 +13,7 @@ COMMITS = "commits"
 PLAN = "plan"
 RUNS = "runs"
 TENSORS = "tensors"
+WORKERS = "workers"
 
 _OBJECT = re.compile(rf"{SHARDS}/(\d{{6,}})-([0-9a-f]{{12}})(\.[a-z]+)+")
 _RECORD = re.compile(r"(\d{6,})\.json")
@@ -53,7 +54,7 @@ def object_names(storage: Storage) -> list[str]:
 def temporary_names(storage: Storage) -> list[str]:
     """Temporary files, which a crash left or another worker is writing."""
     found = []
-    for folder in ("", PLAN, RUNS, TENSORS, SHARDS, COMMITS):
+    for folder in ("", PLAN, RUNS, TENSORS, WORKERS, SHARDS, COMMITS):
         prefix = f"{folder}/" if folder else ""
         found += [prefix + name for name in storage.names(folder) if name.startswith(TEMPORARY)]
     return found

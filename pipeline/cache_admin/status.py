@@ -1,14 +1,44 @@
 """Progress and size of a cache, as figures."""
 
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alignkd.cache_store.protocol import manifest
+from alignkd.cache_store.protocol.names import object_names
+from alignkd.cache_store.protocol.record import CommitRecord
 from alignkd.cache_store.protocol.status import Status
-from alignkd.cache_store.protocol.store import CacheStore
-from alignkd.pipeline.config.cache_layout import logit_width
+from alignkd.cache_store.protocol.store import CacheStore, open_store
+from alignkd.cache_store.protocol.worker_reports import AT_WORK, Heard, read_reports
+from alignkd.cache_store.storage import open_storage
+from alignkd.pipeline.cache_admin.workers import worker_figures
+from alignkd.pipeline.config.cache_layout import attention_layer, logit_width
 from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 
 RECENT_S = 600.0
 """The recent rate covers this many seconds before the last commit."""
+
+
+def figures_at(url: str) -> dict[str, Any]:
+    """:func:`status_figures` of the cache at ``url``, and its workers; before it exists, those about to start it.
+
+    Raises:
+        CacheError: there is neither a cache nor a worker, or the cache is damaged.
+        ConfigError: a URL that cannot be opened.
+    """
+    storage, now = open_storage(url), time.time()
+    heard = read_reports(storage)
+    if storage.size(manifest.NAME) is None and heard:
+        return {"cache": storage.url, "complete": False, **_workers([], heard, now)}
+    store = open_store(url)
+    records = list(store.status().records.values())
+    return status_figures(store) | _workers(records, read_reports(storage), now)
+
+
+def _workers(records: Sequence[CommitRecord], heard: Sequence[Heard], now: float) -> dict[str, Any]:
+    workers = worker_figures(records, heard, now=now, recent_s=RECENT_S)
+    return {"workers": workers, "workers_at_work": sum(worker["state"] in AT_WORK for worker in workers)}
 
 
 def status_figures(store: CacheStore) -> dict[str, Any]:
@@ -26,6 +56,7 @@ def status_figures(store: CacheStore) -> dict[str, Any]:
         "complete": status.complete,
         "shards_done": status.shards_done,
         "shards": status.shards,
+        "shards_missing": missing_shards(store, status),
         "samples_done": status.samples_done,
         "samples_rejected": len(status.rejected),
         "samples": status.samples,
@@ -38,8 +69,25 @@ def status_figures(store: CacheStore) -> dict[str, Any]:
         "samples_per_second": round(status.samples_done / status.seconds, 3) if status.seconds else 0.0,
         "tokens": status.tokens,
         **recent_figures(status),
+        "rejected_by_reason": rejected_by_reason(status),
         "rejected": rejected_samples(status),
     }
+
+
+def missing_shards(store: CacheStore, status: Status) -> list[int]:
+    """Shards that have a record, but whose object somebody deleted: one listing, no object is read."""
+    there = set(object_names(store.storage))
+    return [number for number, record in status.records.items() if record.object not in there]
+
+
+def rejected_by_reason(status: Status) -> dict[str, int]:
+    """How many samples were rejected for each kind of reason, most frequent first."""
+    counts = Counter(_kind(sample.reason) for sample in status.rejected)
+    return dict(counts.most_common())
+
+
+def _kind(reason: str) -> str:
+    return reason.split(":")[0].split(" ")[0]
 
 
 def per_sample(status: Status, dense: dict[str, int]) -> dict[str, dict[str, int]]:
@@ -72,17 +120,19 @@ def recent_figures(status: Status) -> dict[str, Any]:
 
 def rejected_samples(status: Status) -> list[dict[str, str]]:
     """Every rejected sample with its reason."""
-    return [{"id": r.sample_id, "key": r.key, "reason": r.reason} for r in status.rejected]
+    return [{"id": r.sample_id, "key": r.key, "kind": _kind(r.reason), "reason": r.reason} for r in status.rejected]
 
 
-def dense_bytes(decoded_bytes_by_field: dict[str, int], vocabulary: int, width: int) -> dict[str, int]:
+def dense_bytes(decoded_bytes_by_field: Mapping[str, int], vocabulary: int, width: int) -> dict[str, int]:
     """Bytes of the same targets uncompressed in 16 bits: all of attention and vision tokens, and logits over all ids.
 
     ``vocabulary``: ids that logits are over. ``width``: of the teacher's hidden states.
     """
-    dense: dict[str, int] = {
-        name: decoded_bytes_by_field[name] // 2 for name in ("attention", "vision_tokens") if name in decoded_bytes_by_field
-    }
+    dense = dict[str, int]()
+    for name, size in decoded_bytes_by_field.items():
+        if attention_layer(name) is not None or name == "vision_tokens":
+            target = "vision_tokens" if name == "vision_tokens" else "attention"
+            dense[target] = dense.get(target, 0) + size // 2
     answers = decoded_bytes_by_field.get("tail_logmass", 0) // 4 or decoded_bytes_by_field.get("hidden", 0) // (4 * width)
     if answers:
         dense["logits"] = answers * vocabulary * 2

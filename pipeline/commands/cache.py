@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import sys
+import time
+from typing import Any
 
 import click
 
@@ -17,27 +19,46 @@ def cache() -> None:
     """Look into a cache: its progress, its soundness, its rows."""
 
 
-@cache.command("status", short_help="Progress: shards and samples, done and left.")
+@cache.command("status", short_help="Progress: what is done and left, at which rate, by whom.")
 @click.argument("url")
 @click.option(
     "--rejected", "rejected_file", type=click.Path(), help="Write every rejected sample and its reason to a JSONL file."
 )
+@click.option("--watch", is_flag=True, help="Show it again and again, until the cache is complete or you press Ctrl-C.")
+@click.option("--every", type=click.FloatRange(min=0.1), default=5.0, help="Seconds between two looks of --watch.")
 @options.as_json
-def cache_status(url: str, rejected_file: str | None, as_json: bool) -> None:
-    """Progress: shards and samples done and left, bytes by field, rate, time left, rejected samples. It may be running.
+def cache_status(url: str, rejected_file: str | None, watch: bool, every: float, as_json: bool) -> None:
+    """Progress: samples done, left and rejected, rate and time left, each worker, and bytes. It may be running.
+
+    "uncompressed": all of attention and vision tokens, and logits over the whole vocabulary, in 16 bits.
 
     \b
     Example:
       alignkd cache status cache --rejected rejected.jsonl
+      alignkd cache status s3://bucket/cache --watch
     """
-    from alignkd.cache_store.protocol.store import open_store
-    from alignkd.pipeline.cache_admin.status import status_figures
+    from alignkd.pipeline.cache_admin.status import figures_at
 
-    figures = status_figures(open_store(url))
+    figures = figures_at(url)
     if rejected_file is not None:
         with open(rejected_file, "w") as file:
-            file.writelines(json.dumps(sample) + "\n" for sample in figures["rejected"])
-    print_figures(figures, as_json)
+            file.writelines(json.dumps(sample) + "\n" for sample in figures.get("rejected", []))
+    _show_status(figures, as_json)
+    while watch and not figures["complete"]:
+        time.sleep(every)
+        figures = figures_at(url)
+        if not as_json:
+            click.clear()  # nothing where standard output is no terminal
+        _show_status(figures, as_json)
+
+
+def _show_status(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(figures))
+    else:
+        from alignkd.pipeline.commands.status_table import print_status
+
+        print_status(figures)
 
 
 @cache.command("verify")

@@ -17,12 +17,14 @@ def print_figures(figures: dict[str, Any], as_json: bool) -> None:
 
 
 def _words(name: str, value: Any) -> str:
+    if value is None:
+        return "not known"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(name, item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):
         return "; ".join(_words("", item) for item in value) or "none"
     if "bytes" in name and isinstance(value, int | float):
-        return _size(value)
+        return size_words(value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -30,7 +32,8 @@ def _words(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _size(count: float) -> str:
+def size_words(count: float) -> str:
+    """A number of bytes in its largest unit: ``1.5 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:,.1f} {unit}" if unit != "B" else f"{count:,.0f} B"

@@ -22,6 +22,7 @@ from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
 from alignkd.pipeline.runtime.progress import ProgressBar, progress_bar
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
+from alignkd.pipeline.stage_one.heartbeat import Heartbeat
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
 from alignkd.pipeline.stage_one.worker import WorkerJob, warn_of_truncated
 from alignkd.plugins import load_plugins
@@ -48,8 +49,10 @@ class ShardActor:
     def job(self) -> WorkerJob:
         """Opened by the first task: Ray reports an error in ``__init__`` as a lost actor."""
         load_plugins(self.config.plugins)
-        stage = StageOne.open(self.config)
-        return WorkerJob(stage, stage.open_store(), Worker(), StopFlag())
+        stage, beat = StageOne.open(self.config), Heartbeat(self.config.cache, Worker())
+        job = WorkerJob(stage, stage.open_store(lambda: beat.enter("calibrating")), Worker(), StopFlag())
+        beat.enter("writing", lambda: job.samples)
+        return job
 
     def pending(self) -> list[int]:
         """Shards without a commit record. The answer also shows that this actor is ready."""

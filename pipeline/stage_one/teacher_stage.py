@@ -1,7 +1,7 @@
 """What stage one works with: the indexed data, the teacher, the plan, and one batch at a time."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -153,14 +153,19 @@ class StageOne:
         if "logits" in self.row_settings.targets:
             self.logit_codec = open_codec(self.row_settings.logits, arrays, self.teacher.device)
 
-    def open_store(self) -> CacheStore:
-        """Start the cache, or continue it.
+    def open_store(self, on_start: Callable[[], None] = lambda: None) -> CacheStore:
+        """Start the cache, or continue it; ``on_start`` is called before a calibration, which only a cache that starts needs.
 
         Raises:
             FingerprintMismatchError: it was written with other settings.
         """
+
+        def tensors() -> dict[str, np.ndarray]:
+            on_start()
+            return self.tensors()
+
         store = CacheStore.create_or_open(
-            self.config.cache, self.spec(), self.plan, shard_format=self.config.shard_format, tensors=self.tensors
+            self.config.cache, self.spec(), self.plan, shard_format=self.config.shard_format, tensors=tensors
         )
         self.use_tensors(store.tensors)
         return store

@@ -30,6 +30,7 @@ from alignkd.pipeline.runtime.ranks import Worker, find_worker
 from alignkd.pipeline.runtime.run_record import make_run_record
 from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
 from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
+from alignkd.pipeline.stage_one.heartbeat import heartbeat
 from alignkd.pipeline.stage_one.prefetch import HostThreads
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput
 from alignkd.pipeline.stage_one.shard_work import ReadyBatch, ShardWork, rows
@@ -50,14 +51,15 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
     """
     load_plugins(config.plugins)
     worker = find_worker(config.rank, config.world_size)
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, heartbeat(config.cache, worker) as beat:
         stage = StageOne.open(config, worker.local_rank, stop)
-        store = stage.open_store()
+        store = stage.open_store(lambda: beat.enter("calibrating"))
         store.sweep(min_age_s=MIN_AGE_S)
         configuration = asdict(stage.config) | {"template": stage.template, "worker": str(worker)}
         store.write_run(make_run_record("cache-teacher", configuration))
         started = time.perf_counter()
         job = WorkerJob(stage, store, worker, stop)
+        beat.enter("writing", lambda: job.samples)
         job.run(worker.order(store.pending(), steal=config.steal))
     seconds = time.perf_counter() - started
     warn_of_truncated(job.truncated, config.max_length)

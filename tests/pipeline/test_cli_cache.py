@@ -62,7 +62,7 @@ def test_status_writes_every_rejected_sample_to_a_file(door, tmp_path):
     data = write_data(tmp_path / "d.json", [MISSING[0], SAMPLES[4], MISSING[1], MISSING[2]])
     ok(door, *stage_one(data, tmp_path / "cache", "--format", "webdataset"))
     words = ok(door, "cache", "status", tmp_path / "cache", "--rejected", tmp_path / "rejected.jsonl")
-    assert re.search(r"samples rejected +3\n", words)
+    assert re.search(r"samples +1 +0 +3 +4\n", words)
     rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert {entry["id"] for entry in rejected} == {"bad0", "bad1", "bad2"}
     assert all(f"none{entry['id'][3:]}.png" in entry["reason"] and len(entry["key"]) == 32 for entry in rejected)
