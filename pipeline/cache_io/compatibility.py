@@ -9,6 +9,7 @@ from typing import Any
 from alignkd.capture.layer_pairs import compared_layers, needed_layers
 from alignkd.errors import CacheError, ConfigError
 from alignkd.losses.recipes import Recipe
+from alignkd.models.encoders.version import ENCODER_VERSION, changes_since, encoder_version
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.cross_model import CrossModelMap
 from alignkd.pipeline.cache_io.teacher_fingerprint import model_fingerprint
@@ -40,6 +41,8 @@ def check_student_compatible(
         CacheError: names what differs, both values, and what to do.
     """
     check_fingerprint_keys(fingerprint, cache=cache)
+    if needs:
+        check_encoder(fingerprint, student.family, cache)
     mismatch = _differences(_model_pairs(student, template, fingerprint), "in the cache")
     if mismatch and needs:
         prefix = f"the cache {cache} was written by a teacher that does not match the student ({mismatch})"
@@ -59,6 +62,30 @@ def check_student_compatible(
             f" teacher's, or write another cache with alignkd cache-teacher{hint and f'; {hint}'}"
         )
     return None
+
+
+def check_encoder(fingerprint: Mapping[str, Any], family: str, cache: str) -> None:
+    """Refuse a cache whose samples had other ids, labels or pixel values than this version gives them.
+
+    ``family``: the teacher's where the fingerprint does not say it.
+
+    Raises:
+        CacheError: says what changed, and what to do.
+    """
+    version, template = fingerprint.get("encoder", 1), fingerprint["template"]
+    family = fingerprint["teacher"].get("family", family)
+    if version > ENCODER_VERSION or version > encoder_version(family, template):
+        raise CacheError(
+            f"the cache {cache} was written by a later version of alignkd, which encodes samples in another way (version"
+            f" {version} of its encoders; this one has {encoder_version(family, template)} for them): train with that version"
+        )
+    if reasons := changes_since(version, family, template):
+        raise CacheError(
+            f"the cache {cache} was written by an earlier version of alignkd, whose ids, labels or pixel values differ"
+            f" from today's: since then {'; '.join(reasons)}. Its targets belong to other inputs than the student would see:"
+            " write another cache with alignkd cache-teacher, or train with the version that wrote it (cache inspect and"
+            " cache verify read it as before)"
+        )
 
 
 def _check_cross_model(

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from alignkd.models.encoders.version import encoder_version
 from alignkd.models.vlm import Vlm
 
 
 def model_fingerprint(vlm: Vlm, template: str) -> dict[str, Any]:
     """A model's architecture, tokenizer, template and preprocessing, under the keys of a cache's fingerprint."""
     digest = vlm.template_fingerprint()
+    encoder = encoder_version(vlm.family, template)
     return {
         "teacher": {
             "family": vlm.family,
@@ -21,6 +23,7 @@ def model_fingerprint(vlm: Vlm, template: str) -> dict[str, Any]:
         "tokenizer": vlm.tokenizer_fingerprint(),
         "template": template,
         **({"chat_template": digest} if digest else {}),
+        **({"encoder": encoder} if encoder > 1 else {}),
         "image_preprocessing": vlm.image_fingerprint(),
         "vision_tokens_per_image": vlm.vision_tokens_per_image,
     }

@@ -43,6 +43,7 @@ _OPTIONAL = {
     "teacher.tokens_per_placeholder": "a positive integer",
     "teacher.no_place": "text",
     "chat_template": "text",
+    "encoder": "a positive integer",
     "image_preprocessing": "text",
     "vision_tokens_per_image": "a positive integer or null",
     "alignment": "text",
