@@ -20,15 +20,19 @@ from typing import Any
 import pytest
 
 _BUCKETS = itertools.count()
-_REFUSALS = {"403": ("403 Forbidden", "AccessDenied"), "500": ("500 Internal Server Error", "InternalError")}
+_REFUSALS = {
+    "403": ("403 Forbidden", "AccessDenied"),
+    "500": ("500 Internal Server Error", "InternalError"),
+    "503": ("503 Slow Down", "SlowDown"),
+}
 
 
 @dataclass
 class Fault:
     """What happens to requests of ``method`` whose path holds ``name``, ``times`` times (-1: always).
 
-    ``kind``: "403", "500" and "drop" (the connection) instead of an answer; "500 after" and "drop after" once the request
-    was carried out; "cut" in the middle of the answer's body; "slow" answers ``seconds`` late.
+    ``kind``: "403", "500", "503" and "drop" (the connection) instead of an answer; "500 after" and "drop after" once the
+    request was carried out; "cut" in the middle of the answer's body; "slow" answers ``seconds`` late.
     """
 
     kind: str
@@ -71,7 +75,7 @@ class S3:
         kind = fault.kind if fault else ""
         if kind == "slow":
             time.sleep(fault.seconds)
-        if kind in ("403", "500", "drop"):
+        if kind in ("403", "500", "503", "drop"):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             return _refuse(kind, environ, start_response)
         # S3 decides about one writer of a name after the other; moto looks first and writes then.

@@ -108,7 +108,7 @@ def look_at(cache: str, failures: list[str], at_kills: list[int], seconds: float
     found: Counter[str] = Counter()
     with suppress(CorruptRecordError):
         reader = CacheReader(cache)
-        found.update(reader.rejected)
+        found.update(list(reader.rejected))
         for number in reader.records:
             with suppress(CorruptShardError):
                 found.update(reader.shard(number).keys)

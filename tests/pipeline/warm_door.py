@@ -19,12 +19,24 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 DOOR = Path(sys.executable).parent / "alignkd"
-_PASSED_ON = ("AWS_", "FSSPEC_", "NO_PROXY", "SLURM_", "JOB_COMPLETION_INDEX", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
+_PASSED_ON = (
+    "AWS_",
+    "FSSPEC_",
+    "NO_PROXY",
+    "SLURM_",
+    "JOB_COMPLETION_INDEX",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_",
+    "STORM_",
+)
 
 
 @dataclass(frozen=True)
@@ -55,12 +67,14 @@ class Running:
 class WarmDoor:
     """The client's side: start commands, or run one to its end. ``environment`` is added to that of this process."""
 
+    server_script = __file__
+
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
         self.numbers = itertools.count()
         self.unfinished: set[int] = set()
         self.server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, self.server_script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -94,7 +108,7 @@ class WarmDoor:
         self.server.wait(timeout=30)
 
 
-def serve() -> None:
+def serve(run: Callable[[dict[str, Any]], None]) -> None:
     import alignkd.pipeline.evaluate.runner
     import alignkd.pipeline.evaluate.show_sample
     import alignkd.pipeline.stage_one.worker
@@ -110,7 +124,7 @@ def serve() -> None:
         else:
             answer = os.fork()
             if answer == 0:
-                _run(request)
+                run(request)
         print(answer, flush=True)
 
 
@@ -123,7 +137,8 @@ def _read_the_description_of_s3() -> None:
     session.get_session().create_client("s3", region_name="us-east-1")
 
 
-def _run(request: dict[str, Any]) -> None:
+def run(request: dict[str, Any]) -> None:
+    """Become the command, in a process that was forked for it."""
     from fsspec.config import conf, set_conf_env
 
     os.setpgid(0, 0)
@@ -147,4 +162,4 @@ def _run(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(run)
