@@ -124,6 +124,9 @@ class DistillConfig(Settings):
         default_text="4 with a GPU, else 0",
         help="Loader processes.",
     )
+    max_wait: float = setting(
+        1800.0, at_least=1, help="Most seconds that a process waits for a loader or for another process; then the run ends."
+    )
     resume: bool = setting(False, group="storage", plain_flag=True, help="Continue from the last checkpoint in --out.")
     max_rejected: int = shared.max_rejected()
     device: str | None = shared.device()

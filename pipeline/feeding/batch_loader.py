@@ -1,8 +1,7 @@
 """Micro-batches, read ahead by worker processes that also open the shards of later ones in time."""
 
 from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,14 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from alignkd.pipeline.feeding.dataset import MicroBatchSamples, TrainingSet
+from alignkd.pipeline.feeding.loader_processes import Collate, SampleSource, begin_loader, end_at_exit, receive_ahead
 from alignkd.pipeline.feeding.order import WINDOW_SHARDS
-from alignkd.pipeline.runtime.signals import ignore_stop_signals
 
 BATCHES_AHEAD = 4
 """Micro-batches that each worker keeps ready: enough for the time that opening new shards takes."""
+
+LONGEST_WAIT_S = 1800.0
+"""Seconds; how long a batch may take before its loader processes count as lost."""
 
 
 class _WithUppendingShards(Sampler[list[int]]):
@@ -54,7 +56,7 @@ class TrainingLoader(DataLoader[Any]):
     """Collated micro-batches; processes read them ahead, and a thread receives the next one while a step runs.
 
     Shards of the next window are opened during this one if the reader may hold both: if its ``max_shards`` is at least
-    ``2 * WINDOW_SHARDS``.
+    ``2 * WINDOW_SHARDS``. Whoever stops before the last batch calls :meth:`close`, so that no process is left.
 
     Args:
         data: the samples.
@@ -62,31 +64,46 @@ class TrainingLoader(DataLoader[Any]):
         workers: processes; with 0 the training process reads each batch when it asks for it.
         pin_memory: batches come in page-locked memory.
         seed: of the workers. The random state of the run does not change, so that a resumed run has the same.
+        longest_wait_s: how long a batch may take before its loader processes count as lost.
+
+    Raises (while batches are taken):
+        TransientError: a loader process was killed, or does not answer.
     """
 
     def __init__(
-        self, data: TrainingSet, batches: Sampler[list[int]], *, workers: int, pin_memory: bool, seed: int = 0
+        self,
+        data: TrainingSet,
+        batches: Sampler[list[int]],
+        *,
+        workers: int,
+        pin_memory: bool,
+        seed: int = 0,
+        longest_wait_s: float = LONGEST_WAIT_S,
     ) -> None:
         super().__init__(
-            data,
+            SampleSource(data) if workers else data,
             batch_sampler=_WithUppendingShards(batches, data.shard_of_sample),
-            collate_fn=data.collate,
+            collate_fn=Collate(data.collate) if workers else data.collate,
             num_workers=workers,
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=begin_loader,
             prefetch_factor=BATCHES_AHEAD if workers else None,
             pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(seed),
         )
+        # DataLoader refuses new attributes of some names, not these.
+        self._longest_wait_s = longest_wait_s
+        self._received: list[Generator[Any, None, None]] = []
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
-        return _receive_ahead(batches) if self.num_workers else batches
+        if not self.num_workers:
+            return batches
+        end_at_exit(batches)
+        received = receive_ahead(batches, self._longest_wait_s)
+        self._received.append(received)
+        return received
 
-
-def _receive_ahead(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches; the next one is received while the last one is in use."""
-    with ThreadPoolExecutor(1, thread_name_prefix="receive") as thread:
-        pending = thread.submit(next, batches, None)
-        while (received := pending.result()) is not None:
-            pending = thread.submit(next, batches, None)
-            yield received
+    def close(self) -> None:
+        """End the loader processes at once, whatever they are doing. The loader may be used again."""
+        while self._received:
+            self._received.pop().close()

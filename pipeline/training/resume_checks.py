@@ -16,20 +16,9 @@ from alignkd.pipeline.training.schedule import Schedule
 from alignkd.plugins import loaded_plugins
 
 _MAY_CHANGE = (
-    *(
-        "resume",
-        "device",
-        "plugins",
-        "workers",
-        "save_steps",
-        "save_total_limit",
-        "log_steps",
-        "max_rejected",
-        "out",
-        "images",
-        "data",
-    ),
-    *("cache", "report_to", "term_gradients", "feature_bytes", "batch_size", "gradient_accumulation", "batch_tokens"),
+    *("resume", "device", "plugins", "workers", "save_steps", "save_total_limit", "log_steps", "max_rejected", "out"),
+    *("images", "data", "cache", "report_to", "term_gradients", "feature_bytes", "batch_size", "gradient_accumulation"),
+    *("batch_tokens", "max_wait"),
 )
 """Settings that may differ in a resumed run: none of them changes what is learned. Data, cache and plugins are compared by
 content, batches by the samples that a step takes."""

@@ -18,6 +18,7 @@ from alignkd.objective import Objective
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.feature_cache import cache_tower_features
+from alignkd.pipeline.feeding.loader_processes import lost_loader
 from alignkd.pipeline.runtime.devices import peak_memory_bytes
 from alignkd.pipeline.runtime.files import replace_text
 from alignkd.pipeline.runtime.processes import Processes
@@ -118,6 +119,7 @@ def _train(
             optimizer=OptimizerSettings(config.optimizer, config.muon_learning_rate, config.projector_learning_rate),
             metrics=metrics,
             stop=stop,
+            longest_wait_s=config.max_wait,
             term_gradients=config.term_gradients,
             callbacks=[callback, *([TensorBoard(out / "tensorboard")] if "tensorboard" in config.report_to else [])],
         )
@@ -125,7 +127,12 @@ def _train(
         for unwanted in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(unwanted)
         metrics.resume(state.get("metrics", {}), done)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except RuntimeError as error:
+            raise (lost_loader(error) or error) from error
+        finally:
+            trainer.close()
         if trainer.state.global_step < schedule.steps:
             assert stop or trainer.stop_agreed
             signal = stop.signal_name or "a signal to another process"

@@ -49,11 +49,12 @@ class DistillTrainer(CheckpointingTrainer):
         optimizer: OptimizerSettings,
         metrics: Metrics,
         stop: StopFlag,
+        longest_wait_s: float,
         term_gradients: bool = False,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.objective, self.data, self.processes = objective, data, processes
-        self.schedule, self.done = schedule, done
+        self.schedule, self.done, self.longest_wait_s = schedule, done, longest_wait_s
         self.optimizer_settings = optimizer
         self.metrics, self.finite = metrics, FiniteCheck()
         self.health_checks = HealthChecks(objective.recipe, max_length=data.preparer.encoder.max_length)
@@ -61,6 +62,7 @@ class DistillTrainer(CheckpointingTrainer):
         self.term_recipes = one_term_recipes(objective.recipe) if term_gradients else {}
         self._gradient_norms: dict[str, torch.Tensor] = {}
         self._last: Mapping[str, Any] | None = None
+        self._loader: TrainingLoader | None = None
         super().__init__(model=objective, args=arguments, train_dataset=data, data_collator=data.collate, callbacks=callbacks)
         # Terms are already shares of the step: Trainer must not divide them by the number of batches again.
         self.loss_is_scaled_for_ga = True
@@ -77,13 +79,20 @@ class DistillTrainer(CheckpointingTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's micro-batches; :meth:`_prepare_inputs` moves them to the device."""
-        return TrainingLoader(
+        self._loader = TrainingLoader(
             self.data,
             self._get_train_sampler(),
             workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             seed=self.args.seed,
+            longest_wait_s=self.longest_wait_s,
         )
+        return self._loader
+
+    def close(self) -> None:
+        """End the loader processes, however training ended."""
+        if self._loader is not None:
+            self._loader.close()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
