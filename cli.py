@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from alignkd.errors import AlignkdError, is_resumable
+from alignkd.pipeline.commands.messages import make_streams_safe, shown_escaped
 from alignkd.version import __version__
 
 _COMMANDS = {
@@ -35,8 +36,19 @@ class TryAgainError(UserError):
 class LazyGroup(click.Group):
     """Imports a command when it is asked for, and turns errors that a user can act on into one message.
 
-    An error that is neither :class:`AlignkdError` nor OSError is a bug: it keeps its traceback.
+    An error that is neither :class:`AlignkdError` nor OSError is a bug: it keeps its traceback. Messages hold text from
+    others, so they are shown with its hidden characters escaped.
     """
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Click's hook."""
+        make_streams_safe()
+        return super().main(*args, **kwargs)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Click's hook."""
+        with shown_escaped():
+            return super().make_context(*args, **kwargs)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Click's hook."""
@@ -55,6 +67,14 @@ class LazyGroup(click.Group):
         from alignkd.pipeline.runtime.signals import Interrupted
 
         try:
+            with shown_escaped():
+                return self._invoke(ctx)
+        except Interrupted as stopped:
+            click.echo(str(stopped), err=True)
+            ctx.exit(TryAgainError.exit_code)
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
             return super().invoke(ctx)
         except BrokenPipeError:  # the program that read our output has ended; click ends quietly
             raise
@@ -62,9 +82,6 @@ class LazyGroup(click.Group):
             if ctx.find_root().params.get("debug"):
                 raise
             raise (TryAgainError if is_resumable(error) else UserError)(str(error)) from error
-        except Interrupted as stopped:
-            click.echo(str(stopped), err=True)
-            ctx.exit(TryAgainError.exit_code)
 
 
 _CONTEXT = {

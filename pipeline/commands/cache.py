@@ -1,7 +1,6 @@
 """``alignkd cache``: look after a cache. No command here loads a model, or torch."""
 
 import dataclasses
-import json
 import sys
 import time
 from typing import Any
@@ -10,8 +9,9 @@ import click
 
 from alignkd.errors import ConfigError
 from alignkd.pipeline.commands import options
-from alignkd.pipeline.commands.printing import print_figures
+from alignkd.pipeline.commands.printing import print_figures, say, say_json, without_credentials
 from alignkd.pipeline.config.shared import SHARD_FORMATS
+from alignkd.pipeline.runtime.printable import json_text
 
 
 @click.group("cache")
@@ -41,8 +41,8 @@ def cache_status(url: str, rejected_file: str | None, watch: bool, every: float,
 
     figures = figures_at(url)
     if rejected_file is not None:
-        with open(rejected_file, "w") as file:
-            file.writelines(json.dumps(sample) + "\n" for sample in figures.get("rejected", []))
+        with open(rejected_file, "w", encoding="utf-8") as file:
+            file.writelines(json_text(sample) + "\n" for sample in figures.get("rejected", []))
     _show_status(figures, as_json)
     while watch and not figures["complete"]:
         time.sleep(every)
@@ -54,11 +54,11 @@ def cache_status(url: str, rejected_file: str | None, watch: bool, every: float,
 
 def _show_status(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(figures))
+        print_figures(figures, as_json)
     else:
         from alignkd.pipeline.commands.status_table import print_status
 
-        print_status(figures)
+        print_status(without_credentials(figures))
 
 
 @cache.command("verify")
@@ -80,12 +80,12 @@ def cache_verify(url: str, quick: bool, as_json: bool) -> None:
     report = verify_with_progress(url, quick=quick)
     figures = dataclasses.asdict(report) | {"incomplete": report.incomplete}
     if as_json:
-        click.echo(json.dumps(figures))
+        say_json(figures)
     else:
         print_figures({k: v for k, v in figures.items() if k not in ("problems", "content_sha256")}, as_json=False)
         for problem in report.problems:
-            click.echo(f"problem: {problem}")
-        click.echo(f"content sha256: {report.content_sha256 or '(not computed: --quick)'}")
+            say(f"problem: {problem}")
+        say(f"content sha256: {report.content_sha256 or '(not computed: --quick)'}")
     if report.problems:
         sys.exit(2)
 
@@ -110,13 +110,13 @@ def cache_repair(url: str, min_age: float, as_json: bool) -> None:
 
     report = repair(url, min_age_s=min_age)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(report)))
+        say_json(dataclasses.asdict(report))
         return
     for problem in report.problems:
-        click.echo(f"problem: {problem}")
+        say(f"problem: {problem}")
     for name in report.removed:
-        click.echo(f"removed: {name}")
-    click.echo(f"shards to do: {report.shards_to_do}" + ("; run alignkd cache-teacher again" if report.shards_to_do else ""))
+        say(f"removed: {name}")
+    say(f"shards to do: {report.shards_to_do}" + ("; run alignkd cache-teacher again" if report.shards_to_do else ""))
 
 
 @cache.command("convert", short_help="Copy a cache into the other shard format.")
@@ -162,7 +162,7 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
         if save or plot:
             raise ConfigError("--save and --plot need --id: they are about one row")
         specification = {"shard_format": reader.shard_format, **reader.spec.to_dict()}
-        click.echo(json.dumps(specification, indent=None if as_json else 2))
+        click.echo(json_text(specification, indent=None if as_json else 2))
         return
     import numpy as np
 

@@ -1,12 +1,12 @@
 """``alignkd demo``."""
 
-import json
 from typing import Any
 
 import click
 
 from alignkd.pipeline.commands import options
 from alignkd.pipeline.commands.from_config import from_options, options_of
+from alignkd.pipeline.commands.printing import say, say_json
 from alignkd.pipeline.config.demo import DemoConfig
 
 
@@ -24,4 +24,7 @@ def demo_command(as_json: bool, **given: Any) -> None:
     from alignkd.pipeline.demo.run import demo
 
     result = demo(config)
-    click.echo(json.dumps(result.figures) if as_json else result.text)
+    if as_json:
+        say_json(result.figures)
+    else:
+        say(result.text)

@@ -1,19 +1,37 @@
 """Figures on standard output: aligned text for people, JSON for programs."""
 
-import json
 from typing import Any
 
 import click
 
+from alignkd.pipeline.runtime.printable import json_text, printable, printable_lines
+from alignkd.pipeline.runtime.redact import redacted_text
+
+
+def say(text: object) -> None:
+    """Print text of one or several lines on standard output; hidden characters in it are shown escaped."""
+    click.echo(printable_lines(text))
+
+
+def say_json(value: Any) -> None:
+    """Print one line of JSON on standard output."""
+    click.echo(json_text(value))
+
+
+def without_credentials(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures whose ``cache`` is a URL that may be shown."""
+    return {**figures, "cache": redacted_text(str(figures["cache"]))} if "cache" in figures else figures
+
 
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:
     """Print one figure per line, or all as one JSON object."""
+    figures = without_credentials(figures)
     if as_json:
-        click.echo(json.dumps(figures, default=str))
+        say_json(figures)
         return
     width = max(len(name) for name in figures)
     for name, value in figures.items():
-        click.echo(f"{name.replace('_', ' '):<{width}}  {_words(name, value)}")
+        click.echo(printable(f"{name.replace('_', ' '):<{width}}  {_words(name, value)}"))
 
 
 def _words(name: str, value: Any) -> str:

@@ -1,14 +1,14 @@
 """``alignkd show``."""
 
-import json
 from typing import Any
 
 import click
 
 from alignkd.pipeline.commands import options
 from alignkd.pipeline.commands.from_config import from_options, options_of
-from alignkd.pipeline.commands.printing import print_figures
+from alignkd.pipeline.commands.printing import print_figures, say, say_json
 from alignkd.pipeline.config.show import ShowConfig
+from alignkd.pipeline.runtime.printable import printable
 
 
 @click.command("show", cls=options.CommandWithSettings, short_help="One sample as the model sees it.")
@@ -26,10 +26,10 @@ def show_command(as_json: bool, **given: Any) -> None:
 
     shown = show(config)
     if as_json:
-        click.echo(json.dumps({**shown.figures, "tokens": shown.tokens}))
+        say_json({**shown.figures, "tokens": shown.tokens})
         return
-    click.echo("position      id  place         supervised  piece")
+    say("position      id  place         supervised  piece")
     for token in shown.tokens:
         mark = "yes" if token["supervised"] else ""
-        click.echo(f"{token['position']:8d}  {token['id']:6d}  {token['place']:<12}  {mark:<10}  {token['piece']}")
+        say(f"{token['position']:8d}  {token['id']:6d}  {token['place']:<12}  {mark:<10}  {printable(token['piece'])}")
     print_figures(shown.figures, as_json=False)

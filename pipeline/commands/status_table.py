@@ -11,6 +11,7 @@ from rich.text import Text
 from alignkd.cache_store.protocol.worker_reports import AT_WORK
 from alignkd.pipeline.commands.printing import size_words
 from alignkd.pipeline.config.cache_layout import attention_layer
+from alignkd.pipeline.runtime.printable import printable, printable_lines
 
 WIDTH = 80
 _MOST_WORKERS = 12
@@ -24,11 +25,11 @@ def print_status(figures: Mapping[str, Any]) -> None:
 
 def status_table(figures: Mapping[str, Any]) -> Group:
     """The figures as text and tables."""
-    parts: list[RenderableType] = [Text(headline(figures))]
+    parts: list[RenderableType] = [Text(printable(headline(figures)))]
     if "shards" in figures:
         parts += ["", _progress(figures), Text(rate_words(figures))]
         if figures["shards_missing"]:
-            parts += [Text(_missing_words(figures))]
+            parts += [Text(printable_lines(_missing_words(figures)))]
         if figures["samples_rejected"]:
             parts += ["", _rejected(figures)]
     if figures["workers"]:
@@ -171,7 +172,7 @@ def _table(columns: Iterable[str], wide: int | None = None) -> Table:
 
 
 def _row(table: Table, *words: str) -> None:
-    table.add_row(*(Text(word) for word in words))
+    table.add_row(*(Text(printable(word)) for word in words))
 
 
 def _plural(noun: str, count: int) -> str:

@@ -1,5 +1,6 @@
 """How a generated answer is compared with the expected one; plugins register further metrics."""
 
+import unicodedata
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -10,13 +11,22 @@ Metric = Callable[[str, str], bool]
 
 
 def exact(prediction: str, answer: str) -> bool:
-    """The same words; case, surrounding white space and a final full stop do not count."""
-    return prediction.strip().rstrip(".").casefold() == answer.strip().rstrip(".").casefold()
+    """The same words; case, surrounding white space and a final full stop do not count. Nothing equals an empty answer."""
+    return not is_empty(answer) and _words(prediction) == _words(answer)
 
 
 def contains(prediction: str, answer: str) -> bool:
-    """The answer occurs in the prediction, in any case."""
-    return answer.strip().rstrip(".").casefold() in prediction.casefold()
+    """The answer occurs in the prediction, in any case. An empty answer occurs nowhere."""
+    return not is_empty(answer) and _words(answer) in prediction.casefold()
+
+
+def is_empty(answer: str) -> bool:
+    """Whether an expected answer holds nothing to compare with: white space, full stops and characters without a shape."""
+    return all(c.isspace() or c == "." or unicodedata.category(c) in ("Cc", "Cf") for c in answer)
+
+
+def _words(text: str) -> str:
+    return text.strip().rstrip(".").casefold()
 
 
 _METRICS: dict[str, Metric] = {"exact": exact, "contains": contains}

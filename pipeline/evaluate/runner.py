@@ -2,14 +2,15 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignkd.errors import SampleError
+from alignkd.errors import DataError, SampleError
 from alignkd.inputs.batch import ModelInput
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
@@ -20,9 +21,10 @@ from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.data.tower_features import tower_features
-from alignkd.pipeline.evaluate.metrics import Metric, get_metric
+from alignkd.pipeline.evaluate.metrics import Metric, get_metric, is_empty
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 from alignkd.pipeline.runtime.files import check_out_folder, replace_text
+from alignkd.pipeline.runtime.printable import json_text
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.run_record import write_run_record
 from alignkd.plugins import load_plugins
@@ -45,10 +47,10 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Generate and score. With ``out``, write ``predictions.jsonl`` and ``result.json`` there.
+    """Generate and score. With ``out``, write ``predictions.jsonl`` there as it goes, and ``result.json`` at the end.
 
     Raises:
-        AlignkdError: bad input, or too many rejected samples.
+        AlignkdError: bad input, too many rejected samples, or no question that could be answered.
     """
     if config.out is not None:
         check_out_folder(Path(config.out))
@@ -60,29 +62,57 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     template = config.template or vlm.default_template
     preparer = Preparer.of(vlm, template=template, max_length=DEFAULT_MAX_LENGTH, image_root=config.images)
     rejects = RejectedSamples(config.max_rejected)
-    lines: list[dict[str, Any]] = []
-    with progress_bar("evaluate", len(samples), "samples") as progress:
+    correct = answered = 0
+    with _predictions(config) as write, progress_bar("evaluate", len(samples), "samples") as progress:
         for start in range(0, len(samples), config.batch_size):
             indices = range(start, min(start + config.batch_size, len(samples)))
             questions = _questions(vlm, [samples[i] for i in indices], preparer, rejects)
             if questions:
                 predictions = answer(vlm, [question.input for question in questions], config.max_new_tokens)
-                lines += [_line(q.sample, p, metric) for q, p in zip(questions, predictions, strict=True)]
+                lines = [_line(q.sample, p, metric) for q, p in zip(questions, predictions, strict=True)]
+                write(lines)
+                answered += len(lines)
+                correct += sum(line["correct"] for line in lines)
             progress.advance(len(indices))
-    correct = sum(line["correct"] for line in lines)
-    low, high = wilson_interval(correct, len(lines))
+    if not answered:
+        raise DataError(f"{config.data}: none of its {len(samples)} samples could be answered. {_reasons(rejects)}")
+    low, high = wilson_interval(correct, answered)
     result = {
         "metric": config.metric,
-        "accuracy": correct / max(len(lines), 1),
+        "accuracy": correct / answered,
         "interval_95": [low, high],
         "correct": correct,
-        "answered": len(lines),
+        "answered": answered,
         "rejected": rejects.count,
         "rejected_samples": rejects.reasons,
     }
     if config.out is not None:
-        _write(Path(config.out), config, lines, result)
+        replace_text(Path(config.out) / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+@contextmanager
+def _predictions(config: EvaluateConfig) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
+    """What writes lines of ``predictions.jsonl``; each batch is in the file before the next one is generated."""
+    if config.out is None:
+        yield lambda _: None
+        return
+    out = Path(config.out)
+    write_run_record(out / "run.json", "evaluate", asdict(config))
+    (out / "result.json").unlink(missing_ok=True)  # of an earlier run, whose predictions are written over
+    with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
+
+        def write(lines: Sequence[Mapping[str, Any]]) -> None:
+            file.writelines(json_text(line) + "\n" for line in lines)
+            file.flush()
+
+        yield write
+
+
+def _reasons(rejects: RejectedSamples) -> str:
+    """The first reasons, each with the id of a sample."""
+    first = "; ".join(f"{name or '(no id)'}: {why}" for name, why in list(rejects.reasons.items())[:3])
+    return f"First: {first}. Check --data and --images"
 
 
 def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects: RejectedSamples) -> list[_Question]:
@@ -92,10 +122,18 @@ def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects:
     questions = []
     for sample in samples:
         try:
-            questions.append(_Question(sample, preparer.question(sample)))
+            question = _Question(sample, preparer.question(sample))
+            _check_reference(sample)
+            questions.append(question)
         except SampleError as error:
             rejects.add(sample.id or sample.key, str(error))
     return questions
+
+
+def _check_reference(sample: Sample) -> None:
+    reference = sample.turns[-1][1]
+    if is_empty(reference):
+        raise SampleError(f"its last answer is {reference!r}: there is nothing to compare a prediction with")
 
 
 @torch.inference_mode()
@@ -118,13 +156,16 @@ def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> li
 
 
 def _line(sample: Sample, prediction: str, metric: Metric) -> dict[str, Any]:
-    expected = sample.turns[-1][1]
-    return {"id": sample.id, "prediction": prediction, "answer": expected, "correct": metric(prediction, expected)}
-
-
-def _write(out: Path, config: EvaluateConfig, lines: list[dict[str, Any]], result: dict[str, Any]) -> None:
-    write_run_record(out / "run.json", "evaluate", asdict(config))
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    # An id may hold half of a surrogate pair, which UTF-8 cannot; backslashreplace writes JSON's own escape for it.
-    (out / "predictions.jsonl").write_text(text, errors="backslashreplace")
-    replace_text(out / "result.json", json.dumps(result, indent=2) + "\n")
+    """One line of ``predictions.jsonl``: what was asked, with which image, what was said, and what was expected."""
+    reference = sample.turns[-1][1]
+    asked = [text for speaker, text in sample.turns[:-1] if speaker == "human"]
+    images = list(sample.images)
+    return {
+        "id": sample.id,
+        "question": asked[-1] if asked else "",
+        "image": None if not images else images[0] if len(images) == 1 else images,
+        "prediction": prediction,
+        "reference": reference,
+        "answer": reference,  # its name in files of 0.1.0
+        "correct": metric(prediction, reference),
+    }

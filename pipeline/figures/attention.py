@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 
 from alignkd.errors import ConfigError, wrap_errors
 from alignkd.inputs.regions import tokens_of
+from alignkd.pipeline.runtime.printable import printable_lines
 
-__all__ = ["Figure", "attention_figure", "image_heat", "overlay", "plt", "save_figure"]
+__all__ = ["Figure", "attention_figure", "image_heat", "overlay", "plt", "save_figure", "set_title"]
 
 
 Patch = tuple[np.ndarray, tuple[float, float, float, float]]
@@ -34,9 +35,14 @@ def overlay(axes: Axes, picture: np.ndarray, heat: Sequence[Patch], title: str) 
     tops, lefts, bottoms, rights = zip((0.0, 0.0, 1.0, 1.0), *(box for _, box in heat), strict=True)
     axes.set_xlim(min(lefts) * width, max(rights) * width)
     axes.set_ylim(max(bottoms) * height, min(tops) * height)
-    axes.set_title(title, fontsize=8)
+    set_title(axes, title)
     axes.set_xticks([])
     axes.set_yticks([])
+
+
+def set_title(axes: Axes, title: str, size: float = 8) -> None:
+    """Write a title that may hold text from others: no formula in it is set, no hidden character drawn."""
+    axes.set_title(printable_lines(title), fontsize=size, parse_math=False)
 
 
 def image_heat(attention_HTV: np.ndarray, regions_R8: np.ndarray, image: int) -> list[Patch]:
@@ -61,7 +67,7 @@ def attention_figure(
     image_V = np.repeat(regions_R8[:, 0].astype(int), tokens_of(regions_R8))
     for row, picture in enumerate(pictures):
         axes[row, 0].imshow(picture)
-        axes[row, 0].set_title("image", fontsize=8)
+        set_title(axes[row, 0], "image")
         axes[row, 0].axis("off")
         mass_H = attention_HTV[:, :, image_V == row].sum(axis=2).mean(axis=1)
         heat = image_heat(attention_HTV, regions_R8, row)
@@ -73,7 +79,7 @@ def attention_figure(
         for axis in axes[0]:
             axis.axis("off")
         axes[0, 0].text(0, 0.5, "no image", fontsize=12)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(printable_lines(title), fontsize=10, parse_math=False)
     figure.tight_layout()
     return figure
 

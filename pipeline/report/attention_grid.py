@@ -15,7 +15,7 @@ from alignkd.pipeline.data.easy_vqa import EasyVqa, Question
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.sample import Sample, parse_sample
 from alignkd.pipeline.evaluate.show_sample import captured_arrays
-from alignkd.pipeline.figures.attention import Figure, image_heat, overlay, plt
+from alignkd.pipeline.figures.attention import Figure, image_heat, overlay, plt, set_title
 
 
 def attention_grid(models: Mapping[str, Path], data: EasyVqa, *, seed: int, device: str, count: int = 5) -> Figure:
@@ -36,7 +36,7 @@ def attention_grid(models: Mapping[str, Path], data: EasyVqa, *, seed: int, devi
             overlay(axes[row, column], picture, heat, f"{name}\n{share:.0%} on the image")
             axes[row, 0].imshow(picture)
             axes[row, 0].axis("off")
-            axes[row, 0].set_title(f"{question.text}\n{question.answer}", fontsize=7)
+            set_title(axes[row, 0], f"{question.text}\n{question.answer}", size=7)
     figure.tight_layout()
     return figure
 

@@ -1,6 +1,5 @@
 """The demo's page: what was learned, how the terms went, where the text looks, what it cost."""
 
-import html
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from alignkd.pipeline.data.easy_vqa import EasyVqa
 from alignkd.pipeline.report.attention_grid import attention_grid
 from alignkd.pipeline.report.charts import accuracy_chart, loss_curves
 from alignkd.pipeline.report.page import embed, figure_section, page
+from alignkd.pipeline.runtime.printable import html_text
 
 _LOSS_CAPTION = (
     "Each term unweighted, from metrics.jsonl. The supervised term is that of each run; the others exist only where a"
@@ -39,7 +39,7 @@ def write_report(config: DemoConfig, paths: Paths, data: EasyVqa, figures: dict[
         _stages(figures),
     ]
     path = paths.out / "report.html"
-    path.write_text(page("alignkd demo", sections))
+    path.write_text(page("alignkd demo", sections), encoding="utf-8", errors="xmlcharrefreplace")
     return path
 
 
@@ -61,8 +61,9 @@ def _head(config: DemoConfig, figures: dict[str, Any]) -> str:
         " not loaded while they learn. All three share one frozen vision tower, which knew"
         f" {figures['tower']['colour']:.1%} of the colours and {figures['tower']['shape']:.1%} of the shapes of the test"
         " images before any language model saw it.</p>"
-        f"<p class='small'>Seed {figures['seed']}. {html.escape(versions['platform'])}, {html.escape(versions['device'])},"
-        f" torch {versions['torch']}, transformers {versions['transformers']}, alignkd {versions['alignkd']}."
+        f"<p class='small'>Seed {figures['seed']}. {html_text(versions['platform'])}, {html_text(versions['device'])},"
+        f" torch {html_text(versions['torch'])}, transformers {html_text(versions['transformers'])}, alignkd"
+        f" {html_text(versions['alignkd'])}."
         " One seed is one draw: see docs/experiments.md for several, with paired intervals.</p>"
     )
 
@@ -74,7 +75,7 @@ def _accuracy(figures: dict[str, Any]) -> str:
         low, high = result["interval_95"]
         chosen = " class='chosen'" if name == "student align-kd" else ""
         rows.append(
-            f"<tr{chosen}><td>{html.escape(name)}</td><td class='number'>{result['accuracy']:.1%}</td>"
+            f"<tr{chosen}><td>{html_text(name)}</td><td class='number'>{result['accuracy']:.1%}</td>"
             f"<td>95 % interval {low:.1%} to {high:.1%}</td></tr>"
         )
     table = f"<table>{''.join(rows)}</table>"
@@ -113,7 +114,7 @@ def _cache(figures: dict[str, Any]) -> str:
 
 def _stages(figures: dict[str, Any]) -> str:
     rows = "".join(
-        f"<tr><td>{html.escape(s['stage'])}</td><td class='number'>{s['seconds']:,.1f} s</td>"
+        f"<tr><td>{html_text(s['stage'])}</td><td class='number'>{s['seconds']:,.1f} s</td>"
         f"<td class='number'>{s['peak_memory_bytes'] / 1e6:,.0f} MB</td></tr>"
         for s in figures["stages"]
     )

@@ -1,11 +1,11 @@
 """A self-contained HTML page: style and figures are inside the file."""
 
 import base64
-import html
 import io
 from collections.abc import Iterable
 
 from alignkd.pipeline.figures.attention import Figure, plt
+from alignkd.pipeline.runtime.printable import html_text
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -19,14 +19,14 @@ img { max-width: 100%; } p.small { color: #666; font-size: .9rem; } tr.chosen { 
 def page(title: str, sections: Iterable[str]) -> str:
     """The text of a page with these sections."""
     return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html_text(title)}</title><style>{_STYLE}</style>"
         f"<body>{''.join(sections)}</body></html>\n"
     )
 
 
 def figure_section(title: str, figure: Figure, caption: str) -> str:
     """A section with one figure and its caption."""
-    return f"<h2>{title}</h2>{embed(figure, title)}<p class='small'>{caption}</p>"
+    return f"<h2>{html_text(title)}</h2>{embed(figure, title)}<p class='small'>{html_text(caption)}</p>"
 
 
 def embed(figure: Figure, alt: str) -> str:
@@ -34,4 +34,4 @@ def embed(figure: Figure, alt: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
     plt.close(figure)
-    return f"<img alt='{html.escape(alt)}' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    return f"<img alt='{html_text(alt)}' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"

@@ -19,5 +19,5 @@ def check_out_folder(out: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a whole file beside ``path``, then put it in its place in one step."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from alignkd.pipeline.runtime.printable import printable
+
 stderr_console = Console(stderr=True)
 """For people; standard output is for the figures that a command prints."""
 
@@ -46,7 +48,7 @@ class ProgressBar:
 
     def note(self, text: str) -> None:
         """Show a short text after the bar."""
-        self._progress.update(self._task.id, note=text)
+        self._progress.update(self._task.id, note=printable(text))
 
     def _log(self) -> None:
         task = self._task
@@ -61,13 +63,13 @@ class ProgressBar:
 def progress_bar(title: str, total: float, unit: str, *, done: float = 0, show: bool = True) -> Iterator[ProgressBar]:
     """A progress bar over ``total`` units, ``done`` of them before now. With ``show=False`` it counts, but is not drawn."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         _Rate(),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}", style="dim"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     with Progress(*columns, console=stderr_console, transient=False, disable=not show) as progress:
-        number = progress.add_task(title, total=total, completed=done, unit=unit, note="")  # type: ignore[arg-type]
+        number = progress.add_task(printable(title), total=total, completed=done, unit=unit, note="")  # type: ignore[arg-type]
         yield ProgressBar(progress, next(task for task in progress.tasks if task.id == number), show)

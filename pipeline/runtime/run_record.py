@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkd.pipeline.runtime.files import replace_text
+from alignkd.pipeline.runtime.redact import redacted
 from alignkd.plugins import loaded_plugins
 
 _PACKAGES = (
@@ -42,8 +43,8 @@ def collect_versions() -> dict[str, str]:
 
 
 def make_run_record(command: str, configuration: dict[str, Any]) -> dict[str, Any]:
-    """What a run was asked to do, when, and with which plugins and versions."""
-    return {
+    """What a run was asked to do, when, and with which plugins and versions; credentials are removed."""
+    record = {
         "command": command,
         "arguments": sys.argv[1:],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -51,6 +52,7 @@ def make_run_record(command: str, configuration: dict[str, Any]) -> dict[str, An
         "plugins": [asdict(plugin) for plugin in loaded_plugins()],
         "versions": collect_versions(),
     }
+    return dict(redacted(record))
 
 
 def write_run_record(path: Path, command: str, configuration: dict[str, Any]) -> None:

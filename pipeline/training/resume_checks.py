@@ -11,6 +11,7 @@ from alignkd.losses.recipes import recipe_record
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.runtime.files import check_out_folder
+from alignkd.pipeline.runtime.redact import redacted
 from alignkd.pipeline.training.run_inputs import RunInputs
 from alignkd.pipeline.training.schedule import Schedule
 from alignkd.plugins import loaded_plugins
@@ -73,9 +74,9 @@ def check_same_run(path: Path, resolved: Mapping[str, Any]) -> None:
     )
     with wrap_errors(CheckpointError, unreadable, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         before = dict(json.loads(path.read_text())["configuration"])
-    now = json.loads(json.dumps(resolved, default=str))
+    now = redacted(resolved)  # the record holds no credentials, which may also differ from day to day
     # A setting that the version of then did not have had the value that is the default now.
-    before = {"plugin_sha256": [], **_defaults(), **before}
+    before = redacted({"plugin_sha256": [], **_defaults(), **before})
     differing = [
         f"{name}: {before.get(name)!r} before, {value!r} now"
         for name, value in now.items()

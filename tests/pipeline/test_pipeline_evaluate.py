@@ -7,8 +7,10 @@ import json
 import pytest
 from tiny_runs import IMAGES, SAMPLES, STUDENT, record, write_data
 
+from alignkd.errors import DataError
 from alignkd.pipeline.config.evaluate import EvaluateConfig
 from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
+from alignkd.pipeline.evaluate import runner
 from alignkd.pipeline.evaluate.metrics import contains, exact
 from alignkd.pipeline.evaluate.runner import evaluate, wilson_interval
 
@@ -107,3 +109,64 @@ def test_the_interval_is_wilsons():
     assert wilson_interval(0, 0) == (0.0, 1.0)
     low, high = wilson_interval(8, 10)
     assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+
+
+@pytest.mark.parametrize("reference", ["", ".", " ", " . ", "...", "\n", "\u00a0", "\u200b", "\ufeff."])
+def test_an_empty_reference_is_no_match(reference):
+    for prediction in ("", ".", reference, "anything"):
+        assert not exact(prediction, reference)
+        assert not contains(prediction, reference)
+
+
+@pytest.mark.parametrize("reference", ["?", "+", "0", "no.", "\U0001f600", "é"])
+def test_a_short_reference_is_still_one(reference):
+    assert exact(reference, reference)
+    assert contains(f"it is {reference}", reference)
+
+
+@pytest.mark.parametrize("metric", ["exact", "contains"])
+def test_a_sample_with_an_empty_reference_is_rejected_by_name(tmp_path, metric):
+    empty = [record(f"empty{i}", "0.png", "<image>\nWhat is it?", text) for i, text in enumerate(["", ".", " ", "\u200b"])]
+    result, predictions = run(tmp_path, [*empty, question("good", "1.png")], metric=metric)
+    assert (result["answered"], result["rejected"], list(predictions)) == (1, 4, ["good"])
+    assert set(result["rejected_samples"]) == {"empty0", "empty1", "empty2", "empty3"}
+    assert all("nothing to compare" in why for why in result["rejected_samples"].values())
+
+
+def test_samples_that_are_all_rejected_are_a_failure(tmp_path):
+    with pytest.raises(DataError, match=r"none of its 2 samples could be answered. First: a: its last answer is ''"):
+        run(tmp_path, [record("a", None, "What?", ""), record("b", None, "What?", ".")])
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_predictions_are_on_disk_before_the_next_batch_is_generated(tmp_path, monkeypatch):
+    written, real = [], runner.answer
+
+    def answer(*arguments):
+        written.append(len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()))
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(runner, "answer", answer)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, QUESTIONS, batch_size=2)
+    assert written == [0, 2, 4]
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_prediction_says_what_was_asked_about_which_image_and_what_was_expected(tmp_path):
+    ids = ["\ud800", "one\u2028two\x85three", "\x1b[2J", "a"]
+    records = [
+        question(ids[0], "0.png"),
+        record(ids[1], None, "First?", "Yes.", "And then?", "No\u2029."),
+        question(ids[2], ["0.png", "1.png"], "<image>\n<image>\nWhich?"),
+        question(ids[3], "1.png"),
+    ]
+    run(tmp_path, records)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ids
+    assert [line["image"] for line in lines] == ["0.png", None, ["0.png", "1.png"], "1.png"]
+    assert [line["question"] for line in lines[:2]] == ["<image>\nWhat is it?", "And then?"]
+    assert [line["reference"] for line in lines[:2]] == ["A thing.", "No\u2029."]
+    assert all(line["answer"] == line["reference"] for line in lines)
