@@ -27,7 +27,7 @@ def shown_escaped() -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:
-        error.message = message_text(error.message)
+        error.message = message_text(error.message)  # type: ignore[misc]  # final to type checkers alone
         raise
 
 
