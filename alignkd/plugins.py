@@ -64,13 +64,13 @@ def _load(path: Path) -> None:
     sys.modules[name] = module
     try:
         specification.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ConfigError(f"--plugin {path}: {_where(error, module)}{type(error).__name__}: {error}") from error
     _LOADED[where] = Plugin(where, digest)
 
 
-def _where(error: Exception, module: ModuleType) -> str:
+def _where(error: BaseException, module: ModuleType) -> str:
     """The last line of the plugin itself that took part in an error."""
     if isinstance(error, SyntaxError):
         return ""

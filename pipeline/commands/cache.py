@@ -164,13 +164,12 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
         specification = {"shard_format": reader.shard_format, **reader.spec.to_dict()}
         click.echo(json_text(specification, indent=None if as_json else 2))
         return
-    import numpy as np
-
     from alignkd.pipeline.cache_admin.row import find_row, plot_row, row_arrays, row_figures
+    from alignkd.pipeline.runtime.files import save_arrays
 
     row = find_row(reader, sample_id)
     if save:
-        np.savez(save, **row_arrays(reader, row))  # type: ignore[arg-type]
+        save_arrays(save, row_arrays(reader, row))
     if plot:
         plot_row(reader, row, plot)
     print_figures(row_figures(reader, row), as_json)

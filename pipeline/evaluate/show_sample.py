@@ -22,6 +22,7 @@ from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.figures.attention import attention_figure, save_figure
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
+from alignkd.pipeline.runtime.files import save_arrays
 from alignkd.plugins import load_plugins
 
 
@@ -53,7 +54,7 @@ def show(config: ShowConfig) -> Shown:
         raise SampleError(f"sample {sample.id!r}: {error}") from error
     arrays = captured_arrays(vlm, prepared)
     if config.save is not None:
-        np.savez(config.save, **arrays)  # type: ignore[arg-type]
+        save_arrays(config.save, arrays)
     if config.plot is not None:
         pictures = [np.asarray(image, dtype=np.float32) / 255 for image in preparer.decoded_images(sample)]
         title = f"{sample.id}: first-layer attention from text to vision ({template})"

@@ -1,6 +1,10 @@
 """Output folders, checked before a job begins, and files that a kill leaves whole: the one of before, or the new one."""
 
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from alignkd.errors import ConfigError
 
@@ -21,3 +25,15 @@ def replace_text(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def save_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write what :func:`numpy.load` reads as an ``.npz``; the suffix is added where it is missing.
+
+    ``numpy.savez`` takes arrays as keyword arguments, so that one called ``file`` could not be saved.
+    """
+    path = Path(path)
+    with zipfile.ZipFile(path if path.suffix == ".npz" else f"{path}.npz", "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from alignkd.errors import ConfigError
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
-from alignkd.pipeline.runtime.files import replace_text
+from alignkd.pipeline.runtime.files import replace_text, save_arrays
 
 
 @pytest.mark.parametrize("module", ["progress", "ranks", "signals", "run_record", "files"])
@@ -47,3 +50,17 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert path.read_text() == "before"
     replace_text(path, "after")
     assert {found.name: found.read_text() for found in tmp_path.iterdir()} == {"run.json": "after"}
+
+
+NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True) | st.sampled_from(["file", "allow_pickle"])
+
+
+@given(st.dictionaries(NAMES, st.lists(st.floats(width=32))))
+def test_arrays_of_any_name_are_saved_as_numpy_reads_them(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("arrays") / "row.npz"
+    arrays = {name: np.array(numbers, np.float32) for name, numbers in values.items()}
+    save_arrays(path, arrays)
+    with np.load(path) as found:
+        assert set(found.files) == set(arrays)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array)

@@ -68,6 +68,12 @@ def test_a_plugin_that_has_changed_since_it_was_loaded_is_refused(tmp_path):
         load_plugins([path])
 
 
+def test_a_plugin_that_ends_the_program_is_a_users_error(tmp_path):
+    path = write(tmp_path / "mine.py", "import sys\nsys.exit(0)\n")
+    with pytest.raises(ConfigError, match=r"mine.py: line 2: SystemExit: 0"):
+        load_plugins([path])
+
+
 def test_importing_alignkd_loads_nothing_heavy_and_its_public_names_are_there():
     code = (
         "import sys, alignkd; heavy = {'torch', 'transformers', 'numpy', 'click'} & set(sys.modules); assert not heavy, heavy;"
