@@ -1,6 +1,6 @@
 """The errors of a cache. Every message names the object, what was found, what was expected, and what to do."""
 
-from alignkd.errors import CacheError, TransientError
+from alignkd.errors import AlignkdError, CacheError, TransientError
 
 
 class FingerprintMismatchError(CacheError):
@@ -35,7 +35,15 @@ class MissingTensorError(CacheError, KeyError):
 
 
 class StorageError(OSError, TransientError):
-    """An object could not be read or written; the message says which one, why, and what to do.
+    """An object could not be read or written now; the message says which one, why, and what to do.
 
     It is not a :class:`CacheError`: a storage that does not answer says nothing about the cache.
     """
+
+
+class StorageAccessError(OSError, AlignkdError):
+    """A storage refuses, and will refuse again: no rights, no credentials, no bucket, a wrong name, a link to elsewhere."""
+
+
+class UnusableObjectError(StorageAccessError):
+    """There is something under an object's name that cannot be one: no plain file, or larger than the object can be."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from alignkd.cache_store.codecs import Array
 from alignkd.cache_store.errors import CorruptShardError
+from alignkd.cache_store.limits import max_decoded_bytes, raise_limit_hint
 from alignkd.cache_store.rows.row import RowId, is_key
 from alignkd.cache_store.rows.spec import FieldSpec
 
@@ -25,9 +26,6 @@ blosc.use_threads = False
 
 CNAME: Final = "zstd"
 CLEVEL: Final = 3
-
-MAX_SHARD_BYTES = 8 << 30
-"""The most bytes that the arrays of a shard may claim before anything is decompressed."""
 
 _BLOSC = Blosc(cname=CNAME, clevel=CLEVEL, shuffle=Blosc.SHUFFLE)
 # Version, (version of the compressor), flags, (item size), bytes, (block size), compressed bytes.
@@ -67,14 +65,17 @@ def check_shapes(field: FieldSpec, shapes: NDArray[np.int32]) -> None:
     """CorruptShardError for impossible shapes: a negative size, or too large even for numpy's empty arrays."""
     if (shapes < 0).any():
         raise CorruptShardError(f"field {field.name!r} has a negative size")
-    if np.maximum(shapes, 1).prod(axis=1, dtype=np.float64).max(initial=0) > MAX_SHARD_BYTES:
-        raise CorruptShardError(f"field {field.name!r} has a shape of more than {MAX_SHARD_BYTES} values")
+    values = float(np.maximum(shapes, 1).prod(axis=1, dtype=np.float64).max(initial=0))
+    if values > (limit := max_decoded_bytes()):
+        raise CorruptShardError(f"field {field.name!r} has a shape of {values:.0f} values, more than {limit}")
 
 
 def check_budget(nbytes: int) -> None:
     """CorruptShardError if the arrays of a shard claim more bytes than any shard has."""
-    if nbytes > MAX_SHARD_BYTES:
-        raise CorruptShardError(f"the shard claims {nbytes} bytes of arrays, at most {MAX_SHARD_BYTES} are read")
+    if nbytes > (limit := max_decoded_bytes()):
+        raise CorruptShardError(
+            f"the shard claims {nbytes} bytes of arrays, at most {limit} are read: {raise_limit_hint(nbytes)}"
+        )
 
 
 def compress(values: Array) -> bytes:

@@ -6,7 +6,6 @@ See :mod:`alignkd.cache_store.formats.webdataset_shard` for the format.
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from alignkd.cache_store.errors import CorruptShardError
 from alignkd.cache_store.formats.encoding import check_ids, check_shapes, dump_json, field_metadata
+from alignkd.cache_store.limits import load_json
 from alignkd.cache_store.rows.layout import empty_layout, first_rows, values_of_rows
 from alignkd.cache_store.rows.row import RowId
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
@@ -73,7 +73,7 @@ def read_index(spec: CacheSpec, data: bytes) -> Index:
         CorruptShardError: it is damaged, does not match ``spec``, or names places outside the archive.
     """
     base, text = _find(data)
-    index = json.loads(text)
+    index = load_json(text)
     ids, size, entries = check_ids(index["ids"]), len(data) - base, index["fields"]
     if index["size"] != size:
         raise CorruptShardError(f"found {size} bytes after the index, expected {index['size']}")

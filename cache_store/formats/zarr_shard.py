@@ -18,7 +18,6 @@ the members must be exactly the expected ones, and sizes are compared before any
 from __future__ import annotations
 
 import io
-import json
 import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from alignkd.cache_store.formats.zarr_array import (
     group_json,
     shard_name,
 )
+from alignkd.cache_store.limits import load_json
 from alignkd.cache_store.rows.encode import to_column_shard
 from alignkd.cache_store.rows.layout import empty_layout, first_rows, part_offsets, values_of_rows
 from alignkd.cache_store.rows.row import RowId
@@ -104,7 +104,7 @@ def _arrays(shard: ColumnShard) -> Iterator[tuple[str, Array]]:
 
 def _read(spec: CacheSpec, members: _Members) -> ColumnShard:
     members.require("zarr.json", group_json({}))
-    ids = check_ids(json.loads(members.array(_INDEX, (members.length(_INDEX),), _BYTE).tobytes()))
+    ids = check_ids(load_json(members.array(_INDEX, (members.length(_INDEX),), _BYTE).tobytes()))
     shapes, parts = {}, {}
     for field in spec.fields:
         members.require(f"{field.name}/zarr.json", group_json(field_metadata(field)))
@@ -158,13 +158,13 @@ class _Members:
 
     def length(self, name: str) -> int:
         """The declared length of a 1-D array."""
-        (length,) = json.loads(self.files[f"{name}/zarr.json"])["shape"]
+        (length,) = load_json(self.files[f"{name}/zarr.json"])["shape"]
         if not isinstance(length, int) or length < 0:
             raise CorruptShardError(f"array {name!r} declares a length of {length!r}")
         return length
 
     def array(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> Array:
-        """An array; CorruptShardError unless it has this shape and dtype, and the shard stays below MAX_SHARD_BYTES."""
+        """An array; CorruptShardError unless it has this shape and dtype, and the shard stays below the limit."""
         self.require(f"{name}/zarr.json", array_json(shape, dtype))
         if math.prod(shape) == 0:
             return np.empty(shape, dtype)

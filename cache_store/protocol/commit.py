@@ -14,13 +14,15 @@ import contextlib
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from alignkd.cache_store.errors import CorruptRecordError
+from alignkd.cache_store.errors import CorruptRecordError, UnusableObjectError
+from alignkd.cache_store.limits import MAX_JSON_BYTES
 from alignkd.cache_store.protocol.names import (
     committed_numbers,
     object_names,
     record_name,
+    require_own_folders,
     shard_number,
     temporary_names,
 )
@@ -38,8 +40,8 @@ def commit(storage: Storage, record: CommitRecord, data: bytes) -> bool:
     assert (record.bytes, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     fresh = put(storage, record.object, data)
     first = storage.write(record_name(record.number), record.to_json().encode())
-    if first and not fresh:
-        # The object that was there may have been old enough for another worker to sweep it a moment ago.
+    if first and (not fresh or storage.size(record.object) is None):
+        # Another worker may have taken the object for a stray, and swept it a moment ago.
         put(storage, record.object, data)
     if fresh and not first and read_record(storage, record.number).object != record.object:
         storage.delete(record.object)
@@ -69,7 +71,8 @@ def read_record(storage: Storage, number: int) -> CommitRecord:
     Raises:
         CorruptRecordError: it is damaged; the message says what to do.
     """
-    return _parse(storage, number, storage.read(record_name(number)))
+    with _told_as_damage(storage, number):
+        return _parse(storage.read(record_name(number), MAX_JSON_BYTES), number)
 
 
 def read_records(storage: Storage, numbers: Sequence[int] | None = None) -> dict[int, CommitRecord]:
@@ -79,8 +82,11 @@ def read_records(storage: Storage, numbers: Sequence[int] | None = None) -> dict
         CorruptRecordError: one of them is damaged.
     """
     numbers = committed_numbers(storage) if numbers is None else numbers
-    texts = read_all(storage, [record_name(number) for number in numbers])
-    return {number: _parse(storage, number, data) for number, data in zip(numbers, texts, strict=True)}
+    texts, records = read_all(storage, [record_name(number) for number in numbers], MAX_JSON_BYTES), {}
+    for number in numbers:
+        with _told_as_damage(storage, number):
+            records[number] = _parse(next(texts), number)
+    return records
 
 
 def sweep(storage: Storage, *, min_age_s: float) -> list[str]:
@@ -88,16 +94,28 @@ def sweep(storage: Storage, *, min_age_s: float) -> list[str]:
 
     While other workers write, ``min_age_s`` must be longer than a commit takes, or their unfinished work is swept.
 
+    Only what has exactly the name of a temporary file or of a shard object is a stray. Anything else is left as it is.
+
     Raises:
         CorruptRecordError: a record that may name one of them is damaged.
+        StorageAccessError: a folder of the cache is a link to another place.
     """
+    require_own_folders(storage)
     swept = []
-    for name in _stray_names(storage):
-        if (not min_age_s or storage.age_s(name) >= min_age_s) and not _recorded(storage, name):
+    for name in older_than(storage, _stray_names(storage), min_age_s):
+        if not _recorded(storage, name):
             storage.delete(name)
             swept.append(name)
             _log.info("swept %s: no commit record names it", name)
     return swept
+
+
+def older_than(storage: Storage, names: Sequence[str], min_age_s: float) -> list[str]:
+    """Those of some objects that were written at least ``min_age_s`` ago by the storage's own clock."""
+    if not min_age_s or not names:
+        return list(names)
+    lead_s = storage.clock_lead_s()
+    return [name for name in names if storage.age_s(name) - lead_s >= min_age_s]
 
 
 def _stray_names(storage: Storage) -> list[str]:
@@ -119,13 +137,19 @@ def _recorded(storage: Storage, name: str) -> bool:
     return number is not None and storage.size(record_name(number)) is not None and read_record(storage, number).object == name
 
 
-def _parse(storage: Storage, number: int, data: bytes) -> CommitRecord:
+def _parse(data: bytes, number: int) -> CommitRecord:
+    record = CommitRecord.from_json(data.decode())
+    if record.number != number:
+        raise CorruptRecordError(f"it is the record of shard {record.number}")
+    return record
+
+
+@contextlib.contextmanager
+def _told_as_damage(storage: Storage, number: int) -> Iterator[None]:
+    """Raise CorruptRecordError, with what to do, for whatever is wrong with the bytes of a record."""
     try:
-        record = CommitRecord.from_json(data.decode())
-        if record.number != number:
-            raise CorruptRecordError(f"it is the record of shard {record.number}")
-    except (CorruptRecordError, UnicodeDecodeError) as error:
+        yield
+    except (CorruptRecordError, UnicodeDecodeError, UnusableObjectError) as error:
         raise CorruptRecordError(
             f"{storage.url}/{record_name(number)}: {error}. Run alignkd cache repair, then cache-teacher again."
         ) from error
-    return record

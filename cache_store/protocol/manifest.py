@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from alignkd.cache_store.errors import UnusableObjectError
 from alignkd.cache_store.formats.registry import get_format
+from alignkd.cache_store.limits import MAX_JSON_BYTES, load_json
 from alignkd.cache_store.protocol.plan import Plan, check_summary
 from alignkd.cache_store.protocol.tensors import TensorEntry
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
@@ -50,7 +52,7 @@ class Manifest:
             CacheError: another format version, not a manifest, or a single character differs from what was written.
         """
         with wrap_errors(CacheError, "not the manifest of a cache"):
-            content = json.loads(text)
+            content = load_json(text.encode())
             version = content["format_version"]
             if version != FORMAT_VERSION:
                 raise CacheError(
@@ -80,7 +82,9 @@ def read_manifest(storage: Storage) -> Manifest:
         CacheError: there is no cache, or its manifest is damaged.
     """
     try:
-        data = storage.read(NAME)
+        data = storage.read(NAME, MAX_JSON_BYTES)
+    except UnusableObjectError as error:
+        raise CacheError(f"{error}. Restore {NAME} from a copy, or write a new cache") from error
     except FileNotFoundError as error:
         raise CacheError(f"no cache at {storage.url}: {_found(storage)}, expected {NAME}; run alignkd cache-teacher") from error
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 
-from alignkd.cache_store.errors import CorruptShardError
+from alignkd.cache_store.errors import CorruptShardError, UnusableObjectError
 from alignkd.cache_store.formats.registry import format_of
 from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.protocol.record import CommitRecord
@@ -39,7 +39,7 @@ def open_shard(storage: Storage, spec: CacheSpec, record: CommitRecord, keys: tu
         CorruptShardError: the shard is missing or damaged; the message says what is lost and what to do.
     """
     try:
-        data = storage.read(record.object)
+        data = storage.read(record.object, record.bytes)
         _check_bytes(data, record, audit)
         shard_format = format_of(record.object)
         shard = shard_format.read_shard(spec, data)
@@ -47,14 +47,21 @@ def open_shard(storage: Storage, spec: CacheSpec, record: CommitRecord, keys: tu
             raise CorruptShardError("its keys are not those of plan and record")
         if audit:
             shard_format.audit(data, shard)
-    except (CorruptShardError, FileNotFoundError) as error:
-        some = ", ".join(keys[:3]) + (", ..." if record.rows > 3 else "")
-        raise CorruptShardError(
-            f"shard {record.number} of the cache at {storage.url} cannot be used: {record.object}: {error}. "
-            f"It has {record.rows} samples ({some}). Run alignkd cache verify to see all damage, alignkd cache repair"
-            " to remove this shard, and cache-teacher to rebuild it."
-        ) from error
+    except FileNotFoundError as error:
+        raise unusable_shard(storage, record, keys, "it is missing") from error
+    except (CorruptShardError, UnusableObjectError) as error:
+        raise unusable_shard(storage, record, keys, str(error)) from error
     return shard
+
+
+def unusable_shard(storage: Storage, record: CommitRecord, keys: tuple[str, ...], why: str) -> CorruptShardError:
+    """The error about a shard that cannot be used: what is lost and what to do."""
+    some = ", ".join(keys[:3]) + (", ..." if record.rows > 3 else "")
+    return CorruptShardError(
+        f"shard {record.number} of the cache at {storage.url} cannot be used: {record.object}: {why}. "
+        f"It has {record.rows} samples ({some}). Run alignkd cache verify to see all damage, alignkd cache repair"
+        " to remove this shard, and cache-teacher to rebuild it."
+    )
 
 
 def _check_bytes(data: bytes, record: CommitRecord, audit: bool) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alignkd.cache_store.errors import UnusableObjectError
+from alignkd.cache_store.limits import max_decoded_bytes, raise_limit_hint
 from alignkd.cache_store.protocol.names import PLAN
 from alignkd.cache_store.rows.spec import plain_json
 from alignkd.cache_store.storage import Storage
@@ -177,9 +179,11 @@ def _object(name: str, digest: str) -> str:
 def _read(storage: Storage, name: str, digest: str) -> NDArray[Any]:
     path = _object(name, digest)
     try:
-        data = storage.read(path)
+        data = storage.read(path, limit := max_decoded_bytes())
     except FileNotFoundError as error:
         raise CacheError(str(error)) from error
+    except UnusableObjectError as error:
+        raise CacheError(f"{error}; {raise_limit_hint(2 * limit)}") from error
     if hashlib.sha256(data).hexdigest() != digest:
         raise CacheError(f"{path} is damaged: its sha256 is not the one in cache.json")
     with wrap_errors(CacheError, f"{path} is not an array"):

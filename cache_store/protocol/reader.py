@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from alignkd.cache_store.errors import MissingRowError
 from alignkd.cache_store.protocol.commit import read_records
 from alignkd.cache_store.protocol.manifest import read_manifest
+from alignkd.cache_store.protocol.names import committed_numbers
 from alignkd.cache_store.protocol.open_shard import open_shard, row_keys
 from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.protocol.shard_cache import THREADS, ShardCache
@@ -46,7 +47,7 @@ class CacheReader:
         self.plan: Plan = manifest.load_plan(self.storage)
         self.tensors = Tensors(self.storage, manifest.tensors)
         self.max_shards = max_shards
-        self.records = read_records(self.storage)
+        self.records = read_records(self.storage, committed_numbers(self.storage, self.plan.shards))
         self.rejected = {sample.key: sample for record in self.records.values() for sample in record.rejected}
         self._shards = ShardCache(self._fetch, max_shards)
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from alignkd.cache_store.errors import CorruptRecordError
-from alignkd.cache_store.protocol.names import shard_number
+from alignkd.cache_store.limits import load_json
+from alignkd.cache_store.protocol.names import name_hash, shard_number
 from alignkd.cache_store.rows.row import Rejected, is_key
 from alignkd.errors import wrap_errors
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class CommitRecord:
             CorruptRecordError: it is not a record, or a single character differs from what was written.
         """
         with wrap_errors(CorruptRecordError, "damaged commit record"):
-            content = json.loads(text)
+            content = load_json(text.encode())
             if content.pop("record_sha256") != _checksum(content):
                 raise CorruptRecordError("damaged commit record: its checksum does not match")
             rejected = tuple(Rejected(**entry) for entry in content.pop("rejected"))
@@ -65,17 +70,23 @@ class CommitRecord:
 
     def _check(self) -> None:
         # The checksum detects damage, not malice: with a name such as ../../x the reader would open that file.
-        if shard_number(self.object) != self.number:
+        if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
+            raise CorruptRecordError(f"damaged commit record: found sha256 {str(self.sha256)[:80]!r}, expected 64 hex digits")
+        if (shard_number(self.object), name_hash(self.object)) != (self.number, self.sha256[:12]):
             raise CorruptRecordError(f"damaged commit record: shard {self.number} cannot be the object {self.object!r}")
-        numbers = [self.bytes, self.crc32, self.rows, self.tokens, *_values(self)]
+        numbers = [self.number, self.bytes, self.crc32, self.rows, self.tokens, *_values(self)]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise CorruptRecordError(f"damaged commit record: expected counts, found {numbers}")
-        texts = [self.sha256, self.worker, *(text for s in self.rejected for text in (s.sample_id, s.reason))]
+        texts = [self.worker, *(text for s in self.rejected for text in (s.sample_id, s.reason))]
         times = [self.seconds, self.finished]
-        if not all(isinstance(text, str) for text in texts) or not all(isinstance(time, int | float) for time in times):
+        if not all(isinstance(text, str) for text in texts) or not all(map(_is_time, times)):
             raise CorruptRecordError(f"damaged commit record: expected texts and times, found {[*texts, *times]}")
         if not all(is_key(sample.key) for sample in self.rejected):
             raise CorruptRecordError("damaged commit record: a rejected sample has no key")
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _values(record: CommitRecord) -> list[int]:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignkd.cache_store.protocol.names import require_own_folders
 from alignkd.cache_store.protocol.store import open_store
 from alignkd.cache_store.protocol.verify import Problem, verify
 from alignkd.cache_store.storage import open_storage
@@ -32,8 +33,10 @@ def repair(url: str | Path, *, min_age_s: float = MIN_AGE_S) -> RepairReport:
     Raises:
         CacheError: there is no cache; or its manifest, plan or tensors are damaged, which cannot be rebuilt from the rest.
             Then nothing is removed.
+        StorageAccessError: a folder of the cache is a link to another place. Then nothing is removed either.
     """
     storage = open_storage(url)
+    require_own_folders(storage)
     problems = verify(url).problems
     lost = [problem for problem in problems if problem.beyond_repair]
     if lost:

@@ -14,6 +14,9 @@ from alignkd.cache_store.rows.row import Rejected
 class Status:
     """How much of a cache is done. ``records`` are the commit records by number: who finished which shard, and when.
 
+    ``missing``: committed shards whose object is gone; ``alignkd cache repair`` removes their records, and the next
+    ``cache-teacher`` makes them again.
+
     Bytes are those on disk; ``decoded_bytes_by_field`` are those of the decoded values in memory. A value that several
     rows share counts once. ``tensor_bytes`` are those of the tensors stored once per cache.
     """
@@ -22,11 +25,12 @@ class Status:
     samples: int
     records: Mapping[int, CommitRecord]
     tensor_bytes: int = 0
+    missing: tuple[int, ...] = ()
 
     @property
     def shards_done(self) -> int:
-        """Committed shards."""
-        return len(self.records)
+        """Committed shards, those that are missing left out."""
+        return len(self.records) - len(self.missing)
 
     @property
     def complete(self) -> bool:
@@ -35,8 +39,8 @@ class Status:
 
     @property
     def samples_done(self) -> int:
-        """Rows of all committed shards."""
-        return sum(record.rows for record in self.records.values())
+        """Rows of all committed shards, those that are missing left out."""
+        return sum(record.rows for number, record in self.records.items() if number not in self.missing)
 
     @property
     def rejected(self) -> tuple[Rejected, ...]:

@@ -20,7 +20,14 @@ from alignkd.cache_store.formats.registry import get_format
 from alignkd.cache_store.protocol import manifest
 from alignkd.cache_store.protocol.commit import commit, read_record, read_records, sweep
 from alignkd.cache_store.protocol.manifest import Manifest, read_manifest
-from alignkd.cache_store.protocol.names import RUNS, committed_numbers, object_name, record_name
+from alignkd.cache_store.protocol.names import (
+    committed_numbers,
+    object_name,
+    object_names,
+    record_name,
+    require_own_folders,
+    run_name,
+)
 from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.protocol.record import CommitRecord
 from alignkd.cache_store.protocol.status import Status
@@ -70,8 +77,10 @@ class CacheStore:
             FingerprintMismatchError: spec, plan or format differ from those of the cache at ``url``.
             CacheError: the cache is damaged, or has committed shards but no ``cache.json``.
             ConfigError: an unknown format, or a URL that cannot be opened.
+            StorageAccessError: a folder of the cache is a link to another place.
         """
         storage = open_storage(url)
+        require_own_folders(storage)
         wanted = Manifest(spec, get_format(shard_format).NAME, plan.summary())
         if storage.size(manifest.NAME) is None:
             if committed_numbers(storage):
@@ -85,7 +94,7 @@ class CacheStore:
 
     def pending(self) -> list[int]:
         """Planned shards without a record, ascending."""
-        return sorted(set(range(self.plan.shards)) - set(committed_numbers(self.storage)))
+        return sorted(set(range(self.plan.shards)) - set(committed_numbers(self.storage, self.plan.shards)))
 
     def committed(self, number: int) -> bool:
         """Whether a shard has a record by now."""
@@ -134,6 +143,11 @@ class CacheStore:
         """Write an encoded shard. ``record`` needs no name, sizes and checksums of the object: they are filled in."""
         if self.committed(record.number):
             return read_record(self.storage, record.number)
+        if self.storage.size(manifest.NAME) is None:
+            raise CacheError(
+                f"{self.url} has no {manifest.NAME} any more: the cache was removed or moved while this worker wrote to it."
+                " Bring it back, or write another cache with alignkd cache-teacher"
+            )
         shard_format = get_format(self.manifest.shard_format)
         data = shard_format.write_shard(shard)
         about = {
@@ -149,7 +163,7 @@ class CacheStore:
     def write_run(self, run: Mapping[str, Any]) -> str:
         """Store the configuration and versions of a run as ``runs/HASH.json``; the name has the hash of the content."""
         data = (json.dumps(run, indent=2, sort_keys=True, default=str) + "\n").encode()
-        name = f"{RUNS}/{hashlib.sha256(data).hexdigest()[:16]}.json"
+        name = run_name(data)
         self.storage.write(name, data)
         return name
 
@@ -161,7 +175,12 @@ class CacheStore:
     def status(self) -> Status:
         """What all records say; CorruptRecordError if one is damaged."""
         tensor_bytes = sum(entry.bytes for entry in self.manifest.tensors.values())
-        return Status(self.plan.shards, self.plan.samples, read_records(self.storage), tensor_bytes)
+        records = read_records(self.storage, committed_numbers(self.storage, self.plan.shards))
+        listed = set(object_names(self.storage))
+        # A listing may be older than the record: each object that it lacks is looked for by name.
+        unlisted = [record for record in records.values() if record.object not in listed]
+        missing = tuple(record.number for record in unlisted if self.storage.size(record.object) is None)
+        return Status(self.plan.shards, self.plan.samples, records, tensor_bytes, missing)
 
 
 def open_store(url: str | Path) -> CacheStore:

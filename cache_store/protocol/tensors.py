@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from alignkd.cache_store.codecs import Array
-from alignkd.cache_store.errors import DamagedTensorError, MissingTensorError
-from alignkd.cache_store.protocol.commit import put
-from alignkd.cache_store.protocol.names import TENSORS
+from alignkd.cache_store.errors import DamagedTensorError, MissingTensorError, UnusableObjectError
+from alignkd.cache_store.limits import max_decoded_bytes, raise_limit_hint
+from alignkd.cache_store.protocol.commit import older_than, put
+from alignkd.cache_store.protocol.names import TENSORS, our_names
 from alignkd.cache_store.storage import Storage
-from alignkd.cache_store.storage.contract import TEMPORARY
 from alignkd.errors import CacheError
 
 _log = logging.getLogger(__name__)
@@ -118,7 +118,15 @@ def read_tensor(storage: Storage, entry: TensorEntry) -> Array:
         DamagedTensorError: the object is missing, or does not match ``entry``. A wrong size is found before reading.
     """
     check_size(storage, entry)
-    data, header = storage.read(entry.object), _header(entry.dtype, entry.shape)
+    if entry.bytes > (limit := max_decoded_bytes()):
+        raise CacheError(
+            f"tensor {entry.name!r} of the cache at {storage.url} has {entry.bytes} bytes, at most {limit} are read:"
+            f" {raise_limit_hint(entry.bytes)}"
+        )
+    try:
+        data, header = storage.read(entry.object, entry.bytes), _header(entry.dtype, entry.shape)
+    except (FileNotFoundError, UnusableObjectError) as error:
+        raise _damaged(storage, entry, str(error)) from error
     if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
         raise _damaged(storage, entry, "its sha256 is not the one in cache.json")
     if data[: len(header)] != header:
@@ -137,25 +145,23 @@ def check_size(storage: Storage, entry: TensorEntry) -> None:
 
 
 def unlisted(storage: Storage, entries: Mapping[str, TensorEntry]) -> list[str]:
-    """What lies in the tensors' folder but is not in the manifest, except temporary files."""
+    """What has the name of a tensor but is not in the manifest."""
     listed = {entry.object for entry in entries.values()}
-    names = [f"{TENSORS}/{name}" for name in storage.names(TENSORS) if not name.startswith(TEMPORARY)]
-    return [name for name in names if name not in listed]
+    return [name for name in our_names(storage, TENSORS) if name not in listed]
 
 
 def is_orphan(storage: Storage, name: str) -> bool:
     """Whether an unlisted object is a tensor of another run: then the hash in its name is that of its bytes."""
     match = _OBJECT.fullmatch(name)
     try:
-        return match is not None and hashlib.sha256(storage.read(name)).hexdigest()[:12] == match[1]
-    except FileNotFoundError:  # a folder
+        return match is not None and hashlib.sha256(storage.read(name, max_decoded_bytes())).hexdigest()[:12] == match[1]
+    except (FileNotFoundError, UnusableObjectError):  # a folder, or something else that is no file
         return False
 
 
 def sweep_orphans(storage: Storage, entries: Mapping[str, TensorEntry], *, min_age_s: float) -> list[str]:
     """Remove tensors of runs that crashed, or that another run was faster than; returns their names."""
-    names = [name for name in unlisted(storage, entries) if _OBJECT.fullmatch(name)]
-    old = [name for name in names if not min_age_s or storage.age_s(name) >= min_age_s]
+    old = older_than(storage, unlisted(storage, entries), min_age_s)
     for name in old:
         storage.delete(name)
         _log.info("swept %s: the manifest does not list it", name)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignkd.cache_store.errors import CorruptRecordError, CorruptShardError, DamagedTensorError
+from alignkd.cache_store.errors import CorruptRecordError, CorruptShardError, DamagedTensorError, UnusableObjectError
+from alignkd.cache_store.limits import MAX_JSON_BYTES, max_decoded_bytes
 from alignkd.cache_store.protocol.commit import read_record
 from alignkd.cache_store.protocol.names import (
     PLAN,
@@ -17,7 +18,9 @@ from alignkd.cache_store.protocol.names import (
     foreign_names,
     name_hash,
     object_names,
+    our_names,
     record_name,
+    run_name,
     shard_number,
     temporary_names,
 )
@@ -27,15 +30,16 @@ from alignkd.cache_store.protocol.record import CommitRecord
 from alignkd.cache_store.protocol.store import CacheStore, open_store
 from alignkd.cache_store.protocol.tensors import check_size, is_orphan, read_tensor, unlisted
 from alignkd.cache_store.rows.shard import Shard
-from alignkd.cache_store.storage.contract import TEMPORARY
 
 _SHOWN = 3
+_FOREIGN = "{}: neither a shard nor a record, and not one of alignkd's names: left as it is; move it to another place"
 
 
 @dataclass(frozen=True)
 class Problem:
     """A message, the objects that ``repair`` removes, in this order, and the keys of the affected samples.
 
+    What has not exactly one of alignkd's names is told, and is not among the objects: somebody may miss it.
     ``beyond_repair``: every sample needs the objects, and nothing in the cache can rebuild them; they are not removed.
     """
 
@@ -83,9 +87,9 @@ def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None]
     """
     store = open_store(url)
     objects = object_names(store.storage)
-    numbers = committed_numbers(store.storage)
+    numbers = committed_numbers(store.storage, store.plan.shards)
     orphans = [name for name in unlisted(store.storage, store.manifest.tensors) if is_orphan(store.storage, name)]
-    problems = [*_foreign(store, orphans), *_damaged_runs(store), *_damaged_tensors(store, quick)]
+    problems = [*_not_of_this_cache(store, orphans), *_damaged_runs(store), *_damaged_tensors(store, quick)]
     digests: list[bytes] = []
     sound: list[CommitRecord] = []
     recorded: dict[int, str] = {}
@@ -173,7 +177,10 @@ def _is_stray(store: CacheStore, name: str, recorded: Mapping[int, str]) -> bool
         return False
     if number not in recorded:
         return True
-    data = store.storage.read(name)
+    try:
+        data = store.storage.read(name, max_decoded_bytes())
+    except (FileNotFoundError, UnusableObjectError):
+        return False
     copied = any(name_hash(other) == name_hash(name) for other in recorded.values())
     return not copied and name_hash(name) == hashlib.sha256(data).hexdigest()[:12]
 
@@ -187,13 +194,13 @@ def _loose(store: CacheStore, name: str) -> Problem | None:
     return Problem(f"{name}: a second object of shard {number}: a copy, or damaged", (name,))
 
 
-def _foreign(store: CacheStore, orphans: list[str]) -> list[Problem]:
+def _not_of_this_cache(store: CacheStore, orphans: list[str]) -> list[Problem]:
     ours = set(plan_objects(store.manifest.plan))
-    plans = [f"{PLAN}/{name}" for name in store.storage.names(PLAN) if not name.startswith(TEMPORARY)]
+    plans = [name for name in our_names(store.storage, PLAN) if name not in ours]
     tensors = [name for name in unlisted(store.storage, store.manifest.tensors) if name not in orphans]
     return [
-        *(Problem(f"{name}: neither a shard nor a record", (name,)) for name in foreign_names(store.storage)),
-        *(Problem(f"{name}: not part of this cache's plan", (name,)) for name in plans if name not in ours),
+        *(Problem(_FOREIGN.format(name)) for name in foreign_names(store.storage)),
+        *(Problem(f"{name}: not part of this cache's plan", (name,)) for name in plans),
         *(Problem(f"{name}: not one of this cache's tensors", (name,)) for name in tensors),
     ]
 
@@ -207,14 +214,13 @@ def _damaged_tensors(store: CacheStore, quick: bool) -> Iterator[Problem]:
 
 
 def _damaged_runs(store: CacheStore) -> Iterator[Problem]:
-    for name in store.storage.names(RUNS):
-        path = f"{RUNS}/{name}"
-        if not name.startswith(TEMPORARY) and not _is_run(store, path):
-            yield Problem(f"{path}: not a run's configuration, or a damaged one; no row depends on it", (path,))
+    for name in our_names(store.storage, RUNS):
+        if not _is_run(store, name):
+            yield Problem(f"{name}: not a run's configuration, or a damaged one; no row depends on it", (name,))
 
 
-def _is_run(store: CacheStore, path: str) -> bool:
+def _is_run(store: CacheStore, name: str) -> bool:
     try:
-        return f"{RUNS}/{hashlib.sha256(store.storage.read(path)).hexdigest()[:16]}.json" == path
-    except FileNotFoundError:  # a folder
+        return run_name(store.storage.read(name, MAX_JSON_BYTES)) == name
+    except (FileNotFoundError, UnusableObjectError):  # a folder, or something else that is no file
         return False

@@ -6,7 +6,8 @@ Every object is written once and never changed, so a name has all of its bytes o
 * a PUT to an object store is atomic by itself.
 
 Failures that may pass (a 500, a timeout, a lost connection) are retried with growing waits; after the last attempt one
-:class:`~alignkd.cache_store.errors.StorageError` says what failed. Objects are opened only by names below the cache's root.
+:class:`~alignkd.cache_store.errors.StorageError` says what failed. What is refused (no rights, no bucket) is not asked again:
+:class:`~alignkd.cache_store.errors.StorageAccessError`. Objects are opened only by names below the cache's root.
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ def open_storage(url: str | Path) -> Storage:
     return RemoteStorage(text) if "://" in text else LocalStorage(text)
 
 
-def read_all(storage: Storage, names: Sequence[str]) -> Iterator[bytes]:
-    """The bytes of many small objects, in order; a remote storage reads several in parallel to hide its latency."""
+def read_all(storage: Storage, names: Sequence[str], at_most: int | None = None) -> Iterator[bytes]:
+    """The bytes of many small objects, in order; a remote storage reads several in parallel to hide its latency.
+
+    Raises as ``Storage.read``.
+    """
+    limits = [at_most] * len(names)
     if isinstance(storage, LocalStorage):
-        yield from map(storage.read, names)
+        yield from map(storage.read, names, limits)
         return
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        yield from pool.map(storage.read, names)
+        yield from pool.map(storage.read, names, limits)

@@ -1,5 +1,7 @@
 """What every storage offers: objects by name below one root, each written once and whole."""
 
+import re
+import secrets
 from typing import Protocol
 
 TEMPORARY = ".tmp-"
@@ -8,17 +10,36 @@ TEMPORARY = ".tmp-"
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 """What an operating system raises for a name that does not exist."""
 
+_TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{16}}")
+
+
+def new_temporary() -> str:
+    """A name for a temporary file that nobody else has."""
+    return f"{TEMPORARY}{secrets.token_hex(8)}"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name (without its folder) is exactly one of :func:`new_temporary`."""
+    return _TEMPORARY_NAME.fullmatch(name) is not None
+
 
 class Storage(Protocol):
     """Objects by name (``shards/x.tar``) below one root.
 
-    A name that does not exist raises FileNotFoundError; any other failure raises StorageError.
+    A name that does not exist raises FileNotFoundError. A failure that may pass raises StorageError, any other one
+    StorageAccessError. ``listing_may_lag``: an object can exist although :meth:`names` does not tell it, or tells it in
+    capital letters: a network file system may answer from memory, and some do not keep the case of names.
     """
 
     url: str
+    listing_may_lag: bool
 
-    def read(self, name: str) -> bytes:
-        """All bytes of an object."""
+    def read(self, name: str, at_most: int | None = None) -> bytes:
+        """All bytes of an object.
+
+        Raises:
+            UnusableObjectError: it is no plain file, or has more than ``at_most`` bytes; nothing is read then.
+        """
         ...
 
     def write(self, name: str, data: bytes) -> bool:
@@ -37,6 +58,22 @@ class Storage(Protocol):
         """Seconds since an object was written; 0 if it does not exist or the storage does not know."""
         ...
 
+    def clock_lead_s(self) -> float:
+        """Seconds that this machine's clock is ahead of the one that dates the storage's objects.
+
+        A temporary object is written and removed to find it. Either clock may be wrong by hours, or be set while a job runs:
+        ``age_s(name) - clock_lead_s()`` is the age of an object by one clock alone.
+        """
+        ...
+
     def delete(self, name: str) -> None:
         """Remove an object; does nothing if it does not exist."""
+        ...
+
+    def require_own(self, folder: str) -> None:
+        """Refuse a folder that is a link to another place: nothing is written or removed through it.
+
+        Raises:
+            StorageAccessError: it is one.
+        """
         ...

@@ -8,12 +8,16 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from alignkd.cache_store.errors import StorageError
-from alignkd.cache_store.storage.contract import MISSING
-from alignkd.errors import ConfigError
+from alignkd.cache_store.errors import StorageAccessError, StorageError, UnusableObjectError
+from alignkd.cache_store.storage.contract import MISSING, new_temporary
+from alignkd.cache_store.storage.remote_errors import Cause, cause_of
+from alignkd.errors import ConfigError, is_resumable
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+_SMALL = 64 << 20
+"""Objects that may be larger are asked for their size before they are read."""
 
 _S3_CONFIG = {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}
 
@@ -28,6 +32,7 @@ class RemoteStorage:
 
     attempts = 6
     first_wait_s = 0.5
+    listing_may_lag = False
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -37,8 +42,13 @@ class RemoteStorage:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, at_most: int | None = None) -> bytes:
         """All bytes of an object."""
+        # An object store is asked for the size of what may be large. A record costs one request, not two.
+        if at_most is not None and at_most > _SMALL:
+            found = self.size(name) or 0
+            if found > at_most:
+                raise UnusableObjectError(f"{self.url}/{name}: found {found} bytes, expected at most {at_most} bytes")
         return bytes(self._retry("read", name, lambda fs, path: fs.cat_file(path)))
 
     def write(self, name: str, data: bytes) -> bool:
@@ -60,7 +70,7 @@ class RemoteStorage:
         try:
             return self._retry("write", name, put)
         except MISSING as error:
-            raise StorageError(f"cannot write {self.url}/{name}: {error}. Create the bucket or folder first") from error
+            raise StorageAccessError(f"cannot write {self.url}/{name}: {error}. Create the bucket or folder first") from error
 
     def names(self, folder: str) -> list[str]:
         """Names in a folder."""
@@ -84,37 +94,44 @@ class RemoteStorage:
 
     def age_s(self, name: str) -> float:
         """Seconds since an object was written."""
-
-        def modified(fs: Any, path: str) -> float | None:
-            try:
-                return float(fs.modified(path).timestamp())
-            except (FileNotFoundError, NotImplementedError):
-                return None
-
-        written = self._retry("look at", name, modified)
+        written = self._retry("look at", name, _modified)
         return 0.0 if written is None else time.time() - written
+
+    def clock_lead_s(self) -> float:
+        """How far this machine's clock is ahead of the store's."""
+        name = new_temporary()
+        self.write(name, b"")
+        try:
+            return self.age_s(name)
+        finally:
+            self.delete(name)
 
     def delete(self, name: str) -> None:
         """Remove an object."""
         with contextlib.suppress(FileNotFoundError):
             self._retry("delete", name, lambda fs, path: fs.rm_file(path))
 
+    def require_own(self, folder: str) -> None:
+        """Nothing to refuse: an object store has no links."""
+
     def _retry(self, action: str, name: str, do: Callable[[Any, str], _T]) -> _T:
-        url = f"{self.url}/{name}"
+        url, renewed = f"{self.url}/{name}", False
         for attempt in range(1, self.attempts + 1):
             try:
                 fs, root = self._filesystem()
                 fs.invalidate_cache()
                 return do(fs, f"{root}/{name}" if name else root)
-            except (*MISSING, ConfigError):
+            except (*MISSING, ConfigError, StorageAccessError):
                 raise
-            except NotImplementedError as error:
-                raise StorageError(f"cannot {action} {url}: this kind of storage does not support it ({error})") from error
-            except PermissionError as error:
-                raise StorageError(f"cannot {action} {url}: {error}. Check the credentials and their rights") from error
             except Exception as error:
-                # Each store's client has errors of its own. Whatever is not handled above may pass.
-                message = f"cannot {action} {url}, tried {attempt} times: {type(error).__name__}: {error}"
+                # Each store's client has errors of its own. Whatever is not known as a refusal may pass.
+                cause, hint = cause_of(error)
+                if cause is Cause.REFUSED or (cause is Cause.EXPIRED and renewed):
+                    raise StorageAccessError(f"cannot {action} {url}: {_words(error)}. {hint}") from error
+                if cause is Cause.EXPIRED:  # others may have renewed them in the file or variable that they come from
+                    self._opened, renewed = None, True
+                    continue
+                message = f"cannot {action} {url}, tried {attempt} times: {_words(error)}"
                 if attempt == self.attempts:
                     raise StorageError(
                         f"{message}. Nothing is half-written; run the same command again when the store answers"
@@ -140,7 +157,8 @@ def _open(url: str) -> tuple[Any, str]:
     try:
         fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, **_options(url))
     except OSError as error:
-        raise StorageError(f"cannot open --cache {url}: {type(error).__name__}: {error}") from error
+        kind = StorageError if is_resumable(error) else StorageAccessError
+        raise kind(f"cannot open --cache {url}: {_words(error)}") from error
     except Exception as error:  # each file system checks its options in its own way
         raise ConfigError(
             f"cannot open --cache {url}: {type(error).__name__}: {error}. Expected a folder, or a URL of a kind that fsspec"
@@ -149,6 +167,17 @@ def _open(url: str) -> tuple[Any, str]:
     if _is_s3(url):
         fs.retries = 1
     return fs, root
+
+
+def _modified(fs: Any, path: str) -> float | None:
+    try:
+        return float(fs.modified(path).timestamp())
+    except (FileNotFoundError, NotImplementedError):
+        return None
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _is_s3(url: str) -> bool:

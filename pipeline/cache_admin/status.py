@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignkd.cache_store.protocol import manifest
-from alignkd.cache_store.protocol.names import object_names
 from alignkd.cache_store.protocol.record import CommitRecord
 from alignkd.cache_store.protocol.status import Status
 from alignkd.cache_store.protocol.store import CacheStore, open_store
@@ -56,7 +55,7 @@ def status_figures(store: CacheStore) -> dict[str, Any]:
         "complete": status.complete,
         "shards_done": status.shards_done,
         "shards": status.shards,
-        "shards_missing": missing_shards(store, status),
+        "shards_missing": list(status.missing),
         "samples_done": status.samples_done,
         "samples_rejected": len(status.rejected),
         "samples": status.samples,
@@ -72,12 +71,6 @@ def status_figures(store: CacheStore) -> dict[str, Any]:
         "rejected_by_reason": rejected_by_reason(status),
         "rejected": rejected_samples(status),
     }
-
-
-def missing_shards(store: CacheStore, status: Status) -> list[int]:
-    """Shards that have a record, but whose object somebody deleted: one listing, no object is read."""
-    there = set(object_names(store.storage))
-    return [number for number, record in status.records.items() if record.object not in there]
 
 
 def rejected_by_reason(status: Status) -> dict[str, int]:

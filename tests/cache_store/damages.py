@@ -67,15 +67,29 @@ DAMAGES: dict[str, Damage] = {
     "a record of a shard that is not planned": (None, "shard 7 is committed but not in the plan", _outside),
     "a shard that is not planned": (None, "shards/000009-", lambda s: _copy(s, "cache.json", "shards/000009-0123456789ab.tar")),
     "a second object": (None, "a second object of shard 1", lambda s: _copy(s, _shard(s, 1), _second(s))),
-    "a stranger among shards": (None, "shards/notes.txt", lambda s: _copy(s, "cache.json", "shards/notes.txt")),
-    "a stranger among records": (None, "commits/000000.json~", lambda s: _copy(s, record_name(0), "commits/000000.json~")),
-    "a stranger in the plan": (None, "plan/keys.npy", lambda s: _copy(s, "cache.json", "plan/keys.npy")),
-    "a stranger among tensors": (None, "tensors/head.npy", lambda s: _copy(s, "cache.json", "tensors/head.npy")),
+    "another plan's array": (None, "plan/keys-0123", lambda s: _copy(s, "cache.json", "plan/keys-0123456789ab.npy")),
     "a damaged orphan among tensors": (
         None,
         "tensors/head-0123456789ab.npy",
         lambda s: _copy(s, "cache.json", "tensors/head-0123456789ab.npy"),
     ),
-    "a stranger among runs": (None, "runs/readme", lambda s: _copy(s, "cache.json", "runs/readme")),
+    "another file under the name of a run": (None, "runs/0123", lambda s: _copy(s, "cache.json", "runs/0123456789abcdef.json")),
     "a bit in the record of a run": (None, "runs/", lambda s: flip(s, _run(s), 0.2)),
 }
+
+NOTES = [
+    "shards/notes.txt",
+    "shards/000000-0123456789ab.zip",
+    "shards/000000-0123456789AB.tar",
+    "shards/0000001-0123456789ab.tar",
+    "shards/.tmp-notes",
+    "commits/000000.json~",
+    "commits/0000001.json",
+    "commits/\u0660\u0660\u0660\u0660\u0660\u0660.json",
+    "commits/.tmp-0123456789abcde",
+    "plan/keys.npy",
+    "tensors/head.npy",
+    "runs/readme",
+    "runs/0123456789abcdef.json.bak",
+]
+"""Names that look like those of a cache's objects, and that alignkd gives to none."""

@@ -18,7 +18,6 @@ from reference.codec_errors import error_bound
 
 from alignkd.cache_store.codecs import get_codec
 from alignkd.cache_store.errors import CorruptShardError
-from alignkd.cache_store.formats import encoding
 from alignkd.cache_store.formats.contract import ShardFormat
 from alignkd.cache_store.formats.registry import get_format
 from alignkd.cache_store.rows.encode import concatenate_rows, encode_row
@@ -260,8 +259,8 @@ class ShardConformance:
 
     def test_more_than_a_shard_may_hold_is_refused(self, monkeypatch):
         data = self.write(make_rows(5))
-        monkeypatch.setattr(encoding, "MAX_SHARD_BYTES", 100)
-        with pytest.raises(CorruptShardError, match="at most 100"):
+        monkeypatch.setenv("ALIGNKD_MAX_DECODED_GIB", "0.0000001")
+        with pytest.raises(CorruptShardError, match=r"at most 107 are read: .*set ALIGNKD_MAX_DECODED_GIB=1$"):
             self.format.read_shard(SPEC, data)
 
     def test_shapes_that_numpy_cannot_have_are_refused(self):

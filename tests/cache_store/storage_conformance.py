@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from cache_samples import in_process
 
+from alignkd.cache_store.errors import UnusableObjectError
 from alignkd.cache_store.storage import Storage, open_storage, read_all
 from alignkd.cache_store.storage import remote as storage_module
 
@@ -76,6 +77,20 @@ class StorageConformance:
         now = storage_module.time.time()
         monkeypatch.setattr(storage_module.time, "time", lambda: now + 1000)
         assert 990 < storage.age_s("a") < 1060
+
+    def test_the_clock_that_dates_objects_is_asked_and_nothing_stays(self, storage, monkeypatch):
+        storage.write("a", b"x")
+        now = storage_module.time.time
+        monkeypatch.setattr(storage_module.time, "time", lambda: now() + 7200)
+        assert abs(storage.age_s("a") - storage.clock_lead_s()) < 60
+        assert storage.names("") == ["a"]
+
+    def test_more_than_may_be_read_is_refused_before_it_is_read(self, storage, monkeypatch):
+        monkeypatch.setattr(storage_module, "_SMALL", 0)
+        storage.write("a", BYTES)
+        assert storage.read("a", len(BYTES)) == BYTES
+        with pytest.raises(UnusableObjectError, match=rf"found {len(BYTES)} bytes, expected at most {len(BYTES) - 1} bytes"):
+            storage.read("a", len(BYTES) - 1)
 
     def test_many_objects_are_read_in_the_order_asked_for(self, storage):
         names = [f"commits/{i}" for i in range(20)]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cache_samples import contents, full_cache, overwrite
 
-from alignkd.cache_store.errors import CorruptRecordError, StorageError
+from alignkd.cache_store.errors import CorruptRecordError, StorageAccessError, StorageError
 from alignkd.cache_store.protocol.commit import read_record
 from alignkd.cache_store.protocol.names import record_name
 from alignkd.cache_store.protocol.reader import CacheReader
@@ -172,7 +172,7 @@ def test_a_storage_that_cannot_write_says_so():
     storage = open_storage("memory://read-only/cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MemoryFileSystem, "pipe_file", unsupported)
-        with pytest.raises(StorageError, match="cannot write memory://read-only/cache/a: this kind of storage"):
+        with pytest.raises(StorageAccessError, match=r"cannot write memory://read-only/cache/a: .*This kind of storage"):
             storage.write("a", b"x")
 
 
@@ -182,10 +182,10 @@ def test_an_error_of_storage_is_not_taken_for_damage(storage, monkeypatch):
     reader = CacheReader(storage.url)
 
     def failing(prefix: str) -> Callable[..., bytes]:
-        def read(self: Any, name: str) -> bytes:
+        def read(self: Any, name: str, at_most: int | None = None) -> bytes:
             if name.startswith(prefix):
                 raise StorageError(f"cannot read {name}")
-            return real(self, name)
+            return real(self, name, at_most)
 
         return read
 

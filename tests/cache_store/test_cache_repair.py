@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 from cache_samples import all_names, contents, fill, flip, full_cache, make_store
-from damages import DAMAGES
+from damages import DAMAGES, NOTES
 
-from alignkd.cache_store.errors import StorageError
+from alignkd.cache_store.errors import CorruptRecordError, StorageAccessError, StorageError
 from alignkd.cache_store.protocol.names import object_names, record_name
+from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.repair import MIN_AGE_S, repair
 from alignkd.cache_store.protocol.store import open_store
 from alignkd.cache_store.protocol.verify import verify
@@ -88,8 +92,8 @@ def test_an_unfinished_cache_is_left_as_it_is_and_told_what_is_to_do(tmp_path):
 def test_young_strays_stay_and_old_ones_go(tmp_path, monkeypatch):
     storage = full_cache(tmp_path)
     storage.delete(record_name(1))
-    storage.write("commits/.tmp-1", b"half")
-    strays = ["commits/.tmp-1", object_names(storage)[1]]
+    storage.write("commits/.tmp-0123456789abcdef", b"half")
+    strays = ["commits/.tmp-0123456789abcdef", object_names(storage)[1]]
     assert repair(tmp_path).removed == []
     assert verify(tmp_path).strays == strays
     ages = {strays[0]: MIN_AGE_S + 1, strays[1]: MIN_AGE_S - 1}
@@ -135,3 +139,56 @@ def test_where_no_cache_is_nothing_is_repaired(tmp_path):
     with pytest.raises(ValueError, match="no cache at"):
         repair(tmp_path)
     assert (tmp_path / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("folder", ["plan", "runs", "tensors", "shards", "commits"])
+@pytest.mark.parametrize("deed", ["repair", "sweep", "create_or_open"])
+def test_a_cache_with_a_folder_that_is_a_link_is_not_repaired_swept_or_continued(tmp_path, folder, deed):
+    cache, theirs = tmp_path / "cache", tmp_path / "theirs"
+    full_cache(cache)
+    (cache / folder).rename(theirs)
+    for name in ("thesis.docx", ".tmp-notes", ".tmp-0123456789abcdef", "000009-0123456789ab.tar", "0123456789abcdef.json"):
+        (theirs / name).write_text("precious")
+    (cache / folder).symlink_to(theirs)
+    before = sorted(os.listdir(theirs))
+    deeds = {
+        "repair": lambda: repair(cache, min_age_s=0),
+        "sweep": lambda: open_store(cache).sweep(min_age_s=0),
+        "create_or_open": lambda: make_store(cache),
+    }
+    with pytest.raises(StorageAccessError, match=rf"cache/{folder} is a link to"):
+        deeds[deed]()
+    assert sorted(os.listdir(theirs)) == before
+    assert len(CacheReader(cache)) == 9
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_what_has_not_exactly_one_of_our_names_is_left_by_repair(tmp_path, name):
+    storage = full_cache(tmp_path)
+    storage.write(name, b"mine")
+    DAMAGES["a bit in a shard"][2](storage)
+    done = repair(tmp_path, min_age_s=0)
+    assert name not in done.removed
+    assert storage.read(name) == b"mine"
+
+
+def test_a_pipe_under_the_name_of_a_record_is_damage_that_is_repaired(tmp_path, undamaged):
+    full_cache(tmp_path)
+    (tmp_path / record_name(1)).unlink()
+    os.mkfifo(tmp_path / record_name(1))
+    with pytest.raises(CorruptRecordError, match=r"000001\.json: found a named pipe, expected a plain file.*cache repair"):
+        open_store(tmp_path).status()
+    assert repair(tmp_path).shards_to_do == 1
+    rebuild(tmp_path)
+    assert verify(tmp_path).content_sha256 == undamaged
+
+
+@pytest.mark.parametrize("step_s", [2 * MIN_AGE_S, -2 * MIN_AGE_S])
+def test_a_clock_that_is_set_while_workers_write_makes_no_young_object_a_stray(tmp_path, monkeypatch, step_s):
+    storage, now = full_cache(tmp_path), time.time
+    storage.delete(record_name(1))
+    old = object_names(storage)[2]
+    storage.delete(record_name(2))
+    os.utime(tmp_path / old, (now() - MIN_AGE_S - 60,) * 2)
+    monkeypatch.setattr(time, "time", lambda: now() + step_s)
+    assert repair(tmp_path).removed == [old]

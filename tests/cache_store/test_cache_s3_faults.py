@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from cache_samples import TENSORS, all_names, commit, fill, full_cache, make_store
 
-from alignkd.cache_store.errors import StorageError
+from alignkd.cache_store.errors import StorageAccessError, StorageError
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import open_store
 from alignkd.cache_store.protocol.verify import verify
@@ -90,13 +90,15 @@ def test_a_store_that_is_gone_is_one_clear_error(s3, storage, monkeypatch):
 
 def test_a_refusal_is_not_tried_again(s3, storage):
     fault = s3.fail("403", times=-1)
-    with pytest.raises(StorageError, match=r"cannot write .*shards/b: .*Check the credentials and their rights"):
+    with pytest.raises(StorageAccessError, match=r"cannot write .*shards/b: .*Check the credentials and their rights"):
         storage.write("shards/b", b"x")
     assert fault.met == 1
 
 
 def test_a_bucket_that_is_not_there_is_said_so(s3):
-    with pytest.raises(StorageError, match=r"cannot write s3://nowhere/cache/plan/.*bucket does not exist.*Create the bucket"):
+    with pytest.raises(
+        StorageAccessError, match=r"cannot write s3://nowhere/cache/plan/.*bucket does not exist.*Create the bucket"
+    ):
         make_store("s3://nowhere/cache")
 
 

@@ -6,16 +6,20 @@ import errno
 import multiprocessing
 import os
 import resource
+import socket
 import stat
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from cache_samples import in_process
 from storage_conformance import SharedStorageConformance, StorageConformance
 
-from alignkd.cache_store.errors import StorageError
-from alignkd.cache_store.storage import open_storage
+from alignkd.cache_store.errors import StorageAccessError, StorageError, UnusableObjectError
+from alignkd.cache_store.storage import local, open_storage
 from alignkd.cache_store.storage.local import LocalStorage
 from alignkd.cache_store.storage.remote import RemoteStorage
 
@@ -120,7 +124,7 @@ def test_a_file_that_may_not_grow_so_large_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(StorageError, match=r"cannot write .*big"):
+        with pytest.raises(StorageAccessError, match=r"cannot write .*big"):
             storage.write("big", bytes(100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -165,7 +169,7 @@ def _write_as_nobody(storage: LocalStorage) -> list[str]:
     for deed in (lambda: storage.write("a/new", b"new"), lambda: storage.delete("a/old"), lambda: storage.read("locked")):
         try:
             deed()
-        except StorageError as error:
+        except StorageAccessError as error:
             messages.append(str(error))
     return messages
 
@@ -185,7 +189,7 @@ def test_missing_permissions_are_said_once_for_what_was_tried(tmp_path):
 
 def test_a_cache_below_a_file_is_refused_as_such(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(StorageError, match=r"cannot write .*notes.txt/shards/a: Not a directory"):
+    with pytest.raises(StorageAccessError, match=r"cannot write .*notes.txt/shards/a: Not a directory"):
         LocalStorage(tmp_path / "notes.txt").write("shards/a", b"x")
 
 
@@ -217,3 +221,112 @@ def test_without_hard_links_a_name_is_given_once_all_the_same(tmp_path, monkeypa
     assert not storage.write("a", b"second")
     assert storage.read("a") == b"first"
     assert files(tmp_path) == ["a"]
+
+
+FOLDERS = ("plan", "runs", "tensors", "shards", "commits", "workers")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("deed", ["write", "delete"])
+def test_nothing_is_written_or_removed_through_a_folder_that_is_a_link(tmp_path, folder, deed):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "a").write_text("precious")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / folder).symlink_to(tmp_path / "theirs")
+    storage = LocalStorage(tmp_path / "cache")
+    with pytest.raises(StorageAccessError, match=rf"cache/{folder} is a link to .*theirs, expected a folder of its own"):
+        storage.write(f"{folder}/b", b"x") if deed == "write" else storage.delete(f"{folder}/a")
+    assert files(tmp_path / "theirs") == ["a"]
+    assert storage.read(f"{folder}/a") == b"precious"  # whoever only reads may follow links
+
+
+def test_a_cache_whose_own_folder_is_a_link_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    storage = LocalStorage(tmp_path / "cache")
+    assert storage.write("shards/a", b"x")
+    storage.delete("shards/a")
+    assert files(tmp_path / "disk") == []
+
+
+def test_of_an_object_that_is_a_link_only_the_link_is_removed(tmp_path):
+    (tmp_path / "theirs").write_text("precious")
+    (tmp_path / "cache" / "shards").mkdir(parents=True)
+    (tmp_path / "cache" / "shards" / "a").symlink_to(tmp_path / "theirs")
+    storage = LocalStorage(tmp_path / "cache")
+    assert storage.write("shards/a", b"x") is False
+    storage.delete("shards/a")
+    assert (tmp_path / "theirs").read_text() == "precious"
+    assert storage.names("shards") == []
+
+
+def put_special(path, kind):
+    if kind == "a named pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a device", "a socket"])
+def test_only_plain_files_are_read(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    put_special(Path("a"), kind)  # the names of sockets may not be long
+    with pytest.raises(UnusableObjectError, match=rf"a: found {kind}, expected a plain file"):
+        in_thread(LocalStorage(tmp_path).read, "a")
+    assert LocalStorage(tmp_path).size("a") is None
+
+
+def test_a_folder_is_not_removed_as_an_object(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(StorageAccessError, match=r"cannot delete .*a: it is a folder"):
+        LocalStorage(tmp_path).delete("a")
+
+
+def in_thread(function, *arguments):
+    """The result of a call that may not take for ever."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result(30)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync_a_folder_is_written_and_told_once(tmp_path, monkeypatch, caplog, number):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(local, "_told", set())
+    storage = LocalStorage(tmp_path)
+    for i in range(3):
+        assert storage.write(f"shards/{i}", b"x")
+    assert storage.names("shards") == ["0", "1", "2"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "cannot sync a folder" in caplog.text
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EIO, StorageError), (errno.EACCES, StorageAccessError)])
+def test_any_other_failure_to_sync_a_folder_is_an_error(tmp_path, monkeypatch, number, code):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(code):
+        LocalStorage(tmp_path).write("a", b"x")
+
+
+def test_the_clock_of_the_machine_and_that_of_the_storage_are_told_apart(tmp_path, monkeypatch):
+    storage, real = LocalStorage(tmp_path), time.time
+    assert abs(storage.clock_lead_s()) < 5
+    monkeypatch.setattr(time, "time", lambda: real() + 7200)
+    assert 7195 < storage.clock_lead_s() < 7205
+    assert files(tmp_path) == []

@@ -65,7 +65,7 @@ def test_a_crash_at_any_write_leaves_a_shard_or_none(tmp_path, monkeypatch, at, 
         if str(path).startswith(f"{tmp_path}/{at}"):
             # A killed process cleans nothing up.
             path.parent.mkdir(parents=True, exist_ok=True)
-            (path.parent / ".tmp-0123").write_bytes(data[:10])
+            (path.parent / ".tmp-0123456789abcdef").write_bytes(data[:10])
             raise KeyboardInterrupt(real(self, path, data) if written else None)
         return real(self, path, data)
 
@@ -77,19 +77,19 @@ def test_a_crash_at_any_write_leaves_a_shard_or_none(tmp_path, monkeypatch, at, 
     assert store.pending() == ([1, 2] if at == "commits/000000" and written else [0, 1, 2])
     assert verify(tmp_path).problems == []
     fill(store)
-    assert [name.split("/")[-1] for name in store.sweep(min_age_s=0)] == [".tmp-0123"]
+    assert [name.split("/")[-1] for name in store.sweep(min_age_s=0)] == [".tmp-0123456789abcdef"]
     report = verify(tmp_path)
     assert (report.problems, report.strays, report.rows) == ([], [], 10)
 
 
 def test_sweeping_keeps_committed_shards_strangers_and_what_is_younger_than_asked(tmp_path):
     store = fill(make_store(tmp_path))
-    for name in ("shards/notes.txt", "shards/000001-0123456789ab.tar", "plan/.tmp-1"):
+    for name in ("shards/notes.txt", "shards/000001-0123456789ab.tar", "plan/.tmp-0123456789abcdef"):
         store.storage.write(name, b"left over")
     before = set(all_names(store.storage))
     assert store.sweep(min_age_s=3600) == []
     swept = store.sweep(min_age_s=0)
-    assert sorted(swept) == ["plan/.tmp-1", "shards/000001-0123456789ab.tar"]
+    assert sorted(swept) == ["plan/.tmp-0123456789abcdef", "shards/000001-0123456789ab.tar"]
     assert before - set(all_names(store.storage)) == set(swept)
     assert store.sweep(min_age_s=0) == []
 

@@ -140,7 +140,7 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path, monkeypatch):
     make_store(tmp_path, tensors=TENSORS)
     read: list[str] = []
     real = LocalStorage.read
-    monkeypatch.setattr(LocalStorage, "read", lambda self, name: (read.append(name), real(self, name))[1])
+    monkeypatch.setattr(LocalStorage, "read", lambda self, name, *limit: (read.append(name), real(self, name, *limit))[1])
     tensors = CacheReader(tmp_path).tensors
     assert ("head" in tensors, list(tensors)) == (True, ["head", "slice.weight"])
     assert not [name for name in read if name.startswith("tensors/")]

@@ -66,7 +66,7 @@ def test_a_pickled_array_is_refused_unopened(tmp_path):
 def test_an_object_of_another_size_is_refused_before_it_is_read(tmp_path, monkeypatch):
     tensors = make_store(tmp_path, tensors=TENSORS).tensors
     monkeypatch.setattr(LocalStorage, "size", lambda self, name: 1 << 50)
-    monkeypatch.setattr(LocalStorage, "read", lambda self, name: pytest.fail("read"))
+    monkeypatch.setattr(LocalStorage, "read", lambda self, name, at_most: pytest.fail("read"))
     with pytest.raises(DamagedTensorError, match=f"found {1 << 50} bytes"):
         tensors["head"]
 

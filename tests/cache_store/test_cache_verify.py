@@ -19,15 +19,14 @@ from cache_samples import (
     make_store,
     plan_of,
 )
-from damages import DAMAGES
+from damages import DAMAGES, NOTES
 
 from alignkd.cache_store.errors import CorruptShardError
 from alignkd.cache_store.formats import webdataset_shard
 from alignkd.cache_store.protocol.names import object_name, object_names, record_name
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.protocol.store import CacheStore
+from alignkd.cache_store.protocol.store import CacheStore, open_store
 from alignkd.cache_store.protocol.verify import Problem, verify
-from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.storage.local import LocalStorage
 
 # Another value means that caches written before can no longer be compared: raise FORMAT_VERSION.
@@ -101,7 +100,7 @@ def test_a_quick_audit_reads_no_shard(tmp_path, monkeypatch):
     full_cache(tmp_path)
     read = []
     real = LocalStorage.read
-    monkeypatch.setattr(LocalStorage, "read", lambda self, name: (read.append(name), real(self, name))[1])
+    monkeypatch.setattr(LocalStorage, "read", lambda self, name, *limit: (read.append(name), real(self, name, *limit))[1])
     assert verify(tmp_path, quick=True).rows == 9
     assert not [name for name in read if name.startswith("shards/")]
     verify(tmp_path)
@@ -131,10 +130,10 @@ def test_a_second_object_is_a_stray_where_a_worker_left_it_and_a_problem_where_i
 def test_a_lost_record_makes_a_shard_to_do_and_a_stray_not_a_problem(tmp_path):
     storage = full_cache(tmp_path)
     storage.delete(record_name(2))
-    storage.write("commits/.tmp-0", b"half")
+    storage.write("commits/.tmp-0123456789abcdef", b"half")
     report = verify(tmp_path)
     assert (report.problems, report.incomplete, report.rows) == ([], 1, 7)
-    assert report.strays == ["commits/.tmp-0", object_names(storage)[2]]
+    assert report.strays == ["commits/.tmp-0123456789abcdef", object_names(storage)[2]]
 
 
 @pytest.mark.parametrize("name", ["cache.json", "plan/keys", "plan/place"])
@@ -149,7 +148,7 @@ def test_a_damaged_manifest_or_plan_is_refused_as_a_whole(tmp_path, name, where)
 
 def test_several_problems_are_all_told(tmp_path):
     storage = full_cache(tmp_path)
-    for kind in ("a bit in a record", "an empty shard", "a stranger among runs"):
+    for kind in ("a bit in a record", "an empty shard", "a bit in the record of a run"):
         DAMAGES[kind][2](storage)
     assert sorted(len(problem.keys) for problem in verify(tmp_path).problems) == [0, 2, 4]
 
@@ -210,16 +209,30 @@ def test_the_digest_stays_what_it_was(tmp_path, shard_format):
     assert verify(tmp_path).content_sha256 == CONTENT_SHA256
 
 
-def test_strangers_that_are_folders_are_found(tmp_path):
-    storage = open_storage(full_cache(tmp_path).url)
+@pytest.mark.parametrize("name", NOTES)
+def test_what_has_not_exactly_one_of_our_names_is_told_and_is_nothing_to_remove(tmp_path, name):
+    storage = full_cache(tmp_path)
+    whole = verify(tmp_path)
+    storage.write(name, b"mine")
+    report = verify(tmp_path)
+    (problem,) = report.problems
+    assert str(problem).startswith(f"{name}: neither a shard nor a record")
+    assert (problem.objects, problem.keys, report.strays) == ((), (), [])
+    assert report.content_sha256 == whole.content_sha256
+    assert (CacheReader(tmp_path).records.keys(), open_store(tmp_path).pending()) == ({0, 1, 2}, [])
+
+
+def test_folders_among_the_objects_are_told_and_are_nothing_to_remove(tmp_path):
+    full_cache(tmp_path)
     for folder in ("shards", "commits", "plan", "runs", "tensors"):
         (tmp_path / folder / "sub").mkdir()
+    problems = verify(tmp_path).problems
+    told = ["commits/sub", "plan/sub", "runs/sub", "shards/sub", "tensors/sub"]
+    assert sorted(str(problem).split(":")[0] for problem in problems) == told
+    assert not any(problem.objects for problem in problems)
+
+
+def test_a_folder_under_the_name_of_a_tensor_is_a_problem(tmp_path):
+    full_cache(tmp_path)
     (tmp_path / "tensors" / "head-0123456789ab.npy").mkdir()
-    assert sorted(str(problem).split(":")[0] for problem in verify(storage.url).problems) == [
-        "commits/sub",
-        "plan/sub",
-        "runs/sub",
-        "shards/sub",
-        "tensors/head-0123456789ab.npy",
-        "tensors/sub",
-    ]
+    assert [problem.objects for problem in verify(tmp_path).problems] == [("tensors/head-0123456789ab.npy",)]

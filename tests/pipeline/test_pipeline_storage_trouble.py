@@ -1,4 +1,5 @@
-"""Storage that fails in the middle of stage one: exit code 2, one message, and nothing that a rerun does not mend."""
+"""Storage that fails in the middle of stage one: one message, an exit code that says whether trying again can help, and
+nothing that a rerun does not mend."""
 
 from __future__ import annotations
 
@@ -42,9 +43,9 @@ def arguments(data, cache):
     return ["cache-teacher", *(str(word) for pair in given.items() for word in pair)]
 
 
-def refused(data, cache, *parts):
+def refused(data, cache, *parts, code=75):
     result = CliRunner().invoke(main, arguments(data, cache))
-    assert result.exit_code == 75, result.stderr
+    assert result.exit_code == code, result.stderr
     assert "Traceback" not in result.stderr
     assert sum(line.startswith("Error: ") for line in result.stderr.splitlines()) == 1
     words = result.stderr.partition("Error: ")[2]
@@ -66,9 +67,10 @@ def fail_from(call, number, monkeypatch):
 
 
 TROUBLES = {
-    "disk full": (errno.ENOSPC, "No space left on device"),
-    "read-only": (errno.EROFS, "Read-only file system"),
-    "permission": (errno.EACCES, "Permission denied"),
+    "disk full": (errno.ENOSPC, "No space left on device", 75),
+    "read-only": (errno.EROFS, "Read-only file system", 75),
+    "file server": (errno.ESTALE, "Stale file handle", 75),
+    "permission": (errno.EACCES, "Permission denied", 2),
 }
 
 
@@ -76,11 +78,11 @@ TROUBLES = {
 def test_trouble_in_the_middle_is_one_message_and_a_rerun_completes_the_same_cache(
     tmp_path, eight, expected, monkeypatch, name
 ):
-    number, words = TROUBLES[name]
+    number, words, code = TROUBLES[name]
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch:
         fail_from(36, number, patch)
-        message = refused(eight, cache, "cannot write", str(cache), words, "run the same command again")
+        message = refused(eight, cache, "cannot write", str(cache), words, "run the same command again", code=code)
     assert message.count("cannot write") == 1
     assert 1 <= open_store(cache).status().shards_done < 4
     assert write_cache(eight, cache)["complete"]
@@ -115,7 +117,7 @@ def test_a_full_disk_while_the_object_is_written_is_named_once_and_leaves_no_tem
 
 def test_a_file_where_the_cache_should_be_is_one_message(tmp_path, eight):
     (tmp_path / "cache").write_text("mine")
-    refused(eight, tmp_path / "cache", str(tmp_path / "cache"))
+    refused(eight, tmp_path / "cache", str(tmp_path / "cache"), code=2)
     assert (tmp_path / "cache").read_text() == "mine"
 
 
@@ -141,7 +143,7 @@ def test_an_object_store_that_stumbles_is_asked_again_and_nothing_is_lost(s3, s3
 
 def test_credentials_that_are_refused_are_one_message_at_once(s3, s3_url, eight, monkeypatch):
     monkeypatch.setattr("s3fs.S3FileSystem._info", denied)
-    refused(eight, s3_url, s3_url, "Check the credentials and their rights")
+    refused(eight, s3_url, s3_url, "Check the credentials and their rights", code=2)
 
 
 async def denied(*arguments, **keywords):
