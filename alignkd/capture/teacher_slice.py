@@ -31,7 +31,8 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.generic import maybe_autocast
 
-from alignkd.capture.attention import by_sample, has_attention, no_attention, text_to_vision
+from alignkd.capture.attention import by_sample, has_attention, no_attention
+from alignkd.capture.probabilities import text_to_vision
 from alignkd.errors import CacheError, CheckpointError, ConfigError, wrap_errors
 from alignkd.inputs.batch import Batch
 from alignkd.models.modules.mobilevlm import MobileVlm, MobileVlmConfig, MobileVlmModel

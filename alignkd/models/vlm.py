@@ -12,7 +12,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,6 +45,10 @@ class Vlm(ABC):
     model: Any
     tokenizer: Any
     folder: Path
+    logit_scale: float = field(default=1.0, init=False)
+    """The head over the last hidden states times this gives the model's logits; set by the capture, which compares them."""
+    captures: bool = field(default=False, init=False)
+    """Whether what is captured of this model was compared with the model itself."""
 
     @classmethod
     @abstractmethod

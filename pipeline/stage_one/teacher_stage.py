@@ -100,7 +100,7 @@ class StageOne:
         described = model_fingerprint(teacher, self.template)
         return {
             **described,
-            "teacher": {"weights": self._weights, "dtype": config.dtype, **described["teacher"]},
+            "teacher": {"weights": self._weights, "dtype": config.dtype, **described["teacher"], **self._logit_scale},
             "max_length": config.max_length,
             "targets": config.settings.fingerprint(),
             "alignment": config.alignment,
@@ -108,6 +108,11 @@ class StageOne:
             **self._first_ids,
             "data": hashlib.sha256(self.plan.keys.tobytes()).hexdigest(),
         }
+
+    @property
+    def _logit_scale(self) -> dict[str, float]:
+        """The number that the teacher multiplies its head's logits by, where it does."""
+        return {} if self.teacher.logit_scale == 1 else {"logit_scale": self.teacher.logit_scale}
 
     @property
     def _first_ids(self) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_parts import text_settings
@@ -27,7 +29,8 @@ TEMPLATE = (
 )
 
 
-def write(folder: Path, seed: int = 0) -> None:
+def write(folder: Path, seed: int = 0, text: Callable[..., Any] = Qwen2Config, **changes: Any) -> None:
+    """``text``: the decoder's configuration, with ``changes``; sinks of its attention get numbers that matter."""
     specials = ["<|im_start|>", *NAMED.values()]
     tokenizer = byte_level(specials, eos="<|im_end|>", pad="<|endoftext|>", extra_special_tokens=NAMED)
     images = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=6)
@@ -41,10 +44,14 @@ def write(folder: Path, seed: int = 0) -> None:
             image_size=(32, 32),
             patch_size=(8, 8),
         ),
-        text_config=Qwen2Config(**text_settings(tokenizer)),
+        text_config=text(**text_settings(tokenizer, **changes)),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=4,
     )
     torch.manual_seed(seed)
-    InternVLForConditionalGeneration(config).save_pretrained(folder)
+    model = InternVLForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if "sink" in name:
+            parameter.data.normal_()
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import IMAGE, batch_of, eager_attention, mixture, reference, sample, write_checkpoint
 
-from alignkd.capture import attention as capture_module
+from alignkd.capture import probabilities as capture_module
 from alignkd.capture.attention import capture
 from alignkd.inputs.batch import collate, expand
 from alignkd.inputs.prompts import IGNORE, encode_conversation
