@@ -37,7 +37,7 @@ class Worker:
 
 
 def find_worker(rank: int | None = None, world_size: int | None = None, environment: Mapping[str, str] = os.environ) -> Worker:
-    """Flags first; then torchrun, SLURM (tasks, arrays, arrays of tasks), Kubernetes indexed jobs; else the only worker.
+    """Flags first; then torchrun, SLURM (tasks, arrays, arrays of tasks), Kubernetes indexed jobs, MPI; else the only worker.
 
     Raises:
         ConfigError: some of what is needed is missing, or is not a number.
@@ -58,19 +58,41 @@ def find_worker(rank: int | None = None, world_size: int | None = None, environm
             )
         rank, world_size = _numbers(environment, "JOB_COMPLETION_INDEX", "WORLD_SIZE")
         return Worker(rank, world_size)
-    return Worker()
+    return _mpi(environment) or Worker()
 
 
 def find_process(environment: Mapping[str, str] = os.environ) -> Worker:
-    """Which process of a torchrun, ``accelerate launch`` or DeepSpeed job this is; without a launcher, the only one.
+    """Which process of one training job this is; without a launcher, the only one.
+
+    Launchers: torchrun, ``accelerate launch`` or DeepSpeed; else the tasks of one ``srun``; else Open MPI or PMI. Elements of
+    a SLURM array are jobs of their own.
 
     Raises:
         ConfigError: a variable of the launcher is not a number, or the rank is not below the world size.
     """
-    if not {"RANK", "WORLD_SIZE"} <= environment.keys():
-        return Worker()
-    rank, world_size = _numbers(environment, "RANK", "WORLD_SIZE")
-    return Worker(rank, world_size, _number(environment, "LOCAL_RANK", 0))
+    if {"RANK", "WORLD_SIZE"} <= environment.keys():
+        rank, world_size = _numbers(environment, "RANK", "WORLD_SIZE")
+        return Worker(rank, world_size, _number(environment, "LOCAL_RANK", 0))
+    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", 1)
+    if tasks > 1:
+        (task,) = _numbers(environment, "SLURM_PROCID")
+        return Worker(task, tasks, _number(environment, "SLURM_LOCALID", 0))
+    return _mpi(environment) or Worker()
+
+
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+"""Rank, number of processes, and rank on one machine, as Open MPI sets them, and MPICH and Intel MPI."""
+
+
+def _mpi(environment: Mapping[str, str]) -> Worker | None:
+    for rank, size, local_rank in _MPI:
+        if {rank, size} <= environment.keys():
+            number, count = _numbers(environment, rank, size)
+            return Worker(number, count, _number(environment, local_rank, 0))
+    return None
 
 
 def _slurm(environment: Mapping[str, str]) -> Worker:
@@ -95,7 +117,10 @@ def _slurm(environment: Mapping[str, str]) -> Worker:
 def _numbers(environment: Mapping[str, str], *names: str) -> tuple[int, ...]:
     missing = [name for name in names if name not in environment]
     if missing:
-        raise ConfigError(f"{names[0]} is set but {', '.join(missing)} is not: give --rank and --world-size")
+        raise ConfigError(
+            f"{names[0]} is set but {', '.join(missing)} is not: start the command through the launcher, or, for cache-teacher,"
+            " give --rank and --world-size"
+        )
     return tuple(_number(environment, name, 0) for name in names)
 
 

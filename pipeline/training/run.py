@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -19,11 +18,12 @@ from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.feature_cache import cache_tower_features
 from alignkd.pipeline.feeding.loader_processes import lost_loader
-from alignkd.pipeline.runtime.devices import peak_memory_bytes
+from alignkd.pipeline.runtime.devices import peak_memory_bytes, pick_device
 from alignkd.pipeline.runtime.files import replace_text
-from alignkd.pipeline.runtime.processes import Processes
+from alignkd.pipeline.runtime.processes import Processes, lost_processes
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.ranks import Worker, find_process
+from alignkd.pipeline.runtime.rendezvous import joined_processes
 from alignkd.pipeline.runtime.run_record import write_run_record
 from alignkd.pipeline.runtime.signals import Interrupted, StopFlag, stop_on_signals
 from alignkd.pipeline.training.callbacks import RunCallback
@@ -49,26 +49,24 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         Interrupted: a signal came; a checkpoint was written.
     """
     process = find_process()
-    with stop_on_signals() as stop:
-        try:
-            return _distill(config, process, stop)
-        finally:
-            if dist.is_initialized() and process.world_size > 1:
-                dist.destroy_process_group()
-
-
-def _distill(config: DistillConfig, process: Worker, stop: StopFlag) -> dict[str, Any]:
     load_plugins(config.plugins)
+    check_options(config)
+    device = pick_device(config.device, process.local_rank)
+    deepspeed = config.deepspeed is not None
+    joined = joined_processes(process, device=device, longest_wait_s=config.max_wait, deepspeed=deepspeed)
+    with stop_on_signals() as stop, joined as processes, lost_processes(processes.world_size):
+        return _distill(config, process, processes, stop)
+
+
+def _distill(config: DistillConfig, process: Worker, processes: Processes, stop: StopFlag) -> dict[str, Any]:
     out = Path(config.out)
     check_out(out, resume=config.resume)
-    check_options(config)
     set_seed(config.seed)
     inputs = open_inputs(config, process)
     objective, peft_model = build_objective(inputs, open_teacher(inputs), processes=process.world_size)
     data = open_data(inputs)
     schedule = make_schedule(config, data, inputs.student, process)
     arguments = training_arguments(config, out, inputs.device, steps=schedule.steps)
-    processes = Processes(process)
     settings = resolved_settings(inputs, data, schedule)
     if config.resume:
         check_same_run(out / "run.json", settings)

@@ -45,6 +45,7 @@ def training_arguments(config: DistillConfig, out: Path, device: str, *, steps: 
             ignore_data_skip=True,  # our sampler starts where the checkpoint ends
             report_to=[name for name in config.report_to if name not in ("tensorboard", "none")],
             disable_tqdm=True,
+            ddp_timeout=int(config.max_wait),
             ddp_broadcast_buffers=False,  # all of them are constants
             ddp_find_unused_parameters=not answers_learn,  # where answers learn, the objective uses every parameter
             average_tokens_across_devices=False,  # the trainer counts a whole step itself

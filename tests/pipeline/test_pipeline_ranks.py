@@ -90,9 +90,10 @@ def test_what_leaves_open_who_does_what_is_refused(name):
         find_worker(rank, world_size, environment)
 
 
-def test_a_training_process_is_known_from_torchrun_alone():
+def test_a_training_process_is_known_from_torchrun_and_from_srun():
     assert find_process({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Worker(5, 8, 1)
-    assert find_process({"RANK": "abc"}) == find_process(task(3, 4)) == Worker(0, 1, 0)
+    assert find_process({"RANK": "abc"}) == Worker(0, 1, 0)
+    assert find_process(task(3, 4)) == Worker(3, 4, 0)
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
