@@ -14,7 +14,9 @@ from pathlib import Path
 from types import ModuleType
 
 from alignkd.errors import ConfigError
+from alignkd.plain_files import read_plain
 
+_MAX_BYTES = 64 * 2**20
 _PREFIX = "alignkd_plugin_"
 
 
@@ -47,7 +49,7 @@ def loaded_plugins() -> tuple[Plugin, ...]:
 
 def _load(path: Path) -> None:
     try:
-        source = path.read_bytes()
+        source = read_plain(path, _MAX_BYTES)
     except OSError as error:
         raise ConfigError(f"--plugin {path}: {error.strerror}; expected a Python file") from error
     where, digest = str(path.resolve()), hashlib.sha256(source).hexdigest()

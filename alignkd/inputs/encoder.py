@@ -55,8 +55,15 @@ class Encoder(Protocol):
             PromptError: the conversation cannot be used, and why.
         """
 
+    def decode(self, image: Image.Image) -> Image.Image:
+        """The pixels of an opened file in RGB, as the model's own loader gives them; an RGB image is returned unchanged.
+
+        Raises:
+            SampleError: the file is damaged, or would be too large when it is padded or resized: that is checked first.
+        """
+
     def load(self, image: Image.Image) -> Any:
-        """What :meth:`encode` and :meth:`finish` take for one image."""
+        """What :meth:`encode` and :meth:`finish` take for one image, in any mode."""
 
     def finish(self, turns: Turns, planned: Planned, images: Sequence[Any]) -> tuple[ModelInput, bool]:
         """The second step, of what :meth:`plan` gave for these turns; as :meth:`encode`.

@@ -11,6 +11,7 @@ import yaml
 from alignkd.errors import ConfigError, wrap_errors
 from alignkd.losses.layers import EXPECTED, check_layers
 from alignkd.losses.term_registry import find_term, registered_terms
+from alignkd.plain_files import read_plain
 from alignkd.targets.logit_settings import DIVERGENCE_NAMES
 
 HeadMap = Literal["mixture", "convolution", "mean"]
@@ -26,6 +27,7 @@ _CHOICES = {
     "weighting": Weighting,
 }
 
+_MAX_BYTES = 16 * 2**20
 _WEIGHTS = ("supervised", *DIVERGENCE_NAMES, "attention", "vision")
 
 
@@ -189,8 +191,8 @@ def one_term_recipes(recipe: Recipe) -> dict[str, Recipe]:
 
 
 def _read(path: Path) -> Recipe:
-    with wrap_errors(ConfigError, f"recipe file {path} cannot be read", OSError):
-        content = path.read_bytes()
+    with wrap_errors(ConfigError, f"recipe file {path} cannot be read", OSError, ValueError):
+        content = read_plain(path, _MAX_BYTES)
     with wrap_errors(ConfigError, f"recipe file {path} is not YAML"):
         values = yaml.safe_load(content)
     if not isinstance(values, dict):

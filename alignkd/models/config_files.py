@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from alignkd.errors import CheckpointError, wrap_errors
+from alignkd.plain_files import read_plain
 
+_MAX_BYTES = 64 * 2**20
 _LARGEST = {
     "num_hidden_layers": 1024,
     "num_layers": 1024,
@@ -43,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, is not JSON, or holds something else.
     """
     with wrap_errors(CheckpointError, f"{path} is not JSON that can be read", OSError, ValueError, RecursionError):
-        content = json.loads(path.read_text())
+        content = json.loads(read_plain(path, _MAX_BYTES).decode())
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object")
     return content

@@ -4,18 +4,23 @@ A sample that cannot be prepared is a :class:`SampleError`: the caller names it,
 """
 
 import hashlib
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from alignkd.errors import SampleError
+from alignkd.errors import SampleError, TransientError
 from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.encoder import Encoder, Planned
-from alignkd.models.encoders.images import ImageError, decode_image, image_size, read_image_bytes
+from alignkd.models.encoders.image_files import ImageError, image_size, open_image, read_image_bytes
+from alignkd.models.encoders.rgb import rgb_by_pillow, what_is_lost
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.data.doubtful_images import DoubtfulImages
+from alignkd.pipeline.data.image_paths import image_path
 from alignkd.pipeline.data.sample import Sample
+from alignkd.pipeline.runtime.retries import with_retries
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Preparer:
     image_root: Path
     features: dict[str, tuple[str, Any]] = field(default_factory=dict)
     """Tower features by image reference, with the file's SHA-256; an image found here is not read again."""
+    doubtful: DoubtfulImages = field(default_factory=DoubtfulImages)
 
     @classmethod
     def of(
@@ -92,6 +98,7 @@ class Preparer:
 
         Raises:
             SampleError: an image is missing, damaged, too large or outside the image folder.
+            TransientError: storage does not answer, or memory is short.
         """
         if not references:
             return [], ""
@@ -101,48 +108,50 @@ class Preparer:
         return [values for _, values in loaded], together
 
     def decoded_images(self, sample: Sample) -> list[Image.Image]:
-        """A sample's images, decoded and otherwise unchanged.
+        """A sample's images in RGB, as the model's own loader gives them.
 
         Raises:
             SampleError: one cannot be read.
         """
-        try:
-            return [decode_image(read_image_bytes(self._path(name)), name) for name in sample.images]
-        except ImageError as error:
-            raise SampleError(f"image {error}") from error
-
-    def _path(self, reference: str) -> Path:
-        path = self.image_root / reference
-        try:
-            inside = path.resolve().is_relative_to(self.image_root.resolve())
-        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a name that no file can have
-            raise SampleError(f"image {reference!r} cannot be a file: {error}") from error
-        if not inside:
-            raise SampleError(f"image {reference!r} lies outside the image folder {self.image_root}")
-        return path
+        return [self._decode(reference)[0] for reference in sample.images]
 
     def _size(self, reference: str) -> tuple[int, int]:
+        path = image_path(self.image_root, reference)
         try:
-            return image_size(self._path(reference))
+            return with_retries(lambda: image_size(path), f"reading image {path}")
         except ImageError as error:
             raise SampleError(f"image {error}") from error
 
     def _load_image(self, reference: str) -> tuple[str, Any]:
-        path = self._path(reference)
+        image, digest = self._decode(reference)
+        return digest, self.encoder.load(image)
+
+    def _decode(self, reference: str) -> tuple[Image.Image, str]:
+        """An image in RGB, and the SHA-256 of its file."""
+        path = image_path(self.image_root, reference)
+        # Encoders from outside of the package may lack the method; they are given what they always were.
+        decode = getattr(self.encoder, "decode", rgb_by_pillow)
         try:
-            data = read_image_bytes(path)
-            image = self.encoder.load(decode_image(data, str(path)))
+            data = with_retries(lambda: read_image_bytes(path), f"reading image {path}")
+            image = open_image(io.BytesIO(data), str(path))
+            rgb = decode(image)
         except ImageError as error:
-            raise SampleError(f"image {error}") from error
-        return hashlib.sha256(data).hexdigest(), image
+            raise SampleError(f"image {error}" if str(path) in str(error) else f"image {path}: {error}") from error
+        except MemoryError as error:
+            raise TransientError(f"image {path}: there is not enough memory to decode it; use fewer workers") from error
+        if lost := what_is_lost(image, rgb):
+            self.doubtful.add(reference, lost)
+        return rgb, hashlib.sha256(data).hexdigest()
 
 
 def check_text(sample: Sample) -> None:
-    """Reject text that no tokenizer takes.
+    """Reject a sample whose record could not be read, and text that no tokenizer takes.
 
     Raises:
-        SampleError: it holds half of a surrogate pair, which JSON can escape but UTF-8 cannot encode.
+        SampleError: it has a fault; or it holds half of a surrogate pair, which JSON can escape but UTF-8 cannot encode.
     """
+    if sample.fault:
+        raise SampleError(sample.fault)
     try:
         for _, text in sample.turns:
             text.encode()

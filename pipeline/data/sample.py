@@ -3,6 +3,12 @@
 A record is ``{"id", "image" (absent, a path or a list), "conversations": [{"from": "human"|"gpt", "value"}]}``. A video is a
 list of its frames, which are images: ``{"video": ["0.jpg", "1.jpg"]}``, or a list of such lists, one for each ``<video>`` in
 the text.
+
+What LLaVA's training code reads is read in the same way (``preprocess_multimodal``, ``prepare_inputs_labels_for_multimodal``):
+
+* without an image, ``<image>`` is text;
+* an image that no ``<image>`` names is not used;
+* several ``<image>`` in a turn of a sample with one image are one.
 """
 
 import hashlib
@@ -11,51 +17,91 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from alignkd.errors import DataError
+from alignkd.errors import SampleError
 from alignkd.inputs.prompts import IMAGE_TAG
 
 _VIDEO_TAG = "<video>"
 _TAGS = re.compile(f"{IMAGE_TAG}|{_VIDEO_TAG}")
 _quote = json.encoder.encode_basestring
 
+TAG_IS_TEXT = f"{IMAGE_TAG} is read as text: there is no image"
+IMAGE_UNUSED = f"the image is not used: the text has no {IMAGE_TAG}"
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation about zero or more images. ``key``: a hash of the other fields, 32 hexadecimal characters."""
+    """One conversation about zero or more images. ``key``: a hash of the other fields, 32 hexadecimal characters.
+
+    ``fault``: why its record cannot be read; such a sample has a key of its record and nothing else, and is rejected when it
+    is prepared. ``note``: what of its record is read otherwise than its author may have meant.
+    """
 
     id: str
     images: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]
     key: str
+    fault: str = ""
+    note: str = ""
 
 
 def parse_sample(record: Any, where: str) -> Sample:
-    """Check one record, and compute its key. ``where`` begins each message: the file and the record's number.
+    """Check one record, and compute its key. ``where`` begins each message: the record's number.
 
     Raises:
-        DataError: a field is missing or has the wrong type, or the number of ``<image>`` is not the number of images.
+        SampleError: a field is missing or has the wrong type, or the images are not those that the text names.
     """
     if not isinstance(record, dict):
-        raise DataError(f"{where}: found a {type(record).__name__}, expected an object with 'conversations'")
+        raise SampleError(f"{where}: found {_kind(record)}, expected an object with 'conversations'")
     conversations = record.get("conversations")
     if not isinstance(conversations, list) or not conversations:
-        raise DataError(f"{where}: 'conversations' is {_short(conversations)}, expected a list of turns")
+        raise SampleError(f"{where}: 'conversations' is {_short(conversations)}, expected a list of turns")
     turns = []
     for turn in conversations:
         if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
-            raise DataError(f"{where}: turn {_short(turn)}, expected {{'from': 'human' or 'gpt', 'value': text}}")
+            raise SampleError(f"{where}: turn {_short(turn)}, expected {{'from': 'human' or 'gpt', 'value': text}}")
         turns.append((turn["from"], turn["value"]))
     image = record.get("image")
-    images = [] if image is None else [image] if isinstance(image, str) else image
+    images = [] if image in (None, "", []) else [image] if isinstance(image, str) else image
     if not _are_paths(images):
-        raise DataError(f"{where}: 'image' is {_short(image)}, expected a path or a list of paths")
-    if record.get("video") is not None:
+        raise SampleError(f"{where}: 'image' is {_short(image)}, expected a path or a list of paths")
+    if record.get("video"):
         images, turns = _with_frames(images, turns, record["video"], where)
-    tags = sum(text.count(IMAGE_TAG) for _, text in turns)
+    note, tags = "", _tags_in(turns)
     if tags != len(images):
-        raise DataError(f"{where}: {tags} {IMAGE_TAG} in the text but {len(images)} images; the numbers must be equal")
+        if not tags:
+            images, note = [], IMAGE_UNUSED
+        elif "image" not in record:
+            note = TAG_IS_TEXT
+        else:
+            turns = [(speaker, _with_one_tag(text)) for speaker, text in turns] if len(images) == 1 else turns
+            if _tags_in(turns) != len(images):
+                raise SampleError(
+                    f"{where}: {tags} {IMAGE_TAG} in the text but {len(images)} images; the numbers must be equal"
+                )
     sample_id = "" if record.get("id") is None else str(record["id"])
-    return Sample(sample_id, tuple(images), tuple(turns), _key(sample_id, images, turns))
+    return Sample(sample_id, tuple(images), tuple(turns), _key(sample_id, images, turns), note=note)
+
+
+def faulty_sample(record: Any, text: bytes, fault: str) -> Sample:
+    """What stands for a record that cannot be read, so that it is rejected like any other sample.
+
+    Its key does not depend on how the file writes the record, if that is JSON. ``record``: None where it is not.
+    """
+    given = record.get("id") if isinstance(record, dict) else None
+    sample_id = str(given) if isinstance(given, str | int | float) else ""
+    try:
+        content = json.dumps(record, sort_keys=True).encode() if record is not None else text.strip()
+    except (RecursionError, ValueError):
+        content = text.strip()
+    return Sample(sample_id, (), (), hashlib.sha256(b"a record that cannot be read\0" + content).hexdigest()[:32], fault)
+
+
+def _tags_in(turns: list[tuple[str, str]]) -> int:
+    return sum(text.count(IMAGE_TAG) for _, text in turns)
+
+
+def _with_one_tag(text: str) -> str:
+    return f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip() if text.count(IMAGE_TAG) > 1 else text
 
 
 def _are_paths(value: Any) -> bool:
@@ -68,13 +114,13 @@ def _with_frames(
     """Images and turns with each ``<video>`` replaced by one ``<image>`` for each of its frames."""
     videos = [video] if _are_paths(video) else video
     if not isinstance(videos, list) or not all(_are_paths(frames) and frames for frames in videos):
-        raise DataError(
+        raise SampleError(
             f"{where}: 'video' is {_short(video)}, expected a list of its frames' image files: take frames from a video file"
             " first"
         )
     tags = [tag for _, text in turns for tag in _TAGS.findall(text)]
     if (tags.count(_VIDEO_TAG), tags.count(IMAGE_TAG)) != (len(videos), len(images)):
-        raise DataError(
+        raise SampleError(
             f"{where}: {tags.count(IMAGE_TAG)} {IMAGE_TAG} and {tags.count(_VIDEO_TAG)} {_VIDEO_TAG} in the text but"
             f" {len(images)} images and {len(videos)} videos; the numbers must be equal"
         )
@@ -94,6 +140,11 @@ def _key(sample_id: str, images: list[str], turns: list[tuple[str, str]]) -> str
     spoken = ",".join(f"[{_quote(speaker)},{_quote(text)}]" for speaker, text in turns)
     content = f"[{_quote(sample_id)},[{','.join(map(_quote, images))}],[{spoken}]]"
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
+    return kinds.get(type(value), "a number")
 
 
 def _short(value: Any) -> str:

@@ -1,28 +1,30 @@
 """LLaVA-format data files, indexed by byte offset, so that a file of several GB is never held in memory as a whole.
 
-A file is a JSON list, or JSON lines, of the records that :mod:`alignkd.pipeline.data.sample` reads.
+A file is a JSON list, or JSON lines, of the records that :mod:`alignkd.pipeline.data.sample` reads. A record that cannot be
+read is a sample with a ``fault``, which is rejected by name when it is prepared.
 """
 
 import hashlib
 import json
+import logging
 import os
-import re
 from array import array
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from alignkd.errors import DataError
-from alignkd.pipeline.data.sample import Sample, parse_sample
+from alignkd.errors import DataError, SampleError
+from alignkd.pipeline.data import records
+from alignkd.pipeline.data.sample import Sample, faulty_sample, parse_sample
+from alignkd.pipeline.runtime.retries import with_retries
+from alignkd.plain_files import open_plain
 
-_CHUNK = 4 * 2**20
-_LARGEST_SAMPLE = 64 * 2**20
 _NO_IMAGE = 0
 """The image hash of a sample without images."""
-_BETWEEN = re.compile(r"[ \t\r\n]*(?P<comma>,?)[ \t\r\n]*(?P<end>\]?)")
+
+_log = logging.getLogger(__name__)
 
 
 def _image_hash(references: tuple[str, ...]) -> bytes:
@@ -35,38 +37,62 @@ class SampleFile:
     """Random access to the samples of a data file; holds offsets and keys, not texts.
 
     ``SampleFile(path)`` reads the whole file once and checks every sample; ``SampleFile.known`` takes offsets and keys that
-    an earlier reading found.
+    an earlier reading found. ``numbers`` are the samples' numbers in the file, from 0; None where they are not known.
+    ``faults`` counts the records that cannot be read.
 
     Raises:
-        DataError: not LLaVA's format; names the record and what was found.
+        DataError: the file cannot be read, is not in a known format, or holds no record that can be read.
+        TransientError: storage does not answer.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        starts, lengths, keys, images = array("q"), array("q"), bytearray(), bytearray()
+        self._opened: dict[str, BinaryIO] = {}
+        self.faults = 0
         try:
-            with self.path.open("rb") as file:
-                for number, (start, text, record) in enumerate(_records(file, self.path)):
-                    sample = self._parse(text, number, record)
-                    starts.append(start)
-                    lengths.append(len(text))
-                    keys += bytes.fromhex(sample.key)
-                    images += _image_hash(sample.images)
-        except OSError as error:
-            raise DataError(f"data file {self.path}: {error.strerror}") from error
+            with_retries(self._index, f"reading data file {path}")
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) or "null byte" in str(error):
+                raise DataError(f"data file {self.path}: {getattr(error, 'strerror', None) or error}") from error
+            raise
+
+    def _index(self) -> None:
+        starts, lengths, keys, images = array("q"), array("q"), bytearray(), bytearray()
+        faults, first, notes = 0, list[str](), Counter[str]()
+        with open_plain(self.path) as file:
+            for number, record in enumerate(records.read_records(file, self.path)):
+                sample = _parse(record, f"record {number}")
+                starts.append(record.start)
+                lengths.append(record.length)
+                keys += bytes.fromhex(sample.key)
+                images += _image_hash(sample.images)
+                if sample.fault:
+                    faults += 1
+                    first += [sample.fault] if len(first) < 3 else []
+                if sample.note:
+                    notes[sample.note] += 1
         if not starts:
             raise DataError(f"data file {self.path} holds no samples")
-        self.starts, self.lengths = np.asarray(starts), np.asarray(lengths)
+        if faults == len(starts):
+            raise DataError(
+                f"data file {self.path}: none of its {faults:,} records can be read, expected LLaVA samples in a JSON list or"
+                f" one a line. First: {'; '.join(first)}"
+            )
+        for note, count in notes.items():
+            _log.warning("%s: in %s of %s records %s", self.path, f"{count:,}", f"{len(starts):,}", note)
+        self.faults = faults
+        self.starts, self.lengths, self.numbers = np.asarray(starts), np.asarray(lengths), np.arange(len(starts))
         self.keys = np.frombuffer(bytes(keys), dtype=np.uint8).reshape(-1, 16)
         self.image_hashes: np.ndarray | None = np.frombuffer(bytes(images), dtype="<u8")
-        self._opened: dict[str, BinaryIO] = {}
 
     @classmethod
-    def known(cls, path: str | Path, keys: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> "SampleFile":
+    def known(
+        cls, path: str | Path, keys: np.ndarray, starts: np.ndarray, lengths: np.ndarray, numbers: np.ndarray | None = None
+    ) -> "SampleFile":
         """Samples of known keys ``[N, 16]`` at known byte ranges; each is compared with its key when it is read."""
         file = cls.__new__(cls)
-        file.path, file.keys, file.starts, file.lengths, file._opened = Path(path), keys, starts, lengths, {}
-        file.image_hashes = None
+        file.path, file.keys, file.starts, file.lengths = Path(path), keys, starts, lengths
+        file.numbers, file.image_hashes, file.faults, file._opened = numbers, None, 0, {}
         return file
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,19 +102,34 @@ class SampleFile:
         return len(self.starts)
 
     def __getitem__(self, index: int) -> Sample:
-        if not self._opened:
-            # The first of two threads wins: replacing an open file would close it while another thread reads it.
-            self._opened.setdefault("file", self.path.open("rb"))
-        # pread has no shared position in the file, so several threads may read.
-        text = os.pread(self._opened["file"].fileno(), int(self.lengths[index]), int(self.starts[index]))
-        with suppress(DataError):
-            sample = self._parse(text, index)
-            if sample.key == self.key(index):
-                return sample
+        start, length = int(self.starts[index]), int(self.lengths[index])
+        text = self._read(start, length if length <= records.LARGEST_RECORD else records.KEPT)
+        number = None if self.numbers is None else int(self.numbers[index])
+        where = f"the record at byte {start}" if number is None else f"record {number}"
+        sample = _parse(records.Record(start, length, text), where)
+        if sample.key == self.key(index):
+            return sample
         raise DataError(
-            f"data file {self.path}, sample {index}: the file has changed since it was indexed; restore it, or write another"
-            " cache"
+            f"data file {self.path}, {where}: the file has changed since it was indexed; restore it, or write another cache"
         )
+
+    def _read(self, start: int, length: int) -> bytes:
+        try:
+            return with_retries(lambda: self._pread(start, length), f"reading data file {self.path}")
+        except OSError as error:
+            raise DataError(f"data file {self.path}: {error.strerror or error}") from error
+
+    def _pread(self, start: int, length: int) -> bytes:
+        if not (file := self._opened.get("file")):
+            # The first of two threads wins: replacing an open file would close it while another thread reads it.
+            file = self._opened.setdefault("file", open_plain(self.path))
+        try:
+            # pread has no shared position in the file, so several threads may read.
+            return os.pread(file.fileno(), length, start)
+        except OSError:
+            # The handle may be stale, so the next attempt opens the file again. Another thread keeps its own while it reads.
+            self._opened.pop("file", None)
+            raise
 
     def key(self, index: int) -> str:
         """The key of sample ``index``, without reading the file."""
@@ -115,64 +156,19 @@ class SampleFile:
         group = np.where(hashes == _NO_IMAGE, np.arange(len(order)), first[image])
         return order[np.argsort(group, kind="stable")]
 
-    def _parse(self, text: bytes, number: int, record: Any = None) -> Sample:
-        if record is None:
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"data file {self.path}, record {number}: not JSON ({error})") from error
-        name = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
-        return parse_sample(record, f"data file {self.path}, record {number}{name}")
 
-
-def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes, Any]]:
-    """``(offset, bytes, value)`` of each record of a JSON list or of JSON lines; the value is None where it is not decoded."""
-    start = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
-    file.seek(start)
-    first = file.read(_CHUNK).lstrip()[:1]
-    file.seek(start)
-    if first == b"[":
-        yield from _list_records(file, path, start)
-    elif first == b"{":
-        for line in file:
-            if line.strip():
-                yield start, line, None
-            start += len(line)
-    else:
-        raise DataError(f"data file {path}: begins with {first!r}, expected a JSON list or JSON lines of LLaVA samples")
-
-
-def _list_records(file: BinaryIO, path: Path, offset: int) -> Iterator[tuple[int, bytes, Any]]:
-    # Latin-1 maps each byte to one character, so positions in the text are byte offsets; JSON's own syntax is ASCII.
-    decoder = json.JSONDecoder()
-    text = file.read(_CHUNK).decode("latin-1")
-    position, separator = text.index("[") + 1, ""
-    while True:
-        match = _BETWEEN.match(text, position)
-        assert match is not None
-        if match["end"] and not match["comma"]:
-            _refuse_more(path, offset + match.end(), [text[match.end() :].encode("latin-1")])
-            _refuse_more(path, offset + match.end(), iter(lambda: file.read(_CHUNK), b""))
-            return
-        value, end = None, len(text)
-        if match.end() < len(text):
-            if match["comma"] != separator:
-                raise DataError(
-                    f"data file {path}: not a JSON list: a comma is missing or too many at byte {offset + position}"
-                )
-            with suppress(ValueError, RecursionError):
-                value, end = decoder.raw_decode(text, match.end())
-        if end == len(text):
-            more = file.read(_CHUNK).decode("latin-1")
-            if not more or len(text) - position > _LARGEST_SAMPLE:
-                raise DataError(f"data file {path}: not JSON from byte {offset + match.end()} on (cut short, or not a list)")
-            text, offset, position = text[position:] + more, offset + position, 0
-            continue
-        record = text[match.end() : end]
-        yield offset + match.end(), record.encode("latin-1"), value if record.isascii() else None
-        position, separator = end, ","
-
-
-def _refuse_more(path: Path, at: int, rest: Iterable[bytes]) -> None:
-    if any(part.strip(b" \t\r\n") for part in rest):
-        raise DataError(f"data file {path}: the list ends at byte {at}, but more follows")
+def _parse(record: records.Record, where: str) -> Sample:
+    """The sample of a record; one that cannot be read has a fault."""
+    if record.length > records.LARGEST_RECORD:
+        length = f"{record.length:,} bytes, more than the {records.LARGEST_RECORD:,} a record may have"
+        return faulty_sample(None, b"%d " % record.length + record.text, f"{where}: {length}")
+    value = record.value
+    try:
+        value = json.loads(record.text) if value is None else value
+        return parse_sample(value, where)
+    except SampleError as error:
+        return faulty_sample(value, record.text, str(error))
+    except RecursionError:
+        return faulty_sample(None, record.text, f"{where}: it is nested too deeply")
+    except ValueError as error:
+        return faulty_sample(None, record.text, f"{where}: not JSON ({error})")

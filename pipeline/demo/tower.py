@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, get_wsd_schedule
 
-from alignkd.models.encoders.images import ImagePreprocessor, decode_image, read_image_bytes
+from alignkd.models.encoders.image_files import decode_image, read_image_bytes
+from alignkd.models.encoders.images import ImagePreprocessor
 from alignkd.pipeline.config.demo import TowerTraining
 from alignkd.pipeline.data.easy_vqa import COLOURS, SHAPES
 from alignkd.pipeline.runtime.progress import progress_bar

@@ -124,9 +124,13 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         if self.reader is None:
             return np.arange(len(self.samples))
         shards = self.reader.shards_of(self.samples.keys)
-        for index in np.flatnonzero(shards < 0).tolist():
-            raise CacheError(f"sample {self.samples[index].id!r} has no row in the cache. {self._missing(index)}")
         kept = np.ones(len(self.samples), dtype=bool)
+        for index in np.flatnonzero(shards < 0).tolist():
+            sample = self.samples[index]
+            if not sample.fault:
+                raise CacheError(f"sample {sample.id!r} has no row in the cache. {self._missing(index)}")
+            kept[index] = False
+            self.rejects.add(sample.id or sample.key, sample.fault)
         if self.reader.rejected:
             for index in range(len(self.samples)):
                 rejected = self.reader.rejected.get(self.samples.key(index))

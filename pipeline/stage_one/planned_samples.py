@@ -9,6 +9,7 @@ from alignkd.cache_store.storage import open_storage
 from alignkd.errors import DataError
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.runtime.retries import with_retries
 
 
 def find_samples(config: CacheTeacherConfig) -> tuple[SampleFile, Plan]:
@@ -24,17 +25,21 @@ def find_samples(config: CacheTeacherConfig) -> tuple[SampleFile, Plan]:
         same = plan.meta.get("bytes") == size and plan.shard_samples == config.shard_samples
         if same and {"starts", "lengths"} <= plan.extras.keys():
             # Each sample is compared with its key when it is read, so a changed file of the same size is noticed.
-            return SampleFile.known(config.data, plan.keys, plan.extras["starts"], plan.extras["lengths"]), plan
+            extras = plan.extras
+            return SampleFile.known(config.data, plan.keys, extras["starts"], extras["lengths"], extras.get("numbers")), plan
     file = SampleFile(config.data)
     order = file.by_image()
     keys, starts, lengths = file.keys[order], file.starts[order], file.lengths[order]
     meta = {"data_file": Path(config.data).name, "bytes": size, "records": len(file)}
-    plan = Plan(keys, config.shard_samples, meta, {"starts": starts.astype("<i8"), "lengths": lengths.astype("<i8")})
-    return SampleFile.known(config.data, keys, starts, lengths), plan
+    extras = {"starts": starts.astype("<i8"), "lengths": lengths.astype("<i8")}
+    if file.faults:  # to name a record that has no id
+        extras["numbers"] = order.astype("<i8")
+    plan = Plan(keys, config.shard_samples, meta, extras)
+    return SampleFile.known(config.data, keys, starts, lengths, order), plan
 
 
 def _size(path: str) -> int:
     try:
-        return Path(path).stat().st_size
+        return with_retries(lambda: Path(path).stat().st_size, f"reading data file {path}")
     except OSError as error:
         raise DataError(f"data file {path}: {error.strerror}") from error

@@ -13,7 +13,7 @@ from torch.nn import functional
 from alignkd.capture.attention import capture
 from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.prompts import encode_conversation
-from alignkd.models.encoders.images import decode_image, read_image_bytes
+from alignkd.models.encoders.image_files import decode_image, read_image_bytes
 
 VALUES = dict(np.load(GOLDEN / "golden.npz"))
 SAMPLES = {s["id"]: s for s in json.loads((GOLDEN / "samples.json").read_text())}

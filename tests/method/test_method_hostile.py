@@ -20,8 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import GOLDEN, TOWER_PREFIX, VOCABULARY, change_config, write_checkpoint
 
-from alignkd.models.encoders import images as images_module
-from alignkd.models.encoders.images import ImageError, ImagePreprocessor, decode_image, read_image_bytes, to_display
+from alignkd.models.encoders import image_files
+from alignkd.models.encoders.image_files import ImageError, decode_image, read_image_bytes
+from alignkd.models.encoders.images import ImagePreprocessor, to_display
 from alignkd.models.loading import load_vlm, save_vlm
 
 
@@ -51,7 +52,7 @@ def test_an_image_of_too_many_pixels_is_refused_by_its_header(side):
 
 
 def test_an_image_just_too_large_names_its_size_and_the_limit(monkeypatch):
-    monkeypatch.setattr(images_module, "MAX_IMAGE_PIXELS", 24)
+    monkeypatch.setattr(image_files, "MAX_IMAGE_PIXELS", 24)
     assert decode_image(png(6, 4), "x").size == (6, 4)
     with pytest.raises(ImageError, match="x: 5 x 5 pixels, more than 24"):
         decode_image(png(5, 5), "x")
@@ -81,7 +82,7 @@ def test_a_missing_file_a_folder_and_a_huge_file_are_refused_by_name(tmp_path, m
         read_image_bytes(tmp_path / "none.png")
     with pytest.raises(ImageError, match=tmp_path.name):
         read_image_bytes(tmp_path)
-    monkeypatch.setattr(images_module, "MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr(image_files, "MAX_IMAGE_BYTES", 10)
     (tmp_path / "large.png").write_bytes(b"x" * 11)
     with pytest.raises(ImageError, match=r"large\.png: 11 bytes, more than the 10"):
         read_image_bytes(tmp_path / "large.png")

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import shutil
+import socket
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +13,15 @@ import torch
 from tiny_runs import GOLDEN_SAMPLES, IMAGES, SAMPLES, record, write_data
 
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.errors import SampleError
+from alignkd.errors import SampleError, TransientError
 from alignkd.inputs.batch import Collator
+from alignkd.models.encoders import image_files
 from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.data.sample import parse_sample
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding.dataset import FailedSample, TrainingExample, TrainingSet
 from alignkd.pipeline.feeding.row_checks import MisalignedRowError, check_row
+from alignkd.pipeline.runtime import retries
 from alignkd.targets.batch_targets import Targets
 
 ALL = frozenset({"attention", "vision", "logits"})
@@ -37,15 +42,94 @@ def with_image(path):
     return parse_sample(record("a", path, "<image>\nWhat?", "This."), "")
 
 
-@pytest.mark.parametrize("kind", ["parent", "absolute", "link"])
+@pytest.mark.parametrize("kind", ["parent", "absolute", "behind a link"])
 def test_an_image_outside_the_image_folder_is_refused(student_vlm, tmp_path, kind):
     root = tmp_path / "images"
     root.mkdir()
     shutil.copyfile(IMAGES / "0.png", tmp_path / "secret.png")
-    (root / "link.png").symlink_to(tmp_path / "secret.png")
-    path = {"parent": "../secret.png", "absolute": str(tmp_path / "secret.png"), "link": "link.png"}[kind]
+    (tmp_path / "elsewhere" / "below").mkdir(parents=True)
+    (root / "link").symlink_to(tmp_path / "elsewhere" / "below")
+    path = {"parent": "../secret.png", "absolute": str(tmp_path / "secret.png"), "behind a link": "link/../../secret.png"}[kind]
     with pytest.raises(SampleError, match="lies outside the image folder"):
         preparer(student_vlm, root)(with_image(path))
+
+
+def test_images_behind_links_inside_the_image_folder_are_followed(student_vlm, tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    (root / "link.png").symlink_to(IMAGES / "0.png")
+    (root / "coco").symlink_to(IMAGES)
+    found = [preparer(student_vlm, root)(with_image(name)).image_sha256 for name in ("link.png", "coco/0.png", "x/../link.png")]
+    assert found == [preparer(student_vlm)(with_image("0.png")).image_sha256] * 3
+
+
+def test_an_absolute_path_inside_the_image_folder_is_read(student_vlm, tmp_path):
+    (tmp_path / "images").symlink_to(IMAGES)
+    for path in (IMAGES / "0.png", tmp_path / "images" / "0.png"):
+        assert preparer(student_vlm, tmp_path / "images")(with_image(str(path))).image_sha256
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a device", "a socket", "a directory"])
+def test_what_is_no_plain_file_is_a_sample_error_at_once(student_vlm, tmp_path, kind):
+    path = tmp_path / "x.png"
+    with socket.socket(socket.AF_UNIX) as listening:
+        if kind == "a named pipe":
+            os.mkfifo(path)
+        elif kind == "a device":
+            path.symlink_to("/dev/zero")
+        elif kind == "a socket":
+            listening.bind(str(path))
+        else:
+            path.mkdir()
+        with pytest.raises(SampleError, match=f"{kind}, expected a plain file"):
+            preparer(student_vlm, tmp_path)(with_image("x.png"))
+
+
+def failing_reads(monkeypatch, number, times):
+    """Image files answer so many reads with an error, each time they are opened."""
+    real, failed = image_files.read_plain, []
+
+    def read(*arguments):
+        if len(failed) < times:
+            failed.append(arguments)
+            raise OSError(number, os.strerror(number))
+        return real(*arguments)
+
+    monkeypatch.setattr(image_files, "read_plain", read)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.0)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EMFILE])
+def test_a_fault_of_storage_is_tried_again_and_is_never_the_samples(student_vlm, monkeypatch, number):
+    failing_reads(monkeypatch, number, 4)
+    assert preparer(student_vlm)(with_image("0.png")).image_sha256
+    failing_reads(monkeypatch, number, 99)
+    with pytest.raises(TransientError, match=r"0\.png failed 5 times"):
+        preparer(student_vlm)(with_image("0.png"))
+
+
+def test_too_little_memory_to_decode_is_no_fault_of_the_image(student_vlm, monkeypatch):
+    def no_memory(_image):
+        raise MemoryError
+
+    monkeypatch.setattr(type(student_vlm.images), "decode", lambda _self, image: no_memory(image))
+    with pytest.raises(TransientError, match=r"0\.png: there is not enough memory"):
+        preparer(student_vlm)(with_image("0.png"))
+
+
+def test_a_sample_whose_record_cannot_be_read_is_a_sample_error(student_vlm, tmp_path):
+    data = write_data(tmp_path / "d.json", [SAMPLES[0], {"id": "q", "conversations": []}])
+    fault = SampleFile(data)[1]
+    for use in (preparer(student_vlm), preparer(student_vlm).text, preparer(student_vlm).question):
+        with pytest.raises(SampleError, match="record 1: 'conversations' is"):
+            use(fault)
+
+
+def test_a_record_that_cannot_be_read_needs_no_row_in_the_cache(student_vlm, tmp_path, cache):
+    bad = [{"id": "q", "conversations": []}, 5]
+    whole = training_set(student_vlm, write_data(tmp_path / "d.json", [SAMPLES[0], *bad, SAMPLES[1]]), cache)
+    assert [whole.sample(i).id for i in range(len(whole))] == ["cap0", "vqa1"]
+    assert whole.rejects.count == 2
 
 
 def test_the_image_folder_itself_may_be_a_link(student_vlm, tmp_path):

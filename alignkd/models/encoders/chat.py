@@ -29,6 +29,7 @@ from alignkd.inputs.prompts import IGNORE, IMAGE_TAG, SYSTEM, PromptError, Turns
 from alignkd.inputs.regions import stack
 from alignkd.inputs.spans import counted as counted_characters
 from alignkd.models.encoders.processors import load_processor
+from alignkd.models.encoders.rgb import check_prepared, rgb_by_processor
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 """Unicode non-characters: no text may hold them, so nothing else can be taken for a mark."""
@@ -108,9 +109,14 @@ class ChatEncoder:
         self.__dict__.update(state, processor=None)
         self.__post_init__()
 
+    def decode(self, image: Image.Image) -> Image.Image:
+        """See :class:`alignkd.inputs.encoder.Encoder`."""
+        check_prepared(image.size, self.processor.image_processor)
+        return rgb_by_processor(image, self.processor.image_processor)
+
     def load(self, image: Image.Image) -> Image.Image:
-        """The image unchanged: the processor prepares it."""
-        return image
+        """The image in RGB and otherwise unchanged: the processor prepares it."""
+        return self.decode(image)
 
     def plan(self, turns: Turns, images: int, sizes: Sequence[tuple[int, int]] = ()) -> Planned:
         """The length alone: the ids depend on the images."""
@@ -247,6 +253,8 @@ class ChatEncoder:
         return self._process(rendered.text, images, add_special_tokens=self._adds_start(rendered.text))
 
     def _process(self, text: str, images: Sequence[Image.Image], **settings: Any) -> Processed:
+        for image in images if len(images) > 1 else ():
+            check_prepared(image.size, self.processor.image_processor, several=True)
         try:
             outputs = self.processor(
                 text=[text],
@@ -255,6 +263,8 @@ class ChatEncoder:
                 return_text_replacement_offsets=True,
                 **settings,
             )
+        except MemoryError:
+            raise
         except Exception as error:  # a processor may raise any error
             raise PromptError(f"the model's processor rejects it ({type(error).__name__}: {str(error)[:200]})") from error
         if images and "text_replacement_offsets" not in outputs:
@@ -322,6 +332,7 @@ class ChatEncoder:
         ``several``: for one of several images, for which some models use fewer tokens.
         """
         images = 2 if several else 1
+        check_prepared(size, self.processor.image_processor, several=several)
         rendered = self.render([("human", f"{IMAGE_TAG * images}\na"), ("gpt", "b")], images)
         processed = self.process(rendered, [Image.new("RGB", size)] * images)
         written: str = processed.outputs["text_replacement_offsets"][0][0]["replacement"]

@@ -1,14 +1,8 @@
-"""Images to pixel values, as the model's own training code makes them.
-
-Image files are other people's data: decoding is bounded in pixels, and any unreadable file is an :class:`ImageError`.
-"""
+"""Images to pixel values as the training code of MobileVLM and MiniGPT-4 makes them: RGB by Pillow, then CLIP's processor."""
 
 import hashlib
-import io
 import json
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +10,10 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from alignkd.errors import CheckpointError, SampleError, wrap_errors
+from alignkd.errors import CheckpointError, wrap_errors
 from alignkd.inputs.regions import SquareMode
+from alignkd.models.encoders.rgb import check_after_padding, check_prepared, rgb_by_pillow
 
-MAX_IMAGE_PIXELS = 64_000_000
-"""An image larger than this (8,000 x 8,000) is rejected before it is decoded."""
-MAX_IMAGE_BYTES = 256 * 2**20
 _MAX_SIDE = 4096
 """The largest size that preprocessing may give an image; CLIP's is 336."""
 
@@ -39,10 +31,6 @@ _DECISIVE = (
     "image_std",
 )
 """The settings that change pixel values, defaults included: how a file writes them does not matter."""
-
-
-class ImageError(SampleError):
-    """An image file is missing, too large or cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +57,25 @@ class ImagePreprocessor:
             object.__setattr__(self, "_table_CL", _table(processor))
             self(Image.new("RGB", (32, 32)))
 
+    def decode(self, image: Image.Image) -> Image.Image:
+        """The pixels of an opened file, as the training code's loader gives them.
+
+        Raises:
+            ImageError: it is damaged, or would be too large when it is padded or resized.
+        """
+        if self.aspect_ratio == "pad":
+            check_after_padding(image.size)
+        else:
+            check_prepared(image.size, self._processor)  # type: ignore[attr-defined]
+        return rgb_by_pillow(image)
+
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Pixel values ``[3, h, w]``, float32."""
-        processor = self._processor  # type: ignore[attr-defined]
+        """Pixel values ``[3, h, w]``, float32.
+
+        Raises:
+            ImageError: as :meth:`decode`.
+        """
+        image, processor = self.decode(image), self._processor  # type: ignore[attr-defined]
         if self.aspect_ratio == "pad":
             image = _pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))
         shaped = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
@@ -128,57 +132,6 @@ def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     square = Image.new(image.mode, (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def read_image_bytes(path: Path) -> bytes:
-    """The file's bytes.
-
-    Raises:
-        ImageError: no such file, or larger than :data:`MAX_IMAGE_BYTES`.
-    """
-    try:
-        size = path.stat().st_size
-        if size > MAX_IMAGE_BYTES:
-            raise ImageError(f"{path}: {size:,} bytes, more than the {MAX_IMAGE_BYTES:,} an image may have")
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or error}") from error
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height, from the file's first bytes.
-
-    Raises:
-        ImageError: no such file, or not an image.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                return image.size
-    except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or 'not a readable image'}") from error
-    except Exception as error:  # Pillow's decoders raise many kinds of error on damaged data
-        raise ImageError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """An RGB image.
-
-    Raises:
-        ImageError: not an image, damaged, or more than :data:`MAX_IMAGE_PIXELS`.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning; the limit below refuses instead
-            with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > MAX_IMAGE_PIXELS:
-                    raise ImageError(f"{name}: {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS:,}")
-                return image.convert("RGB")
-    except ImageError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many kinds of error on damaged data
-        raise ImageError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
 
 
 def to_display(pixel_values: torch.Tensor, preprocessor: ImagePreprocessor) -> np.ndarray:

@@ -59,6 +59,10 @@ class PlaceholderEncoder:
         """See :class:`alignkd.inputs.encoder.Encoder`."""
         return self.finish(turns, self.plan(turns, len(images)), images)
 
+    def decode(self, image: Image.Image) -> Image.Image:
+        """See :class:`alignkd.inputs.encoder.Encoder`."""
+        return self.images.decode(image)
+
     def load(self, image: Image.Image) -> LoadedImage:
         """Its pixel values."""
         return LoadedImage(self.images(image), image.size)

@@ -18,10 +18,11 @@ from transformers.utils import is_torchvision_available
 
 from alignkd.errors import CheckpointError, wrap_errors
 from alignkd.models.config_files import read_json, short
+from alignkd.models.encoders.rgb import MAX_PREPARED_PIXELS, counts_pixels
 
 _NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
-_SIDES = ("height", "width", "shortest_edge")
 _MAX_SIDE = 2**14
+_MAX_TILES = 1024
 
 
 def load_processor(folder: Path, model_type: str) -> Any:
@@ -56,14 +57,25 @@ def load_processor(folder: Path, model_type: str) -> Any:
 
 def _check_sides(folder: Path, image_processor: Any) -> None:
     """Refuse sizes that would fill the memory with one image."""
-    sizes = image_processor.to_dict()
-    for name in ("size", "crop_size"):
-        for side, length in (sizes.get(name) or {}).items():
-            if side in _SIDES and length is not None and not (isinstance(length, int) and 0 < length <= _MAX_SIDE):
-                raise CheckpointError(
-                    f"{folder}: {side} of the image processor's {name} is {short(length)}, expected a whole number from 1 to"
-                    f" {_MAX_SIDE:,}"
-                )
+    settings = image_processor.to_dict()
+    edges = MAX_PREPARED_PIXELS if counts_pixels(image_processor) else _MAX_SIDE
+    largest = {"height": _MAX_SIDE, "width": _MAX_SIDE, "shortest_edge": edges, "longest_edge": edges}
+    for name in ("size", "crop_size", "pad_size", "max_image_size"):
+        sizes = settings.get(name)
+        for side, length in sizes.items() if isinstance(sizes, dict) else ():
+            if side in largest and length is not None:
+                _check_number(folder, f"{side} of the image processor's {name}", length, largest[side])
+    for name, most in (("max_patches", _MAX_TILES), ("patch_size", _MAX_SIDE), ("merge_size", _MAX_SIDE)):
+        if isinstance(settings.get(name), int):
+            _check_number(folder, f"{name} of the image processor", settings[name], most)
+    for canvas in settings.get("image_grid_pinpoints") or ():
+        for length in canvas:
+            _check_number(folder, "a side in the image processor's image_grid_pinpoints", length, _MAX_SIDE)
+
+
+def _check_number(folder: Path, what: str, value: Any, most: int) -> None:
+    if not isinstance(value, int) or not 0 < value <= most:
+        raise CheckpointError(f"{folder}: {what} is {short(value)}, expected a whole number from 1 to {most:,}")
 
 
 def _complete(processor: Any, folder: Path) -> None:

@@ -86,6 +86,11 @@ class SegmentEncoder(ABC):
         """See :class:`alignkd.inputs.encoder.Encoder`."""
         return self.finish(turns, self.plan(turns, len(images)), images)
 
+    def decode(self, image: Image.Image) -> Image.Image:
+        """See :class:`alignkd.inputs.encoder.Encoder`."""
+        decoded: Image.Image = self.images.decode(image)
+        return decoded
+
     def load(self, image: Image.Image) -> torch.Tensor:
         """Its pixel values."""
         pixels: torch.Tensor = self.images(image)

@@ -18,6 +18,7 @@ from PIL import Image
 from alignkd.errors import CheckpointError
 from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.inputs.prompts import PromptError, Turns, check_template
+from alignkd.models.encoders.rgb import check_prepared, rgb_by_processor
 from alignkd.models.encoders.segments import Segment, SegmentEncoder, own_text
 from alignkd.models.modules.embedding import run_decoder
 from alignkd.models.transformers_vlm import TransformersVlm
@@ -41,9 +42,14 @@ class InstructBlipEncoder(SegmentEncoder):
         """An id for each query."""
         return Segment(ids=(self.image_token_id,) * self.vision_tokens)
 
+    def decode(self, image: Image.Image) -> Image.Image:
+        """See :class:`alignkd.inputs.encoder.Encoder`."""
+        check_prepared(image.size, self.image_processor)
+        return rgb_by_processor(image, self.image_processor)
+
     def load(self, image: Image.Image) -> torch.Tensor:
         """Its pixel values."""
-        return torch.from_numpy(np.asarray(self.image_processor([image])["pixel_values"][0]))
+        return torch.from_numpy(np.asarray(self.image_processor([self.decode(image)])["pixel_values"][0]))
 
     def segments(self, turns: Turns, images: int) -> list[Segment]:
         """See :class:`SegmentEncoder`."""

@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 
 from alignkd.errors import ConfigError
+from alignkd.plain_files import read_plain
 
 COMMANDS = ("cache-teacher", "distill")
+_MAX_BYTES = 16 * 2**20
 _FOLDER = Path(__file__).parent
 SHIPPED = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
 
@@ -23,7 +25,7 @@ def read_settings(name_or_file: str, command: str) -> dict[str, Any]:
     """
     path = _find(name_or_file)
     try:
-        sections = yaml.safe_load(path.read_text())
+        sections = yaml.safe_load(read_plain(path, _MAX_BYTES).decode())
     except OSError as error:
         raise ConfigError(f"settings file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
