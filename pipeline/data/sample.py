@@ -45,27 +45,35 @@ class Sample:
 
 
 def parse_sample(record: Any, where: str) -> Sample:
-    """Check one record, and compute its key. ``where`` begins each message: the record's number.
+    """As :func:`read_sample`; ``where`` begins each message: which record it is."""
+    try:
+        return read_sample(record)
+    except SampleError as error:
+        raise SampleError(f"{where}: {error}") from None
+
+
+def read_sample(record: Any) -> Sample:
+    """Check one record, and compute its key.
 
     Raises:
         SampleError: a field is missing or has the wrong type, or the images are not those that the text names.
     """
     if not isinstance(record, dict):
-        raise SampleError(f"{where}: found {_kind(record)}, expected an object with 'conversations'")
+        raise SampleError(f"found {_kind(record)}, expected an object with 'conversations'")
     conversations = record.get("conversations")
     if not isinstance(conversations, list) or not conversations:
-        raise SampleError(f"{where}: 'conversations' is {_short(conversations)}, expected a list of turns")
+        raise SampleError(f"'conversations' is {_short(conversations)}, expected a list of turns")
     turns = []
     for turn in conversations:
         if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
-            raise SampleError(f"{where}: turn {_short(turn)}, expected {{'from': 'human' or 'gpt', 'value': text}}")
+            raise SampleError(f"turn {_short(turn)}, expected {{'from': 'human' or 'gpt', 'value': text}}")
         turns.append((turn["from"], turn["value"]))
     image = record.get("image")
     images = [] if image in (None, "", []) else [image] if isinstance(image, str) else image
     if not _are_paths(images):
-        raise SampleError(f"{where}: 'image' is {_short(image)}, expected a path or a list of paths")
+        raise SampleError(f"'image' is {_short(image)}, expected a path or a list of paths")
     if record.get("video"):
-        images, turns = _with_frames(images, turns, record["video"], where)
+        images, turns = _with_frames(images, turns, record["video"])
     note, tags = "", _tags_in(turns)
     if tags != len(images):
         if not tags:
@@ -75,9 +83,7 @@ def parse_sample(record: Any, where: str) -> Sample:
         else:
             turns = [(speaker, _with_one_tag(text)) for speaker, text in turns] if len(images) == 1 else turns
             if _tags_in(turns) != len(images):
-                raise SampleError(
-                    f"{where}: {tags} {IMAGE_TAG} in the text but {len(images)} images; the numbers must be equal"
-                )
+                raise SampleError(f"{tags} {IMAGE_TAG} in the text but {len(images)} images; the numbers must be equal")
     sample_id = "" if record.get("id") is None else str(record["id"])
     return Sample(sample_id, tuple(images), tuple(turns), _key(sample_id, images, turns), note=note)
 
@@ -108,20 +114,17 @@ def _are_paths(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(path, str) and path for path in value)
 
 
-def _with_frames(
-    images: list[str], turns: list[tuple[str, str]], video: Any, where: str
-) -> tuple[list[str], list[tuple[str, str]]]:
+def _with_frames(images: list[str], turns: list[tuple[str, str]], video: Any) -> tuple[list[str], list[tuple[str, str]]]:
     """Images and turns with each ``<video>`` replaced by one ``<image>`` for each of its frames."""
     videos = [video] if _are_paths(video) else video
     if not isinstance(videos, list) or not all(_are_paths(frames) and frames for frames in videos):
         raise SampleError(
-            f"{where}: 'video' is {_short(video)}, expected a list of its frames' image files: take frames from a video file"
-            " first"
+            f"'video' is {_short(video)}, expected a list of its frames' image files: take frames from a video file first"
         )
     tags = [tag for _, text in turns for tag in _TAGS.findall(text)]
     if (tags.count(_VIDEO_TAG), tags.count(IMAGE_TAG)) != (len(videos), len(images)):
         raise SampleError(
-            f"{where}: {tags.count(IMAGE_TAG)} {IMAGE_TAG} and {tags.count(_VIDEO_TAG)} {_VIDEO_TAG} in the text but"
+            f"{tags.count(IMAGE_TAG)} {IMAGE_TAG} and {tags.count(_VIDEO_TAG)} {_VIDEO_TAG} in the text but"
             f" {len(images)} images and {len(videos)} videos; the numbers must be equal"
         )
     remaining, shown = {IMAGE_TAG: iter([[path] for path in images]), _VIDEO_TAG: iter(videos)}, list[str]()

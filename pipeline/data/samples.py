@@ -17,7 +17,7 @@ import numpy as np
 
 from alignkd.errors import DataError, SampleError
 from alignkd.pipeline.data import records
-from alignkd.pipeline.data.sample import Sample, faulty_sample, parse_sample
+from alignkd.pipeline.data.sample import Sample, faulty_sample, read_sample
 from alignkd.pipeline.runtime.retries import with_retries
 from alignkd.plain_files import open_plain
 
@@ -61,7 +61,7 @@ class SampleFile:
         faults, first, notes = 0, list[str](), Counter[str]()
         with open_plain(self.path) as file:
             for number, record in enumerate(records.read_records(file, self.path)):
-                sample = _parse(record, f"record {number}")
+                sample = _parse(record, number)
                 starts.append(record.start)
                 lengths.append(record.length)
                 keys += bytes.fromhex(sample.key)
@@ -81,7 +81,8 @@ class SampleFile:
         for note, count in notes.items():
             _log.warning("%s: in %s of %s records %s", self.path, f"{count:,}", f"{len(starts):,}", note)
         self.faults = faults
-        self.starts, self.lengths, self.numbers = np.asarray(starts), np.asarray(lengths), np.arange(len(starts))
+        self.numbers: np.ndarray | None = np.arange(len(starts))
+        self.starts, self.lengths = np.asarray(starts), np.asarray(lengths)
         self.keys = np.frombuffer(bytes(keys), dtype=np.uint8).reshape(-1, 16)
         self.image_hashes: np.ndarray | None = np.frombuffer(bytes(images), dtype="<u8")
 
@@ -104,13 +105,16 @@ class SampleFile:
     def __getitem__(self, index: int) -> Sample:
         start, length = int(self.starts[index]), int(self.lengths[index])
         text = self._read(start, length if length <= records.LARGEST_RECORD else records.KEPT)
-        number = None if self.numbers is None else int(self.numbers[index])
-        where = f"the record at byte {start}" if number is None else f"record {number}"
-        sample = _parse(records.Record(start, length, text), where)
+        record = records.Record(start, length, text)
+        if self.numbers is None:
+            sample = _parse(record, start, "the record at byte {}")
+        else:
+            sample = _parse(record, int(self.numbers[index]))
         if sample.key == self.key(index):
             return sample
         raise DataError(
-            f"data file {self.path}, {where}: the file has changed since it was indexed; restore it, or write another cache"
+            f"data file {self.path}, the record at byte {start}: the file has changed since it was indexed; restore it, or"
+            " write another cache"
         )
 
     def _read(self, start: int, length: int) -> bytes:
@@ -157,18 +161,20 @@ class SampleFile:
         return order[np.argsort(group, kind="stable")]
 
 
-def _parse(record: records.Record, where: str) -> Sample:
-    """The sample of a record; one that cannot be read has a fault."""
+def _parse(record: records.Record, number: int, place: str = "record {}") -> Sample:
+    """The sample of a record; one that cannot be read has a fault. ``place`` says what it is the ``number`` of."""
+    value, fault = record.value, ""
     if record.length > records.LARGEST_RECORD:
-        length = f"{record.length:,} bytes, more than the {records.LARGEST_RECORD:,} a record may have"
-        return faulty_sample(None, b"%d " % record.length + record.text, f"{where}: {length}")
-    value = record.value
+        fault = f"{record.length:,} bytes, more than the {records.LARGEST_RECORD:,} a record may have"
+        return faulty_sample(None, b"%d " % record.length + record.text, f"{place.format(number)}: {fault}")
     try:
         value = json.loads(record.text) if value is None else value
-        return parse_sample(value, where)
+        return read_sample(value)
     except SampleError as error:
-        return faulty_sample(value, record.text, str(error))
+        fault = str(error)
     except RecursionError:
-        return faulty_sample(None, record.text, f"{where}: it is nested too deeply")
+        value, fault = None, "it is nested too deeply"
     except ValueError as error:
-        return faulty_sample(None, record.text, f"{where}: not JSON ({error})")
+        value, fault = None, f"not JSON ({error})"
+    name = f" (id {value['id']!r:.80})" if isinstance(value, dict) and "id" in value else ""
+    return faulty_sample(value, record.text, f"{place.format(number)}{name}: {fault}")

@@ -92,10 +92,10 @@ CASES = {
     "data that is no data": (lambda t: {"--data": with_file(t / "d.json", "id,image")}, ["JSON list or JSON lines"]),
     "data without conversations": (
         lambda t: {"--data": with_file(t / "d.json", WITHOUT_CONVERSATIONS)},
-        ["d.json, record 0 (id 'q')", "expected a list of turns"],
+        ["d.json: none of its 1 records can be read", "record 0 (id 'q')", "expected a list of turns"],
     ),
     "an image too few": (
-        lambda t: {"--data": write_data(t / "d.json", [record("q", None, "<image>\nWhat?", "This.")])},
+        lambda t: {"--data": write_data(t / "d.json", [record("q", "", "<image>\nWhat?", "This.")])},
         ["record 0 (id 'q')", "1 <image> in the text but 0 images"],
     ),
     "a sample without a row": (
