@@ -12,7 +12,7 @@ from family_conformance import LENGTH, same_input
 
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.data.preparer import Preparer
-from alignkd.pipeline.data.samples import parse_sample
+from alignkd.pipeline.data.sample import parse_sample
 
 _OPENED: list[str] | None = None
 

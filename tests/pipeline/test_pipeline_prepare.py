@@ -121,7 +121,7 @@ def test_a_sample_whose_record_cannot_be_read_is_a_sample_error(student_vlm, tmp
     data = write_data(tmp_path / "d.json", [SAMPLES[0], {"id": "q", "conversations": []}])
     fault = SampleFile(data)[1]
     for use in (preparer(student_vlm), preparer(student_vlm).text, preparer(student_vlm).question):
-        with pytest.raises(SampleError, match="record 1: 'conversations' is"):
+        with pytest.raises(SampleError, match=r"record 1 \(id 'q'\): 'conversations' is"):
             use(fault)
 
 
