@@ -8,6 +8,7 @@ import dataclasses
 import math
 import operator
 import os
+import re
 import types
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -28,7 +29,8 @@ class Setting:
     ``default_text``: what help shows if the default is None. ``plain_flag``: ``--name`` without
     ``--no-name``. ``comma_separated``: a tuple given as one word. ``nested``: the field is a dataclass of settings, whose
     fields are options themselves. ``group``: the section of the help that shows it, one of :data:`GROUPS`. ``aliases``: other
-    names of the option that users of similar tools type, without their dashes.
+    names of the option that users of similar tools type, without their dashes. ``or_share``: a text such as ``1%`` is allowed
+    beside a number.
     """
 
     help: str = ""
@@ -45,6 +47,7 @@ class Setting:
     nested: bool = False
     group: str = "advanced"
     aliases: tuple[str, ...] = ()
+    or_share: bool = False
 
     def __post_init__(self) -> None:
         assert self.group in GROUPS, self.group
@@ -53,6 +56,8 @@ class Setting:
         """What was expected instead of a value; empty where it is allowed."""
         if self.choices and value not in self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
+        if self.or_share and isinstance(value, str):
+            return "" if is_share(value) else "a whole number of 0 or more, or a share from 0% to 100%"
         if isinstance(value, float) and not math.isfinite(value):
             return "a finite number"
         limits = [
@@ -63,6 +68,11 @@ class Setting:
         ]
         missed = [words.format(limit) for limit, words, holds in limits if limit is not None and not holds(value, limit)]
         return " and ".join(missed)
+
+
+def is_share(text: str) -> bool:
+    """Whether a text is a share in per cent, such as ``1%`` or ``0.5%``."""
+    return re.fullmatch(r"\d{1,3}(\.\d{1,9})?%", text, re.ASCII) is not None and float(text[:-1]) <= 100
 
 
 def setting(default: Any = dataclasses.MISSING, /, *, factory: Any = dataclasses.MISSING, **declared: Any) -> Any:

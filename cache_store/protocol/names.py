@@ -17,8 +17,9 @@ COMMITS = "commits"
 PLAN = "plan"
 RUNS = "runs"
 TENSORS = "tensors"
+RETRIES = "retries"
 WORKERS = "workers"
-FOLDERS = (PLAN, RUNS, TENSORS, WORKERS, SHARDS, COMMITS)
+FOLDERS = (PLAN, RUNS, TENSORS, RETRIES, WORKERS, SHARDS, COMMITS)
 
 _NUMBER = r"(\d{6}|[1-9]\d{6,})"
 _SUFFIX = "|".join(re.escape(shard_format.SUFFIX) for shard_format in FORMATS.values())
@@ -29,7 +30,7 @@ _PLAN_ARRAY = re.compile(r"[a-z][a-z0-9_]{0,63}-[0-9a-f]{12}\.npy")
 _TENSOR = re.compile(r"[a-z][a-z0-9_.]{0,199}-[0-9a-f]{12}\.npy")
 _REPORT = re.compile(r"[0-9a-f]{16}-\d{8}\.json", re.ASCII)
 
-_OURS = {PLAN: _PLAN_ARRAY, RUNS: _RUN, TENSORS: _TENSOR, WORKERS: _REPORT, COMMITS: _RECORD}
+_OURS = {PLAN: _PLAN_ARRAY, RUNS: _RUN, TENSORS: _TENSOR, WORKERS: _REPORT, RETRIES: _RECORD, COMMITS: _RECORD}
 
 
 def object_name(number: int, data: bytes, suffix: str) -> str:
@@ -52,6 +53,16 @@ def name_hash(name: str) -> str | None:
 def record_name(number: int) -> str:
     """Name of the commit record of a shard, whether it exists or not."""
     return f"{COMMITS}/{number:06d}.json"
+
+
+def retry_name(number: int) -> str:
+    """Name of the mark of a shard that is to be made again, whether it exists or not."""
+    return f"{RETRIES}/{number:06d}.json"
+
+
+def marked_numbers(storage: Storage) -> list[int]:
+    """Numbers of the shards that have such a mark, ascending; no mark is read."""
+    return sorted(int(match[1]) for name in storage.names(RETRIES) if (match := _RECORD.fullmatch(name)))
 
 
 def run_name(data: bytes) -> str:

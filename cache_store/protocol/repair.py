@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from alignkd.cache_store.protocol.names import require_own_folders
+from alignkd.cache_store.protocol.retries import mark_rejected
 from alignkd.cache_store.protocol.store import open_store
 from alignkd.cache_store.protocol.verify import Problem, verify
+from alignkd.cache_store.rows.reasons import count_reasons
 from alignkd.cache_store.storage import open_storage
 from alignkd.errors import CacheError
 
@@ -20,15 +23,21 @@ MIN_AGE_S = 3600.0
 
 @dataclass(frozen=True)
 class RepairReport:
-    """The problems, the removed objects, and the number of shards without a record."""
+    """The problems, the removed objects, the number of shards that the next ``cache-teacher`` makes, and how many rejected
+    samples it tries again, by class of their reason.
+    """
 
     problems: list[Problem]
     removed: list[str]
     shards_to_do: int
+    samples_to_retry: dict[str, int]
 
 
-def repair(url: str | Path, *, min_age_s: float = MIN_AGE_S) -> RepairReport:
+def repair(url: str | Path, *, min_age_s: float = MIN_AGE_S, retry: Collection[str] | None = None) -> RepairReport:
     """Verify a cache, then remove every object of a problem, and strays older than ``min_age_s``.
+
+    ``retry``: classes of reasons (:data:`alignkd.cache_store.rows.reasons.REASONS`); the shards of samples that were rejected
+    for these, or for any where it is empty, are made again. None: no sample is tried again.
 
     Raises:
         CacheError: there is no cache; or its manifest, plan or tensors are damaged, which cannot be rebuilt from the rest.
@@ -48,4 +57,5 @@ def repair(url: str | Path, *, min_age_s: float = MIN_AGE_S) -> RepairReport:
         removed.append(name)
     store = open_store(url)
     removed += store.sweep(min_age_s=min_age_s)
-    return RepairReport(problems, removed, len(store.pending()))
+    again = [] if retry is None else mark_rejected(storage, retry)
+    return RepairReport(problems, removed, len(store.pending()), count_reasons(sample.reason for sample in again))

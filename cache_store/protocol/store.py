@@ -22,6 +22,7 @@ from alignkd.cache_store.protocol.commit import commit, read_record, read_record
 from alignkd.cache_store.protocol.manifest import Manifest, read_manifest
 from alignkd.cache_store.protocol.names import (
     committed_numbers,
+    marked_numbers,
     object_name,
     object_names,
     record_name,
@@ -30,6 +31,7 @@ from alignkd.cache_store.protocol.names import (
 )
 from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.protocol.record import CommitRecord
+from alignkd.cache_store.protocol.retries import commit_again, remove_out_of_date, superseded
 from alignkd.cache_store.protocol.status import Status
 from alignkd.cache_store.protocol.tensors import Tensors, TensorSource, sweep_orphans, write_tensors
 from alignkd.cache_store.rows.encode import EncodedRow, concatenate_rows, encode_row
@@ -93,12 +95,16 @@ class CacheStore:
         return cls(storage, found, plan)
 
     def pending(self) -> list[int]:
-        """Planned shards without a record, ascending."""
-        return sorted(set(range(self.plan.shards)) - set(committed_numbers(self.storage, self.plan.shards)))
+        """Planned shards without a record, and those that are to be made again, ascending."""
+        return sorted((set(range(self.plan.shards)) - set(committed_numbers(self.storage, self.plan.shards))) | self.retrying())
+
+    def retrying(self) -> set[int]:
+        """Committed shards that are to be made again; see :mod:`alignkd.cache_store.protocol.retries`."""
+        return {number for number in marked_numbers(self.storage) if superseded(self.storage, number) is not None}
 
     def committed(self, number: int) -> bool:
-        """Whether a shard has a record by now."""
-        return self.storage.size(record_name(number)) is not None
+        """Whether a shard has a record by now, and need not be made again."""
+        return self.storage.size(record_name(number)) is not None and superseded(self.storage, number) is None
 
     def commit_shard(
         self,
@@ -158,6 +164,9 @@ class CacheStore:
             "bytes_by_field": shard_format.field_bytes(self.spec, data),
         }
         complete = CommitRecord(**{**vars(record), **about})
+        if (before := superseded(self.storage, record.number)) is not None:
+            again = commit_again(self.storage, complete, before, data)
+            return complete if again else read_record(self.storage, record.number)
         return complete if commit(self.storage, complete, data) else read_record(self.storage, record.number)
 
     def write_run(self, run: Mapping[str, Any]) -> str:
@@ -170,6 +179,7 @@ class CacheStore:
     def sweep(self, *, min_age_s: float) -> list[str]:
         """Remove what crashes left; returns the names. See :func:`alignkd.cache_store.protocol.commit.sweep`."""
         swept = sweep(self.storage, min_age_s=min_age_s)
+        remove_out_of_date(self.storage)
         return swept + sweep_orphans(self.storage, self.manifest.tensors, min_age_s=min_age_s)
 
     def status(self) -> Status:

@@ -46,6 +46,10 @@ class Storage(Protocol):
         """Write a new object, whole or not at all. If the name exists, write nothing and return False."""
         ...
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Write an object whether the name exists or not. A reader finds all of the old bytes or all of the new ones."""
+        ...
+
     def names(self, folder: str) -> list[str]:
         """Names of the objects in a folder, sorted, without the folder. Empty if the folder does not exist."""
         ...

@@ -67,7 +67,12 @@ class LocalStorage:
             self.require_own(os.path.dirname(name))
             return self._write(self.root / name, data)
 
-    def _write(self, path: Path, data: bytes) -> bool:
+    def replace(self, name: str, data: bytes) -> None:
+        """Write an object in place of the one of this name, if there is one."""
+        with self._wrap_errors("write", name):
+            self._write(self.root / name, data, replace=True)
+
+    def _write(self, path: Path, data: bytes, *, replace: bool = False) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / new_temporary()
         try:
@@ -75,7 +80,9 @@ class LocalStorage:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            written = _link(temporary, path)
+            if replace:
+                os.replace(temporary, path)
+            written = replace or _link(temporary, path)
         finally:
             # Also after a failure: on a full disk the next attempt needs this space.
             with contextlib.suppress(OSError):

@@ -72,6 +72,13 @@ class RemoteStorage:
         except MISSING as error:
             raise StorageAccessError(f"cannot write {self.url}/{name}: {error}. Create the bucket or folder first") from error
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Write an object in place of the one of this name, if there is one: a PUT replaces all of it at once."""
+        try:
+            self._retry("write", name, lambda fs, path: fs.pipe_file(path, data))
+        except MISSING as error:
+            raise StorageError(f"cannot write {self.url}/{name}: {error}. Create the bucket or folder first") from error
+
     def names(self, folder: str) -> list[str]:
         """Names in a folder."""
 

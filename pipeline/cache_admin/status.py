@@ -1,7 +1,6 @@
 """Progress and size of a cache, as figures."""
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from alignkd.cache_store.protocol.record import CommitRecord
 from alignkd.cache_store.protocol.status import Status
 from alignkd.cache_store.protocol.store import CacheStore, open_store
 from alignkd.cache_store.protocol.worker_reports import AT_WORK, Heard, read_reports
+from alignkd.cache_store.rows.reasons import count_reasons, reason_class
 from alignkd.cache_store.storage import open_storage
 from alignkd.pipeline.cache_admin.workers import worker_figures
 from alignkd.pipeline.config.cache_layout import attention_layer, logit_width
@@ -75,12 +75,7 @@ def status_figures(store: CacheStore) -> dict[str, Any]:
 
 def rejected_by_reason(status: Status) -> dict[str, int]:
     """How many samples were rejected for each kind of reason, most frequent first."""
-    counts = Counter(_kind(sample.reason) for sample in status.rejected)
-    return dict(counts.most_common())
-
-
-def _kind(reason: str) -> str:
-    return reason.split(":")[0].split(" ")[0]
+    return count_reasons(sample.reason for sample in status.rejected)
 
 
 def per_sample(status: Status, dense: dict[str, int]) -> dict[str, dict[str, int]]:
@@ -113,7 +108,7 @@ def recent_figures(status: Status) -> dict[str, Any]:
 
 def rejected_samples(status: Status) -> list[dict[str, str]]:
     """Every rejected sample with its reason."""
-    return [{"id": r.sample_id, "key": r.key, "kind": _kind(r.reason), "reason": r.reason} for r in status.rejected]
+    return [{"id": r.sample_id, "key": r.key, "kind": reason_class(r.reason), "reason": r.reason} for r in status.rejected]
 
 
 def dense_bytes(decoded_bytes_by_field: Mapping[str, int], vocabulary: int, width: int) -> dict[str, int]:

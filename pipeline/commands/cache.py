@@ -13,6 +13,8 @@ from alignkd.pipeline.commands.printing import print_figures, say, say_json, wit
 from alignkd.pipeline.config.shared import SHARD_FORMATS
 from alignkd.pipeline.runtime.printable import json_text
 
+_ANY_REASON = "any"
+
 
 @click.group("cache")
 def cache() -> None:
@@ -98,17 +100,29 @@ def cache_verify(url: str, quick: bool, as_json: bool) -> None:
     default=3600.0,
     help="Seconds; younger strays stay, as a running worker may be about to commit them.",
 )
+@click.option(
+    "--retry-rejected",
+    "retry",
+    is_flag=False,
+    flag_value=_ANY_REASON,
+    metavar="[REASON]",
+    help="Try rejected samples again: all, or those of a reason that alignkd cache status counts, such as 'image missing'.",
+)
 @options.as_json
-def cache_repair(url: str, min_age: float, as_json: bool) -> None:
+def cache_repair(url: str, min_age: float, retry: str | None, as_json: bool) -> None:
     """Drop everything that verify finds wrong, and sweep what crashes left; cache-teacher then rebuilds what is missing.
+
+    With --retry-rejected, cache-teacher makes the shards of rejected samples again. Until then their rows stay as they are.
 
     \b
     Example:
       alignkd cache repair cache
+      alignkd cache repair cache --retry-rejected "image missing"
     """
     from alignkd.cache_store.protocol.repair import repair
+    from alignkd.cache_store.rows.reasons import in_words
 
-    report = repair(url, min_age_s=min_age)
+    report = repair(url, min_age_s=min_age, retry=_reasons(retry))
     if as_json:
         say_json(dataclasses.asdict(report))
         return
@@ -116,7 +130,25 @@ def cache_repair(url: str, min_age: float, as_json: bool) -> None:
         say(f"problem: {problem}")
     for name in report.removed:
         say(f"removed: {name}")
+    if retry is not None:
+        say(f"rejected samples to try again: {in_words(report.samples_to_retry)}")
     say(f"shards to do: {report.shards_to_do}" + ("; run alignkd cache-teacher again" if report.shards_to_do else ""))
+
+
+def _reasons(given: str | None) -> list[str] | None:
+    """The classes of reasons that ``--retry-rejected`` names, separated by commas; none for all of them.
+
+    Raises:
+        ConfigError: no such class.
+    """
+    from alignkd.cache_store.rows.reasons import REASONS
+
+    if given is None or given == _ANY_REASON:
+        return None if given is None else []
+    chosen = [word.strip() for word in given.split(",")]
+    if unknown := [word for word in chosen if word not in REASONS]:
+        raise ConfigError(f"--retry-rejected {unknown[0]!r}: known reasons are {', '.join(REASONS)}")
+    return chosen
 
 
 @cache.command("convert", short_help="Copy a cache into the other shard format.")

@@ -91,6 +91,8 @@ def _option(field: dataclasses.Field[Any], declared: Setting, accepted: tuple[ty
 def _click_type(declared: Setting, accepted: tuple[type, ...]) -> Any:
     if declared.choices:
         return click.Choice(list(declared.choices))
+    if declared.or_share:
+        return NumberOrShare(declared)
     if float in accepted or int in accepted:
         kind: Any = click.FloatRange if float in accepted else click.IntRange
         low, high = (
@@ -119,3 +121,20 @@ class CommaSeparated(click.ParamType[Any]):
         if not chosen or any(name not in self.known for name in chosen):
             self.fail(f"{value!r}: known are {', '.join(self.known)}", param, ctx)
         return chosen
+
+
+class NumberOrShare(click.ParamType[Any]):
+    """A whole number, or a share in per cent, which stays text."""
+
+    name = "text"
+
+    def __init__(self, declared: Setting) -> None:
+        self.declared = declared
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Click's hook."""
+        text = str(value).replace(" ", "")
+        given = int(text) if text.isascii() and text.isdecimal() else text
+        if expected := self.declared.refusal(given):
+            self.fail(f"{value!r} is not {expected}", param, ctx)
+        return given

@@ -47,7 +47,7 @@ class CacheTeacherConfig(Settings):
     shard_samples: int = setting(512, group="storage", at_least=1, help="Samples per shard: the unit of work and of resuming.")
     batch_tokens: int = setting(16_384, at_least=1, help="Positions per forward pass, padding included.")
     dtype: str = shared.dtype("Dtype of the teacher.")
-    max_rejected: int = shared.max_rejected()
+    max_rejected: int | str = shared.max_rejected()
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()
     rank: int | None = setting(

@@ -128,7 +128,7 @@ class DistillConfig(Settings):
         1800.0, at_least=1, help="Most seconds that a process waits for a loader or for another process; then the run ends."
     )
     resume: bool = setting(False, group="storage", plain_flag=True, help="Continue from the last checkpoint in --out.")
-    max_rejected: int = shared.max_rejected()
+    max_rejected: int | str = shared.max_rejected()
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()
     plugins: tuple[str, ...] = shared.plugins()

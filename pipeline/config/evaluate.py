@@ -21,7 +21,7 @@ class EvaluateConfig(Settings):
     batch_size: int = setting(64, group="model", aliases=("bs",), at_least=1, help="Questions at a time.")
     max_new_tokens: int = setting(32, group="model", at_least=1, help="Most tokens of an answer.")
     dtype: str = shared.dtype("Dtype of the model.")
-    max_rejected: int = shared.max_rejected()
+    max_rejected: int | str = shared.max_rejected()
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()
     plugins: tuple[str, ...] = shared.plugins()

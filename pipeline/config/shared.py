@@ -47,8 +47,15 @@ def vision_tower() -> Any:
 
 
 def max_rejected() -> Any:
-    """How many samples may be rejected."""
-    return setting(100, group="data", at_least=0, help="Stop when more samples than this cannot be used.")
+    """How many samples may be rejected: a number, or a share of all samples."""
+    return setting(
+        "1%",
+        group="data",
+        at_least=0,
+        or_share=True,
+        metavar="N|P%",
+        help="Stop when more samples than this cannot be used; a share allows 10 at least.",
+    )
 
 
 def plugins() -> Any:

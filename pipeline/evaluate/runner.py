@@ -61,7 +61,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
     template = config.template or vlm.default_template
     preparer = Preparer.of(vlm, template=template, max_length=DEFAULT_MAX_LENGTH, image_root=config.images)
-    rejects = RejectedSamples(config.max_rejected)
+    rejects = RejectedSamples(config.max_rejected, len(samples))
     correct = answered = 0
     with _predictions(config) as write, progress_bar("evaluate", len(samples), "samples") as progress:
         for start in range(0, len(samples), config.batch_size):

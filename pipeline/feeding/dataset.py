@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from alignkd.cache_store.errors import CorruptShardError, MissingRowError
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.rows.row import EncodedField
-from alignkd.errors import CacheError, DataError, SampleError
+from alignkd.errors import CacheError, SampleError
 from alignkd.inputs.batch import ModelInput
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.cross_model import LAYOUT, CrossModelMap, TargetMask, with_masks
@@ -94,7 +94,7 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         student: Vlm,
         reader: CacheReader | None,
         needs: frozenset[str],
-        max_rejected: int,
+        max_rejected: int | str,
         attention_layers: Sequence[int] = (0,),
         cross_model: CrossModelMap | None = None,
     ) -> None:
@@ -106,10 +106,9 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
             assert reader is not None
             settings = settings_of(reader.fingerprint)
             self.fields += [field.name for field in logit_fields(settings, student.vocabulary)]
-        self.rejects = RejectedSamples(max_rejected)
+        self.rejects = RejectedSamples(max_rejected, len(samples.unique()))
         self.indices = self._usable()
-        if not len(self.indices):
-            raise DataError(f"no sample of {samples.path} can be trained on; first reasons: {self._first_reasons()}")
+        self.rejects.check()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A spawned loader process loads the plugins first: the state may hold objects of their classes."""
@@ -136,7 +135,7 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
                 rejected = self.reader.rejected.get(self.samples.key(index))
                 if rejected is not None:
                     kept[index] = False
-                    self.rejects.add(rejected.sample_id or rejected.key, rejected.reason)
+                    self.rejects.note(rejected.sample_id or rejected.key, rejected.reason, key=rejected.key)
         return np.flatnonzero(kept)
 
     def fingerprint(self) -> str:
@@ -150,9 +149,6 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         except MissingRowError as error:
             return str(error)
         raise AssertionError("a row that is there was reported missing")
-
-    def _first_reasons(self) -> str:
-        return "; ".join(f"{name}: {why}" for name, why in list(self.rejects.reasons.items())[:3])
 
     @cached_property
     def shard_of_sample(self) -> np.ndarray:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from alignkd.errors import TransientError
 from alignkd.pipeline.runtime.out_of_memory import is_out_of_memory
 from alignkd.pipeline.runtime.ranks import Worker
 
+T = TypeVar("T")
 _LOST_TEXTS = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "gloo", "nccl")
 
 
@@ -54,6 +55,15 @@ class Processes:
         with lost_processes(self.world_size):
             dist.broadcast_object_list(holder, src=0, group=self._group)
         return holder[0]
+
+    def gather(self, values: Sequence[T]) -> list[T]:
+        """The values of all processes, in the order of their ranks; they must be small, and can be pickled."""
+        if self._group is None:
+            return list(values)
+        found: list[Any] = [None] * self.world_size
+        with lost_processes(self.world_size):
+            dist.all_gather_object(found, list(values), group=self._group)
+        return [value for part in found for value in part]
 
     def wait(self) -> None:
         """Wait until every process has called this."""

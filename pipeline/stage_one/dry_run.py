@@ -21,7 +21,7 @@ from alignkd.pipeline.cache_admin.status import dense_bytes
 from alignkd.pipeline.config.cache_layout import logit_width
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
-from alignkd.pipeline.stage_one.shard_work import rows
+from alignkd.pipeline.stage_one.shard_work import not_finite, rows
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
 from alignkd.plugins import load_plugins
 
@@ -104,6 +104,7 @@ def _try(stage: StageOne, chosen: Sequence[int]) -> _Trial:
     for batch in ready:
         outputs, too_large = runner.run(batch)
         made += [row for part, output in outputs for row in rows(part, output)]
+        rejected += [sample for part, output in outputs for sample in not_finite(part, output)]
         truncated += sum(part.truncated for part, _ in outputs)
         rejected += too_large
     if torch.cuda.is_available():

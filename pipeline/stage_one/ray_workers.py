@@ -4,6 +4,7 @@ A shard is one task. When an actor or its node is lost, Ray starts another actor
 working on goes back into the queue. What is committed stays, as with any other worker.
 """
 
+import shlex
 import sys
 import time
 from collections import deque
@@ -15,16 +16,18 @@ from functools import cached_property
 from typing import Any
 
 from alignkd.cache_store.protocol.store import open_store
-from alignkd.errors import AlignkdError, ConfigError, wrap_errors
+from alignkd.errors import AlignkdError, ConfigError, TransientError, wrap_errors
 from alignkd.pipeline.cache_admin.status import status_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
-from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
+from alignkd.pipeline.data.rejected_samples import TooManyRejectedError, allowed_rejections
+from alignkd.pipeline.runtime.out_of_memory import out_of_memory_is_transient
 from alignkd.pipeline.runtime.progress import ProgressBar, progress_bar
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
 from alignkd.pipeline.stage_one.heartbeat import Heartbeat
+from alignkd.pipeline.stage_one.rejections import CommittedRejections
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
-from alignkd.pipeline.stage_one.worker import WorkerJob, warn_of_truncated
+from alignkd.pipeline.stage_one.worker import WorkerJob, check_done, warn_of_truncated
 from alignkd.plugins import load_plugins
 
 _WAIT_S = 1.0
@@ -60,9 +63,10 @@ class ShardActor:
 
     def run(self, shard: int) -> ShardCounts:
         """Write a shard."""
-        rejected, truncated = self.job.rejects.count, self.job.truncated
-        self.job.run([shard], show=False)
-        return ShardCounts(self.job.rejects.count - rejected, self.job.truncated - truncated)
+        rejected, truncated = self.job.rejected, self.job.truncated
+        with out_of_memory_is_transient():
+            self.job.run([shard], show=False)
+        return ShardCounts(self.job.rejected - rejected, self.job.truncated - truncated)
 
 
 def cache_teacher_on_ray(config: CacheTeacherConfig, *, workers: int | None, address: str | None) -> dict[str, Any]:
@@ -94,6 +98,9 @@ def cache_teacher_on_ray(config: CacheTeacherConfig, *, workers: int | None, add
         finally:
             ray.shutdown()
     warn_of_truncated(shards.truncated, config.max_length)
+    store = open_store(config.cache)
+    CommittedRejections(store, config).check()
+    check_done(store, Worker(), steal=False)
     return {
         "engine": "ray",
         "actors": len(shards.actors),
@@ -101,7 +108,7 @@ def cache_teacher_on_ray(config: CacheTeacherConfig, *, workers: int | None, add
         "new_shards": shards.total,
         "truncated_samples": shards.truncated,
         "run_seconds": round(time.perf_counter() - started, 3),
-        **status_figures(open_store(config.cache)),
+        **status_figures(store),
     }
 
 
@@ -126,7 +133,7 @@ def _wait(ray: Any, actors: Sequence[Any], stop: StopFlag) -> list[int]:
             except ray.exceptions.RayActorError as error:
                 refs.remove(ref)
                 if not refs:
-                    raise AlignkdError(
+                    raise TransientError(
                         f"every Ray actor was lost while it loaded the teacher; the last one: {error}. Look for a lack of"
                         " memory on its node"
                     ) from error
@@ -146,7 +153,9 @@ class _Shards:
         self.total = len(pending)
         self.running: dict[Any, tuple[Any, int | None]] = {}
         self.losses = 0
-        self.rejected = len(open_store(config.cache).status().rejected)
+        store = open_store(config.cache)
+        self.rejected = len(store.status().rejected)
+        self.allowed = allowed_rejections(config.max_rejected, store.plan.samples)
         self.truncated = 0
 
     def run(self) -> None:
@@ -177,17 +186,18 @@ class _Shards:
             progress.advance()
             self.rejected += result.rejected
             self.truncated += result.truncated
-            if self.rejected > self.config.max_rejected:
+            if self.rejected > self.allowed:
                 raise TooManyRejectedError(
                     f"{self.rejected} samples cannot be used, more than --max-rejected {self.config.max_rejected} allows."
-                    " alignkd cache status shows why. Check --images and the data, or raise --max-rejected"
+                    " Check --images and the data, or raise --max-rejected. The reasons:"
+                    f" alignkd cache status {shlex.quote(self.config.cache)}"
                 )
         self._give(actor)
 
     def _lost(self, actor: Any, shard: int | None, error: Exception) -> None:
         self.losses += 1
         if self.losses > _MAX_LOSSES or shard is None:
-            raise AlignkdError(
+            raise TransientError(
                 f"{self.losses} times a Ray actor was lost; the last time: {error}. What is committed stays; run the same"
                 " command again to continue"
             ) from error

@@ -19,6 +19,7 @@ from alignkd.pipeline.config.cache_layout import attention_field, attention_laye
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.runtime.host_copy import copy_to_host
 from alignkd.pipeline.stage_one.calibrate import answers_at_once
+from alignkd.pipeline.stage_one.finite import FiniteMarks, finite_logits, finite_rows, finite_targets
 from alignkd.targets.logits import LogitCodec
 
 
@@ -49,9 +50,16 @@ class TeacherOutput:
     inputs: Sequence[ModelInput]
     answer_fields: tuple[FieldSpec, ...] = ()
     input_fields: tuple[str, ...] = ("input_ids", "labels")
+    finite: FiniteMarks | None = None
+
+    def finite_samples(self) -> list[bool]:
+        """Whether the teacher's pass over each sample gave finite numbers alone; waits for the copy."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return [True] * len(self.inputs) if self.finite is None else self.finite.of_samples(self.batch)
 
     def values(self) -> list[dict[str, np.ndarray]]:
-        """The values of each sample's row, unpadded."""
+        """The values of each sample's row, unpadded; those of a sample that is not finite mean nothing."""
         if self.arrived is not None:
             self.arrived.synchronize()
         arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
@@ -101,27 +109,44 @@ def run_teacher(
     }
     if "vision" in settings.targets:
         tensors["vision_tokens"] = captured.vision_BVD.float()
+    marks = {"samples": finite_targets(tensors, on_device), "answers": finite_rows(captured.hidden_AD)}
     fields: tuple[FieldSpec, ...] = ()
     if "logits" in settings.targets:
         assert codec is not None
         uniform_AJ = _uniform(batch, keys, codec.settings.draws) if codec.kind == "sampled" else None
-        tensors |= _encode_answers(teacher, codec, captured.hidden_AD, on_device.answer_ids_A, uniform_AJ)
+        encoded, marks["answers"] = _encode_answers(
+            teacher, codec, captured.hidden_AD, on_device.answer_ids_A, uniform_AJ, marks["answers"]
+        )
+        tensors |= encoded
         fields = logit_fields(codec.settings, teacher.vocabulary)
-    host, arrived = copy_to_host(tensors)
-    return TeacherOutput(host, arrived, batch, inputs, fields, of_input)
+    # The marks come with the targets: the device is not asked for each sample whether its numbers are finite.
+    host, arrived = copy_to_host(tensors | {f"finite {name}": mark for name, mark in marks.items()})
+    finite = FiniteMarks(host.pop("finite samples"), host.pop("finite answers"))
+    return TeacherOutput(host, arrived, batch, inputs, fields, of_input, finite)
 
 
 def _encode_answers(
-    teacher: Vlm, codec: LogitCodec, hidden_AD: torch.Tensor, labels_A: torch.Tensor, uniform_AJ: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
-    """The fields of all answers; logits are computed a chunk of answers at a time."""
-    chunk, parts = answers_at_once(teacher), []
+    teacher: Vlm,
+    codec: LogitCodec,
+    hidden_AD: torch.Tensor,
+    labels_A: torch.Tensor,
+    uniform_AJ: torch.Tensor | None,
+    finite_A: torch.Tensor,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The fields of all answers, and which have finite logits; logits are computed a chunk of answers at a time.
+
+    ``finite_A``: answers with finite hidden states. The others are encoded as zeros: codecs need not know them.
+    """
+    chunk, parts, marks = answers_at_once(teacher), [], []
+    hidden_AD = hidden_AD.masked_fill(~finite_A[:, None], 0)
     uniform_AJ = hidden_AD.new_empty(len(hidden_AD), 0) if uniform_AJ is None else uniform_AJ.to(teacher.device)
     for start in range(0, max(len(hidden_AD), 1), chunk):
         part = slice(start, start + chunk)
         logits_AN = teacher.head(hidden_AD[part])[:, : codec.settings.vocabulary]
+        marks.append(finite_logits(logits_AN))
+        logits_AN.masked_fill_(~marks[-1][:, None], 0)
         parts.append(codec.encode(hidden_AD[part], logits_AN, labels_A[part], uniform_AJ[part]))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, finite_A & torch.cat(marks)
 
 
 def _uniform(batch: Batch, keys: Sequence[str], draws: int) -> torch.Tensor:

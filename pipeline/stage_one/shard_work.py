@@ -8,6 +8,7 @@ from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.inputs.encoder import Planned
 from alignkd.pipeline.data.preparer import Prepared
 from alignkd.pipeline.data.sample import Sample
+from alignkd.pipeline.stage_one.finite import REASON
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput
 
 
@@ -58,10 +59,20 @@ class ReadyBatch:
 
 
 def rows(ready: ReadyBatch, output: TeacherOutput) -> list[Row]:
-    """The cache rows of a batch; waits until its output is on the host."""
+    """The cache rows of a batch, without the samples of :func:`not_finite`; waits until its output is on the host."""
     return [
         Row(planned.sample.key, planned.sample.id, prepared.image_sha256, values)
-        for (planned, prepared), values in zip(ready.samples, output.values(), strict=True)
+        for (planned, prepared), values, finite in zip(ready.samples, output.values(), output.finite_samples(), strict=True)
+        if finite
+    ]
+
+
+def not_finite(ready: ReadyBatch, output: TeacherOutput) -> list[Rejected]:
+    """The samples of a batch for which the teacher gave NaN or infinity; waits until its output is on the host."""
+    return [
+        Rejected(planned.sample.key, planned.sample.id, REASON)
+        for (planned, _), finite in zip(ready.samples, output.finite_samples(), strict=True)
+        if not finite
     ]
 
 

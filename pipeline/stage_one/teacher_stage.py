@@ -30,7 +30,8 @@ from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.signals import StopFlag
-from alignkd.pipeline.stage_one.calibrate import CALIBRATION_POSITIONS, CALIBRATION_SAMPLES, calibrate
+from alignkd.pipeline.stage_one.calibrate import CALIBRATION_POSITIONS, CALIBRATION_SAMPLES, NotFiniteError, calibrate
+from alignkd.pipeline.stage_one.finite import advice
 from alignkd.pipeline.stage_one.planned_samples import find_samples
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput, run_teacher
 from alignkd.pipeline.stage_one.shard_work import PlannedSample, ReadyBatch, ShardWork, batches
@@ -136,7 +137,11 @@ class StageOne:
         arrays = slice_arrays(self.teacher, tower=not self.config.slice_without_tower) if sliced else {}
         if "logits" in self.row_settings.targets:
             logits = self.row_settings.logits
-            arrays |= logit_arrays(logits, calibrate(self.teacher, self._calibration_batches(), logits.vocabulary))
+            try:
+                calibration = calibrate(self.teacher, self._calibration_batches(), logits.vocabulary)
+            except NotFiniteError as error:
+                raise NotFiniteError(f"{error}. {advice(self.config.dtype)}") from error
+            arrays |= logit_arrays(logits, calibration)
         return arrays
 
     def _calibration_batches(self) -> Iterator[Batch]:

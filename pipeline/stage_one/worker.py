@@ -15,16 +15,18 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from alignkd.cache_store.protocol.repair import MIN_AGE_S
 from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.cache_store.rows.encode import EncodedRow, encode_row
 from alignkd.cache_store.rows.row import Rejected
+from alignkd.errors import TransientError
 from alignkd.pipeline.cache_admin.status import status_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
-from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.runtime.devices import peak_memory_bytes
+from alignkd.pipeline.runtime.out_of_memory import out_of_memory_is_transient
 from alignkd.pipeline.runtime.progress import ProgressBar, progress_bar
 from alignkd.pipeline.runtime.ranks import Worker, find_worker
 from alignkd.pipeline.runtime.run_record import make_run_record
@@ -32,8 +34,9 @@ from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
 from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
 from alignkd.pipeline.stage_one.heartbeat import heartbeat
 from alignkd.pipeline.stage_one.prefetch import HostThreads
+from alignkd.pipeline.stage_one.rejections import CommittedRejections
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput
-from alignkd.pipeline.stage_one.shard_work import ReadyBatch, ShardWork, rows
+from alignkd.pipeline.stage_one.shard_work import ReadyBatch, ShardWork, not_finite, rows
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
 from alignkd.plugins import load_plugins
 
@@ -47,6 +50,7 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
 
     Raises:
         AlignkdError: bad input, a cache of other settings, or too many rejected samples.
+        TransientError: the surroundings fail, memory included, or shards of this worker are left: run it again.
         Interrupted: a signal came; what is committed stays.
     """
     load_plugins(config.plugins)
@@ -60,7 +64,9 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
         started = time.perf_counter()
         job = WorkerJob(stage, store, worker, stop)
         beat.enter("writing", lambda: job.samples)
-        job.run(worker.order(store.pending(), steal=config.steal))
+        with out_of_memory_is_transient():
+            job.run(worker.order(store.pending(), steal=config.steal))
+        check_done(store, worker, steal=config.steal)
     seconds = time.perf_counter() - started
     warn_of_truncated(job.truncated, config.max_length)
     return {
@@ -73,6 +79,22 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         **status_figures(store),
     }
+
+
+def check_done(store: CacheStore, worker: Worker, *, steal: bool) -> None:
+    """A worker that ends well leaves no shard that is its to write; one alone, or with ``steal``, leaves none at all.
+
+    Raises:
+        TransientError: another process removed or marked some of them meanwhile.
+    """
+    pending = store.pending()
+    if left := worker.order(pending, steal=steal):
+        raise TransientError(
+            f"{len(left)} of {store.plan.shards} shards are not committed, though this worker wrote its shards: a repair ran"
+            " meanwhile. Run the same command again"
+        )
+    if pending:
+        _log.info("%d shards of other workers are not committed yet", len(pending))
 
 
 def warn_of_truncated(samples: int, max_length: int) -> None:
@@ -95,16 +117,15 @@ class WorkerJob:
     worker: Worker
     stop: StopFlag
     samples: int = 0
+    rejected: int = 0
     truncated: int = 0
     tokens: int = 0
     bytes: int = 0
-    rejects: RejectedSamples = field(init=False)
+    committed: CommittedRejections = field(init=False)
     runner: HalvingRunner = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rejects = RejectedSamples(self.stage.config.max_rejected)
-        for sample in self.store.status().rejected:
-            self.rejects.add(sample.sample_id or sample.key, sample.reason)
+        self.committed = CommittedRejections(self.store, self.stage.config)
         self.runner = HalvingRunner(self.stage)
 
     def run(self, shards: Sequence[int], *, show: bool = True) -> None:
@@ -112,8 +133,11 @@ class WorkerJob:
 
         Raises:
             Interrupted: a signal came.
-            TooManyRejectedError: more samples are rejected than ``--max-rejected`` allows.
+            TooManyRejectedError: more samples are rejected than ``--max-rejected`` allows, those of all workers together; the
+                shard that passed the limit is committed, so that every rejection is recorded.
+            NoUsableSampleError: the cache is complete, and every sample was rejected.
         """
+        self.committed.check()
         total = sum(len(self.store.plan.positions_of(shard)) for shard in shards)
         title = "cache-teacher" if self.worker.world_size == 1 else f"cache-teacher {self.worker}"
         self.stop.check()
@@ -125,31 +149,46 @@ class WorkerJob:
                     continue
                 self._run_shard(work, host, progress)
             host.flush()
-        _log.info("worker %s ends: %d samples, %d rejected in the cache", self.worker, self.samples, self.rejects.count)
+        self.committed.check()
+        _log.info("worker %s ends: %d samples, %d rejected", self.worker, self.samples, self.rejected)
 
     def _run_shard(self, work: ShardWork, host: HostThreads, progress: ProgressBar) -> None:
         started = time.perf_counter()
         encoded: list[EncodedRow] = []
         rejected = list(work.rejected)
-        self._reject(work.rejected, progress)
-        tokens = 0
+        self._reject(work.rejected)
+        progress.advance(len(work.rejected))
+        tokens = rejected_for_memory = 0
         for ready in host.prefetch(work.batches, self.stage.load, _BATCHES_AHEAD):
             self.stop.check()
             outputs, too_large = self.runner.run(ready)
-            self._reject([*ready.rejected, *too_large], progress)
+            rejected_for_memory += len(too_large)
+            self._reject([*ready.rejected, *too_large])
             rejected += [*ready.rejected, *too_large]
-            host.write_behind(lambda outputs=outputs: encoded.extend(self._encode(outputs)))  # type: ignore[misc]
-            positions, done = sum(planned.length for planned, _ in ready.samples), len(ready.samples) - len(too_large)
+            host.write_behind(partial(self._encode, outputs, encoded, rejected))
+            positions = sum(planned.length for planned, _ in ready.samples)
             tokens += positions
             self.tokens += positions
-            self.samples += done
             self.truncated += sum(part.truncated for part, _ in outputs)
-            progress.advance(done)
+            progress.advance(len(ready.samples) + len(ready.rejected))
             progress.note(self._note(progress))
+        if rejected_for_memory and not self.runner.fitted:
+            raise TransientError(
+                f"memory ran out for each of the first {rejected_for_memory} samples: another process holds it, or the device"
+                " is too small for this teacher. Run the same command again when it is free, or with a smaller --dtype"
+            )
         host.write_behind(lambda: self._commit(work.number, encoded, rejected, time.perf_counter() - started, tokens))
 
-    def _encode(self, outputs: Sequence[tuple[ReadyBatch, TeacherOutput]]) -> list[EncodedRow]:
-        return [encode_row(self.store.spec, row) for ready, output in outputs for row in rows(ready, output)]
+    def _encode(
+        self, outputs: Sequence[tuple[ReadyBatch, TeacherOutput]], encoded: list[EncodedRow], rejected: list[Rejected]
+    ) -> None:
+        """Encode the rows of a batch behind the forward pass; only here is it known which of them are finite."""
+        for ready, output in outputs:
+            made, broken = [encode_row(self.store.spec, row) for row in rows(ready, output)], not_finite(ready, output)
+            encoded += made
+            rejected += broken
+            self.samples += len(made)
+            self._reject(broken)
 
     def _commit(
         self, number: int, encoded: Sequence[EncodedRow], rejected: Sequence[Rejected], seconds: float, tokens: int
@@ -161,15 +200,14 @@ class WorkerJob:
             "shard %d is committed: %d rows, %d rejected, %d bytes, %.1f s",
             *(number, record.rows, len(record.rejected), record.bytes, seconds),
         )
+        self.committed.check()
 
-    def _reject(self, rejected: Sequence[Rejected], progress: ProgressBar) -> None:
+    def _reject(self, rejected: Sequence[Rejected]) -> None:
         for sample in rejected:
-            name = sample.sample_id or sample.key
-            _log.info("sample %s is rejected: %s", name, sample.reason)
-            self.rejects.add(name, sample.reason)
-        progress.advance(len(rejected))
+            _log.info("sample %s is rejected: %s", sample.sample_id or sample.key, sample.reason)
+        self.rejected += len(rejected)
 
     def _note(self, progress: ProgressBar) -> str:
         parts = [f"{self.tokens / max(progress.seconds, 1e-9):,.0f} positions/s", f"{self.bytes / 1e6:,.1f} MB written"]
-        counts = {"rejected": self.rejects.count, "truncated": self.truncated}
+        counts = {"rejected": self.rejected, "truncated": self.truncated}
         return ", ".join(parts + [f"{count} {name}" for name, count in counts.items() if count])

@@ -101,11 +101,10 @@ class DistillTrainer(CheckpointingTrainer):
         started = time.perf_counter()
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         self.metrics.waited(time.perf_counter() - started)
-        for inputs in batches:
-            for failure in inputs["failures"]:
-                if failure.fatal:
-                    raise MisalignedRowError(failure.reason)
-                self.data.rejects.add(failure.sample_id, failure.reason, key=failure.key)
+        failures = [failure for inputs in batches for failure in inputs["failures"]]
+        for failure in failures:
+            if failure.fatal:
+                raise MisalignedRowError(failure.reason)
         mine = [
             inputs["targets"].mask_to_targets(inputs["batch"]).counts() for inputs in batches if inputs["batch"] is not None
         ]
@@ -116,9 +115,14 @@ class DistillTrainer(CheckpointingTrainer):
                 sum(counts.with_image for counts in mine),
                 sum(counts.samples for counts in mine),
                 float(bool(self.stop)),
+                float(len(failures)),
             ]
         )
-        answers, with_text_after_image, with_image, samples, stops = sums
+        answers, with_text_after_image, with_image, samples, stops, failed = sums
+        if failed:
+            # Every process counts the failures of all of them, so that all stop at the same step.
+            for failure in self.processes.gather(failures):
+                self.data.rejects.add(failure.sample_id, failure.reason, key=failure.key)
         # A single process looks at its flag when the step is done; several must agree before it.
         self.stop_agreed = self.processes.world_size > 1 and stops > 0
         return batches, Counts(

@@ -147,7 +147,12 @@ STAGE_ONE = {
     "an unknown target": (lambda t: {"--targets": "attention,hidden"}, ["known are attention, vision, logits"]),
     "no images at all": (
         lambda t: {"--data": write_data(t / "d.json", MANY_MISSING), "--cache": t / "cache"},
-        ["101 samples cannot be used, more than --max-rejected 100", "200.png: No such file", "Check --images"],
+        [
+            "12 samples cannot be used, more than --max-rejected 1% (10 of 103 samples) allows: 12 image missing",
+            ".png: No such file",
+            "Check --images",
+            "--retry-rejected",
+        ],
     ),
     "a cache that is a file": (lambda t: {"--cache": with_file(t / "cache", "x")}, ["cache"]),
 }

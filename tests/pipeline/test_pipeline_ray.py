@@ -69,7 +69,9 @@ def shards(tmp_path, data):
 
     def make(*actors, pending=range(9), max_rejected=100):
         config = stage_one_config(data, tmp_path / "cache", max_rejected=max_rejected)
-        ray_engine_open = SimpleNamespace(status=lambda: SimpleNamespace(rejected=("a", "b")))
+        ray_engine_open = SimpleNamespace(
+            status=lambda: SimpleNamespace(rejected=("a", "b")), plan=SimpleNamespace(samples=1000)
+        )
         patch.setattr(ray_engine, "open_store", lambda url: ray_engine_open)
         return _Shards(FakeRay(), actors, config, StopFlag(), list(pending))
 

@@ -8,7 +8,8 @@ The reduced head that turns coordinates back into logits is stored once per cach
 Source: METHOD of this project ("top-k + sketch"); rate allocation as in Cover and Thomas, Elements of Information Theory,
 section 10.3.
 
-Shapes: A answers, M calibration answers, D teacher width, N vocabulary, R coordinates, S bytes per token.
+Shapes: A answers, M calibration answers, D teacher width, N vocabulary, R coordinates, S bytes per token, Q rank of the
+centred head, at most D.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,9 @@ import torch
 
 # Range of a quantiser by its number of bits, in standard deviations: wide enough for heavy tails, narrow enough for few levels.
 _RANGE = {2: 1.5, 3: 2.3, 4: 2.9, 5: 3.5, 6: 4.0, 7: 4.5, 8: 5.0}
+
+_LOWEST_SHARE = 1e-8
+"""A direction whose share of the metric is less than this moves no logit."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +77,40 @@ def fit_sketch(
     covariance_DD = spread_MD.T @ spread_MD / len(hidden_MD)
     # Directions in which no calibration answer varies get a little variance, so that their scale is not zero.
     covariance_DD.diagonal().add_(1e-4 * covariance_DD.diagonal().mean() + 1e-12)
-    metric_DD.diagonal().add_(1e-9 * metric_DD.diagonal().mean() + 1e-12)
-    root_DD = torch.linalg.cholesky(metric_DD)
-    variance_D, directions_DD = torch.linalg.eigh(root_DD.T @ covariance_DD @ root_DD)
-    variance_D, directions_DD = variance_D.flip(0).clamp(min=0), directions_DD.flip(1)
-    bits_D = allocate(variance_D, 8 * size)
-    used_D = bits_D > 0
-    chosen_DR = directions_DD[:, used_D]
-    bits_R, deviation_R = bits_D[used_D], variance_D[used_D].sqrt().float()
+    root_DQ, inverse_QD = _root(metric_DD)
+    variance_Q, directions_QQ = torch.linalg.eigh(root_DQ.T @ covariance_DD @ root_DQ)
+    variance_Q, directions_QQ = variance_Q.flip(0).clamp(min=0), directions_QQ.flip(1)
+    bits_Q = allocate(variance_Q, 8 * size)
+    used_Q = bits_Q > 0
+    chosen_QR = directions_QQ[:, used_Q]
+    bits_R, deviation_R = bits_Q[used_Q], variance_Q[used_Q].sqrt().float()
     range_R = torch.tensor([_RANGE[int(b)] for b in bits_R.tolist()], device=deviation_R.device)
-    back_DR = torch.linalg.solve_triangular(root_DD.T, chosen_DR, upper=True)
+    back_DR = inverse_QD(chosen_QR)
     return Sketch(
         mean_D=mean_D,
-        projection_RD=(chosen_DR.T @ root_DD.T).float().contiguous(),
+        projection_RD=(chosen_QR.T @ root_DQ.T).float().contiguous(),
         bits_R=bits_R.to(torch.uint8),
         step_R=2 * range_R * deviation_R / 2.0 ** bits_R.float(),
         base_N=(centred_ND @ mean_D + (0.0 if bias_N is None else bias_N.float() - weight_N @ bias_N.float())).half(),
         head_NR=(centred_ND @ back_DR.float()).half(),
         size=size,
     )
+
+
+def _root(metric_DD: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """A root ``[D, Q]`` that times its transpose is the metric, and the inverse of its transpose, ``[Q, R] -> [D, R]``.
+
+    Q is D, or the rank of the head where it is less: directions that move no logit get no coordinate.
+    """
+    mean = metric_DD.diagonal().mean()
+    root_DD, failed = torch.linalg.cholesky_ex(metric_DD + torch.diag(torch.full_like(metric_DD[0], 1e-9 * mean + 1e-12)))
+    if not failed and root_DD.diagonal().min() ** 2 > _LOWEST_SHARE * mean:
+        return root_DD, lambda columns_QR: torch.linalg.solve_triangular(root_DD.T, columns_QR, upper=True)
+    values_D, vectors_DD = torch.linalg.eigh(metric_DD)
+    # The head is in float32 at best, so smaller eigenvalues than this are rounding.
+    kept_D = values_D > _LOWEST_SHARE * values_D.max()
+    scale_Q, vectors_DQ = values_D[kept_D].sqrt(), vectors_DD[:, kept_D]
+    return vectors_DQ * scale_Q, lambda columns_QR: vectors_DQ @ (columns_QR / scale_Q[:, None])
 
 
 def allocate(variance_D: torch.Tensor, total: int) -> torch.Tensor:
