@@ -134,7 +134,7 @@ def test_a_sample_with_an_empty_reference_is_rejected_by_name(tmp_path, metric):
 
 
 def test_samples_that_are_all_rejected_are_a_failure(tmp_path):
-    with pytest.raises(DataError, match=r"none of its 2 samples could be answered. First: a: its last answer is ''"):
+    with pytest.raises(DataError, match=r"none of 2 samples can be used: 2 text. First: a: its last answer is ''"):
         run(tmp_path, [record("a", None, "What?", ""), record("b", None, "What?", ".")])
     assert not (tmp_path / "out" / "result.json").exists()
 

@@ -103,7 +103,9 @@ def _root(metric_DD: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor
     Q is D, or the rank of the head where it is less: directions that move no logit get no coordinate.
     """
     mean = metric_DD.diagonal().mean()
-    root_DD, failed = torch.linalg.cholesky_ex(metric_DD + torch.diag(torch.full_like(metric_DD[0], 1e-9 * mean + 1e-12)))
+    positive_DD = metric_DD.clone()
+    positive_DD.diagonal().add_(1e-9 * mean + 1e-12)
+    root_DD, failed = torch.linalg.cholesky_ex(positive_DD)
     if not failed and root_DD.diagonal().min() ** 2 > _LOWEST_SHARE * mean:
         return root_DD, lambda columns_QR: torch.linalg.solve_triangular(root_DD.T, columns_QR, upper=True)
     values_D, vectors_DD = torch.linalg.eigh(metric_DD)
