@@ -18,6 +18,9 @@ from alignkd.cache_store.rows.reasons import reason_class
 from alignkd.cache_store.rows.row import Rejected
 from alignkd.cache_store.storage import Storage
 
+_LARGEST = 10_000
+"""Bytes; a mark has about 60."""
+
 
 def mark_rejected(storage: Storage, reasons: Collection[str] = ()) -> list[Rejected]:
     """Mark the shards that rejected samples for reasons of these classes, or for any; returns those samples.
@@ -37,7 +40,7 @@ def mark_rejected(storage: Storage, reasons: Collection[str] = ()) -> list[Rejec
 def superseded(storage: Storage, number: int) -> CommitRecord | None:
     """The record that the next commit of a shard replaces; None where the shard is not to be made again."""
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
-        marked = json.loads(storage.read(retry_name(number)))["object"]
+        marked = json.loads(storage.read(retry_name(number), _LARGEST))["object"]
         record = read_record(storage, number)
         return record if record.object == marked else None
     return None

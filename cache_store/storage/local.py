@@ -70,6 +70,7 @@ class LocalStorage:
     def replace(self, name: str, data: bytes) -> None:
         """Write an object in place of the one of this name, if there is one."""
         with self._wrap_errors("write", name):
+            self.require_own(os.path.dirname(name))
             self._write(self.root / name, data, replace=True)
 
     def _write(self, path: Path, data: bytes, *, replace: bool = False) -> bool:
