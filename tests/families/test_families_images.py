@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from checkpoints import FAMILIES
 from image_kinds import KINDS, SIZE
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from alignkd.errors import SampleError
+from alignkd.inputs.prompts import IGNORE, PromptError
 from alignkd.models.encoders.image_files import image_size
 from alignkd.models.encoders.processors import load_processor
 from alignkd.models.loading import load_vlm
@@ -66,11 +69,65 @@ def values_of(preparer, kind, turns):
     return preparer(parse_sample({"id": kind, "image": kind, "conversations": turns}, kind)).input.images.numpy().tobytes()
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.without_image])
+def test_an_image_tag_without_an_image_is_text_or_refused_where_it_is_a_special_token(written, name):
+    vlm = load_vlm(written(name))
+    encoder = vlm.encoder(vlm.default_template, 2048)
+    turns = (("human", "Which SVG element shows a picture?"), ("gpt", "<image>, with an href"))
+    if "<image>" in vlm.tokenizer.get_vocab():
+        with pytest.raises(PromptError, match="special token '<image>'"):
+            encoder.encode(turns, [])
+        return
+    made, _ = encoder.encode(turns, [])
+    assert vlm.image_token_id not in made.input_ids.tolist()
+    labels = made.labels[made.labels != IGNORE].tolist()
+    assert "<image>, with an href" in vlm.tokenizer.decode(labels)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_size_in_a_files_header_is_that_of_the_upright_image(folder_of_kinds, kind):
     upright = ImageOps.exif_transpose(Image.open(folder_of_kinds / kind))
     assert image_size(folder_of_kinds / kind) == upright.size
     assert set(upright.size) == set(SIZE)
+
+
+WIDE = (64_000, 900)
+"""Few enough pixels for a file, far too many once padded to a square."""
+
+
+def wide_image(folder, size):
+    Image.new("1", size).save(folder / "wide.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a ball"}]
+    return parse_sample({"id": "wide", "image": "wide.png", "conversations": turns}, "")
+
+
+@pytest.mark.parametrize("use", ["whole", "text"])
+@pytest.mark.parametrize(("name", "size"), [("mobilevlm_v1", WIDE), ("llava", (4_000_000, 16)), ("llava", (60_000_000, 1))])
+def test_an_image_that_padding_or_resizing_makes_too_large_is_rejected_before_it_is_decoded(
+    written, tmp_path, monkeypatch, name, size, use
+):
+    vlm = load_vlm(written(name))
+    preparer = Preparer.of(vlm, template=vlm.default_template, max_length=2048, image_root=tmp_path)
+    sample = wide_image(tmp_path, size)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
+    monkeypatch.setattr(Image, "new", lambda *_: pytest.fail("its size was allocated"))
+    if use == "whole":
+        with pytest.raises(SampleError, match=r"wide\.png.*pixels, .* when .*, more than 134,217,728"):
+            preparer(sample)
+    elif vlm.encoder("v1", 2048).needs_sizes:
+        with pytest.raises(SampleError, match=r"pixels, .* when .*, more than 134,217,728"):
+            preparer.text(sample)
+
+
+def test_several_images_that_become_squares_are_measured_as_squares(written, tmp_path):
+    vlm = load_vlm(written("llava_onevision"))
+    preparer = Preparer.of(vlm, template=vlm.default_template, max_length=2048, image_root=tmp_path)
+    one = wide_image(tmp_path, (12_000, 8))
+    two = replace(one, images=one.images * 2, turns=(("human", "<image><image>\nWhich?"), one.turns[1]))
+    assert preparer(one).input.images.numel()
+    for use in (preparer, preparer.text):
+        with pytest.raises(SampleError, match="12,000 x 12,000 when padded to a square"):
+            use(two)
 
 
 def test_an_orientation_behind_the_pixels_of_a_png_is_found(tmp_path):

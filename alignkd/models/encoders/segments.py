@@ -9,7 +9,7 @@ Shapes: L ids.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -23,6 +23,9 @@ from alignkd.inputs.prompts import IGNORE, IMAGE_TAG, Encoded, Part, PromptError
 from alignkd.inputs.regions import region_without_coordinates, stack
 from alignkd.inputs.spans import NO_SPANS, places
 from alignkd.models.encoders.text_offsets import tokenise
+
+_TAG_AS_TEXT = "\ufdd2"
+"""Stands for an image tag that is text while a family makes segments; no Unicode text holds it."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class SegmentEncoder(ABC):
     def _encode(self, turns: Turns, images: int, *, whole: bool = False) -> tuple[Encoded, np.ndarray]:
         """Ids and labels, and the spans ``[L, 2]``; ``whole``: not cut at the maximum length."""
         self._check(turns, images)
-        segments = self.segments(turns, images)
+        segments = self.segments(turns, images) if images else self._without_images(turns)
         parts, before = [], 0
         for segment in segments:
             parts.append(self._tokenise(segment, before))
@@ -124,6 +127,14 @@ class SegmentEncoder(ABC):
         spans = spans[:length] if len(spans) == len(ids) else NO_SPANS
         labels = np.where(supervised, ids, IGNORE)
         return Encoded(ids[:length], labels[:length], truncated=length < len(ids)), spans
+
+    def _without_images(self, turns: Turns) -> list[Segment]:
+        """A conversation without images in segments: an image tag in its text is text, as in LLaVA's training code."""
+        hidden = [(speaker, text.replace(IMAGE_TAG, _TAG_AS_TEXT)) for speaker, text in turns]
+        return [
+            replace(segment, parts=tuple((text.replace(_TAG_AS_TEXT, IMAGE_TAG), own) for text, own in segment.parts))
+            for segment in self.segments(hidden, 0)
+        ]
 
     def _tokenise(self, segment: Segment, before: int) -> tuple[np.ndarray, np.ndarray]:
         """Its ids and spans; ``before`` characters of the conversation precede it."""
@@ -140,12 +151,16 @@ class SegmentEncoder(ABC):
 
     def _check(self, turns: Turns, images: int) -> None:
         named = sum(text.count(IMAGE_TAG) for _, text in turns)
-        if named != images:
+        if images and named != images:
             raise PromptError(f"its text names {named} images, the sample has {images}")
         specials = {*map(str, self.tokenizer.all_special_tokens), *self.marks} - {IMAGE_TAG}
+        if not images and named and IMAGE_TAG in self.tokenizer.get_vocab():
+            specials.add(IMAGE_TAG)
         for number, (speaker, text) in enumerate(turns):
             if speaker != ("human", "gpt")[number % 2]:
                 raise PromptError(f"turn {number} is from {speaker!r}; turns must alternate human, gpt")
+            if _TAG_AS_TEXT in text:
+                raise PromptError("its text holds U+FDD2, which is not a Unicode character")
             if found := next((token for token in specials if token in text), None):
                 raise PromptError(f"its text holds the special token {found!r}, which the model would not read as text")
 

@@ -25,6 +25,11 @@ CHANGES: tuple[EncoderChange, ...] = (
         " template renders of it",
         lambda family, template: template == "chat",
     ),
+    EncoderChange(
+        3,
+        "images with transparency, an orientation or another mode than RGB are what the model's own processor makes of them",
+        lambda family, template: family not in ("mobilevlm", "minigpt4"),
+    ),
 )
 
 ENCODER_VERSION = CHANGES[-1].version
