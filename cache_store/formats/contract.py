@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from alignkd.cache_store.rows.shard import Shard
 from alignkd.cache_store.rows.spec import CacheSpec
@@ -23,6 +26,16 @@ class ShardFormat(Protocol):
 
         Raises:
             CorruptShardError: ``data`` is not a shard, or does not match ``spec``.
+        """
+        ...
+
+    def read_shapes(self, spec: CacheSpec, file: BinaryIO, rows: int, field: str) -> NDArray[np.int32]:
+        """The decoded shape of ``field`` in each of the ``rows`` of a shard, ``[rows, ndim]``, from a few parts of its file.
+
+        ``field`` is not per image. Checksums of the whole shard are not compared.
+
+        Raises:
+            CorruptShardError: ``file`` is not such a shard.
         """
         ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,13 +96,31 @@ def read_index(spec: CacheSpec, data: bytes) -> Index:
     return Index(ids, shapes, base, places)
 
 
+def read_shapes(field: FieldSpec, file: BinaryIO, rows: int) -> NDArray[np.int32]:
+    """The decoded shapes of a field, ``[rows, ndim]``; only the index is read.
+
+    Raises:
+        CorruptShardError: it is damaged, or has another number of rows.
+    """
+    end = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    size, _ = _header(file.read(tarfile.BLOCKSIZE), end)
+    return _parse_shapes(field, load_json(file.read(size))["fields"][field.name]["shapes"], rows)
+
+
 def _find(data: bytes) -> tuple[int, bytes]:
     """Where the members of the rows begin, and the text of the index."""
-    member = tarfile.TarInfo.frombuf(data[: tarfile.BLOCKSIZE], "utf-8", "strict")
+    size, base = _header(data[: tarfile.BLOCKSIZE], len(data))
+    return base, data[tarfile.BLOCKSIZE : tarfile.BLOCKSIZE + size]
+
+
+def _header(block: bytes, end: int) -> tuple[int, int]:
+    """Bytes of the index, and where the members of the rows begin, from the first block of an archive of ``end`` bytes."""
+    member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     base = tarfile.BLOCKSIZE + member.size + _padding(member.size)
-    if member.name != NAME or member.type != tarfile.REGTYPE or member.size < 0 or base > len(data):
+    if member.name != NAME or member.type != tarfile.REGTYPE or member.size < 0 or base > end:
         raise CorruptShardError(f"found member {member.name!r} of {member.size} bytes first, expected {NAME!r}")
-    return base, data[tarfile.BLOCKSIZE : tarfile.BLOCKSIZE + member.size]
+    return member.size, base
 
 
 def _padding(size: int) -> int:

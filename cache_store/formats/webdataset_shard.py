@@ -25,9 +25,10 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from alignkd.cache_store.codecs import Array
 from alignkd.cache_store.errors import CorruptShardError
@@ -97,6 +98,18 @@ def read_shard(spec: CacheSpec, data: bytes) -> TarShard:
         shard = TarShard(spec, data, read_index(spec, data))
         check_budget(sum(sum(frames.nbytes) for frames in shard.frames.values()))
         return shard
+
+
+def read_shapes(spec: CacheSpec, file: BinaryIO, rows: int, field: str) -> NDArray[np.int32]:
+    """The decoded shape of ``field`` in each row, ``[rows, ndim]``: from the index, which is the first member.
+
+    Raises:
+        CorruptShardError: ``file`` is not a shard with so many rows.
+    """
+    (wanted,) = (known for known in spec.fields if known.name == field)
+    assert not wanted.per_image
+    with wrap_errors(CorruptShardError, "not a readable shard"):
+        return webdataset_index.read_shapes(wanted, file, rows)
 
 
 def audit(data: bytes, shard: Shard) -> None:

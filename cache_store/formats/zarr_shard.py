@@ -21,7 +21,7 @@ import io
 import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,26 @@ def read_shard(spec: CacheSpec, data: bytes) -> Shard:
     # Bytes from a stranger may break zip, JSON, zarr and Blosc in any way.
     with wrap_errors(CorruptShardError, "not a readable shard"):
         return _read(spec, _Members(_unzip(data)))
+
+
+def read_shapes(spec: CacheSpec, file: BinaryIO, rows: int, field: str) -> NDArray[np.int32]:
+    """The decoded shape of ``field`` in each row, ``[rows, ndim]``: one small member of the archive.
+
+    Raises:
+        CorruptShardError: ``file`` is not a shard with so many rows.
+    """
+    (wanted,) = (known for known in spec.fields if known.name == field)
+    assert not wanted.per_image
+    shape = (rows, len(wanted.dims))
+    if math.prod(shape) == 0:
+        return np.empty(shape, np.int32)
+    with wrap_errors(CorruptShardError, "not a readable shard"), zipfile.ZipFile(file) as archive:
+        member = archive.getinfo(f"{field}/shape/{shard_name(shape)}")
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > 2 * decoded_bytes(shape, _SIZE) + 4096:
+            raise CorruptShardError(f"member {member.filename!r} declares {member.file_size} bytes for {rows} shapes")
+        shapes = decode(archive.read(member), shape, _SIZE)
+        check_shapes(wanted, shapes)
+        return shapes
 
 
 def audit(data: bytes, shard: Shard) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import zlib
 
+import numpy as np
+from numpy.typing import NDArray
+
 from alignkd.cache_store.errors import CorruptShardError, UnusableObjectError
 from alignkd.cache_store.formats.registry import format_of
 from alignkd.cache_store.protocol.plan import Plan
@@ -12,6 +15,10 @@ from alignkd.cache_store.protocol.record import CommitRecord
 from alignkd.cache_store.rows.shard import Shard
 from alignkd.cache_store.rows.spec import CacheSpec
 from alignkd.cache_store.storage import Storage
+from alignkd.cache_store.storage.object_file import open_object
+
+_DIRECTORY_BYTES = 64 << 10
+"""The end of a shard that is read first: the directory of a zip archive lies there."""
 
 
 def row_keys(plan: Plan, record: CommitRecord) -> tuple[str, ...]:
@@ -52,6 +59,27 @@ def open_shard(storage: Storage, spec: CacheSpec, record: CommitRecord, keys: tu
     except (CorruptShardError, UnusableObjectError) as error:
         raise unusable_shard(storage, record, keys, str(error)) from error
     return shard
+
+
+def read_shapes(
+    storage: Storage, spec: CacheSpec, record: CommitRecord, keys: tuple[str, ...], field: str
+) -> NDArray[np.int32]:
+    """The decoded shape of ``field`` in each row of a committed shard, ``[rows, ndim]``, from a few kilobytes of it.
+
+    Only the size of the shard is compared with its record: whoever uses a row opens the shard, which compares the rest.
+
+    Raises:
+        CorruptShardError: the shard is missing or damaged; the message says what is lost and what to do.
+    """
+    try:
+        if (found := storage.size(record.object)) != record.bytes:
+            raise CorruptShardError("it is missing" if found is None else f"found {found} bytes, expected {record.bytes}")
+        with open_object(storage, record.object, record.bytes, tail=_DIRECTORY_BYTES) as file:
+            return format_of(record.object).read_shapes(spec, file, len(keys), field)
+    except FileNotFoundError as error:
+        raise unusable_shard(storage, record, keys, "it is missing") from error
+    except (CorruptShardError, UnusableObjectError) as error:
+        raise unusable_shard(storage, record, keys, str(error)) from error
 
 
 def unusable_shard(storage: Storage, record: CommitRecord, keys: tuple[str, ...], why: str) -> CorruptShardError:

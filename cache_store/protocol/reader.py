@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from alignkd.cache_store.errors import MissingRowError
 from alignkd.cache_store.protocol.commit import read_records
 from alignkd.cache_store.protocol.manifest import read_manifest
 from alignkd.cache_store.protocol.names import committed_numbers
-from alignkd.cache_store.protocol.open_shard import open_shard, row_keys
+from alignkd.cache_store.protocol.open_shard import open_shard, read_shapes, row_keys
 from alignkd.cache_store.protocol.plan import Plan
+from alignkd.cache_store.protocol.record import CommitRecord
 from alignkd.cache_store.protocol.shard_cache import THREADS, ShardCache
 from alignkd.cache_store.protocol.tensors import Tensors
 from alignkd.cache_store.rows.row import EncodedField, Rejected, Row, is_key
@@ -22,6 +24,8 @@ from alignkd.cache_store.rows.shard import Shard
 from alignkd.cache_store.rows.spec import CacheSpec
 from alignkd.cache_store.storage import open_storage
 from alignkd.errors import ConfigError
+
+_PARALLEL_READS = 16
 
 
 class CacheReader:
@@ -118,6 +122,28 @@ class CacheReader:
         for key, number in zip(wanted, shards, strict=True):
             self.prefetch(coming[place[number] : place[number] + 1 + THREADS])
             yield self._row(key, number, fields)
+
+    def first_dimensions(self, field: str) -> NDArray[np.int32]:
+        """The first dimension of ``field`` (not per image) for each planned sample, ``[samples]``; -1 for one without a row.
+
+        It reads a few kilobytes of each shard, and no values: the lengths of all samples, without their targets.
+
+        Raises:
+            CorruptShardError: a shard is missing or damaged.
+        """
+        found = np.full(self.plan.samples, -1, dtype=np.int32)
+
+        def read(record: CommitRecord) -> None:
+            keys = row_keys(self.plan, record)
+            shapes = read_shapes(self.storage, self.spec, record, keys, field)
+            rejected = {sample.key for sample in record.rejected}
+            planned = self.plan.positions_of(record.number)
+            kept = [i for i, key in zip(planned, self.plan.keys_of(record.number), strict=True) if key not in rejected]
+            found[kept] = shapes[:, 0]
+
+        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+            list(pool.map(read, self.records.values()))
+        return found
 
     def prefetch(self, numbers: Iterable[int]) -> None:
         """Begin to fetch shards that will be needed soon, as many as there is room for."""

@@ -42,6 +42,10 @@ class Storage(Protocol):
         """
         ...
 
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes of an object from ``start`` to ``stop`` (exclusive); fewer where the object ends before."""
+        ...
+
     def write(self, name: str, data: bytes) -> bool:
         """Write a new object, whole or not at all. If the name exists, write nothing and return False."""
         ...

@@ -61,6 +61,16 @@ class LocalStorage:
             kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
             raise UnusableObjectError(f"{path}: found {kind}, expected a plain file")
 
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """A part of an object."""
+        path = self.root / name
+        with self._wrap_errors("read", name):
+            self._require_plain(path, os.stat(path))
+            with open(os.open(path, _READ_FLAGS), "rb") as file:
+                self._require_plain(path, os.fstat(file.fileno()))
+                file.seek(start)
+                return file.read(max(stop - start, 0))
+
     def write(self, name: str, data: bytes) -> bool:
         """Write a new object; False if the name exists."""
         with self._wrap_errors("write", name):

@@ -12,12 +12,16 @@ from alignkd.cache_store.errors import StorageAccessError, StorageError, Unusabl
 from alignkd.cache_store.storage.contract import MISSING, new_temporary
 from alignkd.cache_store.storage.remote_errors import Cause, cause_of
 from alignkd.errors import ConfigError, is_resumable
+from alignkd.extras import missing
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _SMALL = 64 << 20
 """Objects that may be larger are asked for their size before they are read."""
+
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
+"""What fsspec needs for the usual kinds of object store."""
 
 _S3_CONFIG = {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}
 
@@ -50,6 +54,12 @@ class RemoteStorage:
             if found > at_most:
                 raise UnusableObjectError(f"{self.url}/{name}: found {found} bytes, expected at most {at_most} bytes")
         return bytes(self._retry("read", name, lambda fs, path: fs.cat_file(path)))
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """A part of an object."""
+        if stop <= start:
+            return b""
+        return bytes(self._retry("read", name, lambda fs, path: fs.cat_file(path, start=start, end=stop)))
 
     def write(self, name: str, data: bytes) -> bool:
         """Write a new object; False if the name exists."""
@@ -163,6 +173,11 @@ def _open(url: str) -> tuple[Any, str]:
         raise ConfigError(f"--cache {url}//: found no folder in this URL, expected one, as in memory://folder")
     try:
         fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, **_options(url))
+    except ImportError as error:
+        scheme = url.partition("://")[0]
+        if scheme in _PACKAGES:
+            raise ConfigError(missing(_PACKAGES[scheme], f"--cache {scheme}://")) from error
+        raise ConfigError(f"cannot open --cache {url}: {' '.join(str(error).split())[:300]}") from error
     except OSError as error:
         kind = StorageError if is_resumable(error) else StorageAccessError
         raise kind(f"cannot open --cache {url}: {_words(error)}") from error

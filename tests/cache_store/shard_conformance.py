@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import pickle
 from collections.abc import Sequence
@@ -124,6 +125,21 @@ class ShardConformance:
         assert shard.keys == tuple(row.key for row in rows)
         for i, row in enumerate(rows):
             self.assert_within_bound(ANY_SPEC, row, shard.row(i))
+
+    @settings(max_examples=15, deadline=None)
+    @given(rows=any_rows())
+    def test_shapes_are_read_from_a_part_of_the_file(self, rows):
+        file = io.BytesIO(self.write(rows, ANY_SPEC))
+        for field in ANY_SPEC.fields:
+            shapes = self.format.read_shapes(ANY_SPEC, file, len(rows), field.name)
+            assert [tuple(shape) for shape in shapes.tolist()] == [row.values[field.name].shape for row in rows]
+
+    def test_shapes_of_what_is_no_shard_or_has_other_rows_are_refused(self):
+        data = self.write(make_rows(5))
+        name = next(field.name for field in SPEC.fields if field.dims and not field.per_image)
+        for damaged, rows in ((data, 4), (data, 6), (b"", 5), (data[:300] + bytes(len(data) - 300), 5)):
+            with pytest.raises(CorruptShardError):
+                self.format.read_shapes(SPEC, io.BytesIO(damaged), rows, name)
 
     def test_encoded_parts_are_those_of_the_codec(self):
         rows = make_rows(5)

@@ -26,6 +26,13 @@ class StorageConformance:
         assert storage.read("shards/000001-abc.tar") == data
         assert storage.size("shards/000001-abc.tar") == len(data)
 
+    @pytest.mark.parametrize(("start", "stop"), [(0, 5), (3, 3), (5, 4), (0, len(BYTES)), (len(BYTES) - 4, len(BYTES) + 9)])
+    def test_a_part_of_an_object_is_what_lies_there(self, storage, start, stop):
+        storage.write("shards/a", BYTES)
+        assert storage.read_range("shards/a", start, stop) == BYTES[start:stop]
+        with pytest.raises(FileNotFoundError):
+            storage.read_range("shards/b", 0, 4)
+
     @pytest.mark.parametrize("again", [b"first", b"second", b""])
     def test_a_name_that_is_taken_is_left_as_it_is(self, storage, again):
         storage.write("commits/a", b"first")
