@@ -1,12 +1,12 @@
-"""Table of several runs of demo_arms.py: accuracy a seed and arm, mean, and the paired difference to plain fine-tuning.
+"""Table of several runs of demo_arms.py: accuracy a seed and arm, mean, and the paired difference to one arm.
 
-Example: python benchmarks/demo/arms_table.py runs/arms-0 runs/arms-1
+Example: python benchmarks/demo/arms_table.py runs/arms-0 runs/arms-1 --against sft
 """
 
+import argparse
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -34,14 +34,18 @@ def interval(values: list[float]) -> str:
 
 
 def main() -> None:
-    accuracy = read([Path(name) for name in sys.argv[1:]])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--against", default="sft", help="the arm that the others are compared with")
+    arguments = parser.parse_args()
+    accuracy, against = read(arguments.folders), arguments.against
     seeds = sorted({seed for arm in accuracy.values() for seed in arm})
-    print("| arm |" + "".join(f" seed {s} |" for s in seeds) + " mean | minus sft, paired |")
+    print("| arm |" + "".join(f" seed {s} |" for s in seeds) + f" mean | minus {against}, paired |")
     print("|---|" + "---|" * (len(seeds) + 2))
     for arm, values in accuracy.items():
         cells = "".join(f" {values[s]:.1f} |" if s in values else " |" for s in seeds)
-        paired = [values[s] - accuracy["sft"][s] for s in seeds if s in values and s in accuracy["sft"]]
-        print(f"| {arm} |{cells} {interval(list(values.values()))} | {interval(paired) if arm != 'sft' else ''} |")
+        paired = [values[s] - accuracy[against][s] for s in seeds if s in values and s in accuracy[against]]
+        print(f"| {arm} |{cells} {interval(list(values.values()))} | {interval(paired) if arm != against else ''} |")
 
 
 if __name__ == "__main__":

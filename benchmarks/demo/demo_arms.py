@@ -22,9 +22,13 @@ from alignkd.pipeline.runtime.devices import pick_device
 from alignkd.pipeline.runtime.run_record import collect_versions
 from alignkd.targets.logits import LogitSettings
 
+NOT_GROUPED = "align-kd not grouped"
+"""Align-KD on batches of any lengths."""
+
 ARMS: dict[str, tuple[str, dict[str, str]]] = {
     "sft": ("sft", {}),
     "align-kd": ("align-kd", {}),
+    NOT_GROUPED: ("align-kd", {}),
     "paper": ("paper", {}),
     "logits-only": ("logits-only", {}),
     "attention only": ("align-kd", {"reverse_kl": "0", "vision": "0"}),
@@ -58,7 +62,7 @@ def main() -> None:
     changed: dict[str, Any] = {k: json.loads(v) for k, _, v in (text.partition("=") for text in arguments.fields)}
     if arguments.exact:
         changed["targets"] = EXACT
-    config = dataclasses.replace(DemoConfig(str(arguments.out), arguments.seed, arguments.device), **changed)
+    config = dataclasses.replace(DemoConfig(out=str(arguments.out), seed=arguments.seed, device=arguments.device), **changed)
     paths, device = Paths(arguments.out), pick_device(arguments.device)
     started = time.perf_counter()
     data = prepare_data(config, paths)
@@ -77,7 +81,7 @@ def main() -> None:
     for name, (recipe, overrides) in wanted.items():
         began = time.perf_counter()
         chosen = get_recipe(recipe, {"focus_k": str(config.focus_k), **overrides})
-        train_student(config, paths, data, device, chosen, name)
+        train_student(dataclasses.replace(config, group_by_length=name != NOT_GROUPED), paths, data, device, chosen, name)
         seconds[name] = round(time.perf_counter() - began, 1)
         accuracy[name] = test_accuracy(paths.student_run(name) / "student", paths, data, device)["accuracy"]
         print(config.seed, name, f"{accuracy[name]:.4f}", f"{seconds[name]} s", flush=True)

@@ -88,6 +88,14 @@ def check_encoder(fingerprint: Mapping[str, Any], family: str, cache: str) -> No
         )
 
 
+def has_rows_of_student(student: Vlm, fingerprint: Mapping[str, Any], template: str, max_length: int) -> bool:
+    """Whether the token ids in a cache's rows are those that this student's own samples have."""
+    settings = fingerprint["template"], fingerprint["max_length"]
+    if settings != (template, max_length) or changes_since(fingerprint.get("encoder", 1), student.family, template):
+        return False
+    return not _differences(_model_pairs(student, template, fingerprint), "")
+
+
 def _check_cross_model(
     student: Vlm, fingerprint: Mapping[str, Any], needs: Set[str], fields: Collection[str], prefix: str
 ) -> None:

@@ -54,6 +54,7 @@ class DemoConfig(Settings):
     teacher_learning_rate: float = 1e-3
     student_learning_rate: float = 2e-3
     focus_k: int = 4
+    group_by_length: bool = True
     arms: tuple[str, ...] = ("sft", "align-kd")
     targets: TargetSettings = field(default_factory=TargetSettings)
 

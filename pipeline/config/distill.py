@@ -50,7 +50,9 @@ class DistillConfig(Settings):
     batch_tokens: int | None = setting(
         None, group="training", at_least=1, help="Positions per micro-batch and device, padding included."
     )
-    group_by_length: bool = setting(False, group="training", help="Micro-batches of samples of similar length: less padding.")
+    group_by_length: bool = setting(
+        True, group="training", help="Steps of samples of similar length: less padding. Their order mixes lengths."
+    )
     gradient_accumulation: int = setting(
         1, group="training", aliases=("gradient-accumulation-steps",), at_least=1, help="Micro-batches per step and device."
     )

@@ -57,7 +57,7 @@ class SampleFile:
             raise
 
     def _index(self) -> None:
-        starts, lengths, keys, images = array("q"), array("q"), bytearray(), bytearray()
+        starts, lengths, keys, images, counts = array("q"), array("q"), bytearray(), bytearray(), array("i")
         faults, first, notes = 0, list[str](), Counter[str]()
         with open_plain(self.path) as file:
             for number, record in enumerate(records.read_records(file, self.path)):
@@ -66,6 +66,7 @@ class SampleFile:
                 lengths.append(record.length)
                 keys += bytes.fromhex(sample.key)
                 images += _image_hash(sample.images)
+                counts.append(len(sample.images))
                 if sample.fault:
                     faults += 1
                     first += [sample.fault] if len(first) < 3 else []
@@ -85,6 +86,7 @@ class SampleFile:
         self.starts, self.lengths = np.asarray(starts), np.asarray(lengths)
         self.keys = np.frombuffer(bytes(keys), dtype=np.uint8).reshape(-1, 16)
         self.image_hashes: np.ndarray | None = np.frombuffer(bytes(images), dtype="<u8")
+        self.image_counts: np.ndarray | None = np.asarray(counts)
 
     @classmethod
     def known(
@@ -93,7 +95,8 @@ class SampleFile:
         """Samples of known keys ``[N, 16]`` at known byte ranges; each is compared with its key when it is read."""
         file = cls.__new__(cls)
         file.path, file.keys, file.starts, file.lengths = Path(path), keys, starts, lengths
-        file.numbers, file.image_hashes, file.faults, file._opened = numbers, None, 0, {}
+        file.numbers, file.faults, file._opened = numbers, 0, {}
+        file.image_hashes = file.image_counts = None
         return file
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from transformers import set_seed
 
 from alignkd.errors import ConfigError
+from alignkd.extras import require
 from alignkd.losses.recipes import Recipe, get_recipe
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.demo import DemoConfig, Paths
@@ -76,6 +77,7 @@ def demo(config: DemoConfig) -> DemoResult:
     Raises:
         ConfigError: easy-vqa is not installed, or ``out`` already holds a demo.
     """
+    require("easy_vqa", "alignkd demo")
     paths = Paths(Path(config.out))
     check_out_folder(paths.out)
     if (paths.out / "result.json").exists() or paths.teacher_run.exists():
@@ -192,6 +194,7 @@ def train_student(
 def _shared(config: DemoConfig, device: str) -> dict[str, Any]:
     return {
         "batch_size": config.batch_size,
+        "group_by_length": config.group_by_length,
         "seed": config.seed,
         "device": device,
         "workers": 0,

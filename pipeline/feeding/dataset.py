@@ -157,6 +157,12 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
             return np.zeros(len(self.indices), dtype=np.int64)
         return self.reader.shards_of(self.samples.keys[self.indices])
 
+    @property
+    def text_only(self) -> np.ndarray | None:
+        """Which samples have no image, ``[samples]`` of bool; None where the data file was not read for it."""
+        counts = self.samples.image_counts
+        return None if counts is None else counts[self.indices] == 0
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -217,14 +223,15 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
             raise MisalignedRowError(f"sample {sample.id!r} cannot be mapped to its row in the cache: {error}") from error
 
     def collate(self, items: Sequence[TrainingExample | FailedSample]) -> dict[str, Any]:
-        """Examples to ``{"batch", "targets", "failures", "ids", "truncated"}``; ``batch`` is None without a usable sample.
+        """Examples to ``{"batch", "targets", "failures", "ids", "truncated", "padding"}``.
 
-        ``ids``: the ids of the batch's samples, in its order. ``truncated``: how many of them were cut at the maximum length.
+        ``batch`` is None without a usable sample. ``ids``: the ids of the batch's samples, in its order. ``truncated``: how
+        many of them were cut at the maximum length. ``padding``: positions of the batch that only fill it up.
         """
         good = [item for item in items if isinstance(item, TrainingExample)]
         failures = [item for item in items if isinstance(item, FailedSample)]
         if not good:
-            return SharedMemoryBatch(batch=None, targets=None, failures=failures, ids=[], truncated=0)
+            return SharedMemoryBatch(batch=None, targets=None, failures=failures, ids=[], truncated=0, padding=0)
         batch = self.collator([item.input for item in good])
         targets = Targets()
         if self.fields:
@@ -236,4 +243,5 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
             failures=failures,
             ids=[item.sample_id for item in good],
             truncated=sum(item.truncated for item in good),
+            padding=batch.input_ids_BS.numel() - int(batch.attention_mask_BS.sum()),
         )

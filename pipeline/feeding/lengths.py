@@ -1,7 +1,7 @@
 """How many positions each sample of a training set takes: for batches of similar length, or within a budget of positions.
 
-Every text is tokenised once, by a few processes. The lengths are kept beside the run, so that a resumed run does not count
-again.
+A cache knows how many ids its rows have. Without a cache, or where its teacher has other tokens than the student, every text is
+tokenised once, by a few processes. The lengths are kept beside the run, so that a resumed run does not count again.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from alignkd.cache_store.storage.local import LocalStorage
 from alignkd.errors import ConfigError, SampleError
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.cache_io.compatibility import has_rows_of_student
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.signals import ignore_stop_signals
@@ -34,7 +35,9 @@ def sample_lengths(data: TrainingSet, student: Vlm, folder: Path, *, workers: in
     storage, name = LocalStorage(folder), f"lengths-{_digest(data, student)}.npy"
     lengths = _read(storage, name, len(data))
     if lengths is None:
-        lengths = _count(data, workers if len(data) > _FEW else 0, show)
+        lengths = _from_cache(data, student)
+        if lengths is None:
+            lengths = _count(data, workers if len(data) > _FEW else 0, show)
         buffer = io.BytesIO()
         np.save(buffer, lengths)
         storage.delete(name)
@@ -57,6 +60,18 @@ def check_budget(data: TrainingSet, lengths: np.ndarray, batch_tokens: int) -> N
             f" --batch-tokens {batch_tokens:,}, as do {over:,} of {len(data):,} samples in all; give --batch-tokens"
             f" {lengths[longest]} or more, or a smaller --max-length (a cache must be written with the same)"
         )
+
+
+def _from_cache(data: TrainingSet, student: Vlm) -> np.ndarray | None:
+    """The lengths of the rows in the cache; None where there is none, or where its rows have other ids than the samples."""
+    encoder, counts = data.preparer.encoder, data.samples.image_counts
+    if data.reader is None or data.cross_model is not None or counts is None:
+        return None
+    if not has_rows_of_student(student, data.reader.fingerprint, encoder.template, encoder.max_length):
+        return None
+    ids = data.reader.first_dimensions("input_ids")[data.reader.plan.locate(data.samples.keys[data.indices])]
+    images = counts[data.indices] * (student.tokens_per_placeholder - 1)
+    return np.where(ids > 0, ids + images, 0).astype(np.int32)
 
 
 class _Lengths(Dataset["list[int]"]):

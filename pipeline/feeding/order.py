@@ -1,9 +1,9 @@
 """The order of samples as a pure function of (seed, epoch, step), so that resuming is arithmetic.
 
 1. Shards are shuffled, then samples within windows of a few shards: as random as a reader can serve from the few shards that
-it keeps open. 2. Each epoch is cut into micro-batches, of samples of similar length if asked for. 3. A step takes the next
-micro-batches of its epoch, one for each process and accumulation. The number of processes does not change which samples a
-step learns from.
+it keeps open. 2. Each epoch is cut into steps, of samples of similar length unless that is switched off, and each step into
+micro-batches. 3. Each process takes its micro-batches of a step. The number of processes does not change which samples a
+step learns from, and without a budget of positions the size of a micro-batch does not either.
 """
 
 import math
@@ -12,25 +12,10 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from alignkd.pipeline.feeding.like_lengths import deal_shards, noisy_lengths, spread, steps_of_like_length
+
 WINDOW_SHARDS = 8
 """Shards whose samples are mixed with each other; a reader keeps as many in memory."""
-
-_NOISE = 0.05
-"""For grouping, each length is made up to this share shorter or longer, so that micro-batches differ between epochs."""
-
-
-def _generator(seed: int, epoch: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch]))
-
-
-def _shuffle(shard_of_sample: np.ndarray, generator: np.random.Generator, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """All samples in their order, and the window of each, which never decreases."""
-    shards = generator.permutation(np.unique(shard_of_sample))
-    rank = np.empty(int(shards.max()) + 1, dtype=np.int64)
-    rank[shards] = np.arange(len(shards)) // window
-    shuffled = generator.permutation(len(shard_of_sample))
-    order = shuffled[np.argsort(rank[shard_of_sample[shuffled]], kind="stable")]
-    return order, rank[shard_of_sample[order]]
 
 
 class BatchOrder:
@@ -41,9 +26,11 @@ class BatchOrder:
         seed: of the run.
         window: how many shards are mixed with each other at a time.
         batch_size: samples of a micro-batch. With ``batch_tokens`` it is the maximum, and None means no maximum.
+        per_step: micro-batches of a step, over all processes; an epoch's last step may have fewer.
         lengths: positions of each sample, ``[samples]``; 0 for one that will be rejected. The two arguments below need it.
-        group_by_length: a micro-batch holds samples of similar length from one window; micro-batches come in random order.
+        group_by_length: a step holds samples of similar length; with ``batch_tokens``, a micro-batch does.
         batch_tokens: maximum positions of a micro-batch after its samples are padded to the longest.
+        text_only: which samples have no image, ``[samples]`` of bool; grouping spreads them over the epoch.
     """
 
     def __init__(
@@ -53,21 +40,25 @@ class BatchOrder:
         seed: int,
         window: int,
         batch_size: int | None,
+        per_step: int = 1,
         lengths: np.ndarray | None = None,
         group_by_length: bool = False,
         batch_tokens: int | None = None,
+        text_only: np.ndarray | None = None,
     ) -> None:
         assert batch_size is not None or batch_tokens is not None
         assert batch_size is None or batch_size > 0
+        assert per_step > 0
         if group_by_length or batch_tokens is not None:
             assert lengths is not None
             assert len(lengths) == len(shard_of_sample)
         if batch_tokens is not None:
             assert lengths is not None
             assert lengths.max() <= batch_tokens, "lengths.check_budget names such samples before"
+        self.per_step = per_step
         self._shards, self._seed, self._window = shard_of_sample, seed, window
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
-        self._lengths, self._group_by_length = lengths, group_by_length
+        self._lengths, self._group_by_length, self._text_only = lengths, group_by_length, text_only
         self._counts: dict[int, int] = {}
         self._latest: tuple[int, list[np.ndarray]] | None = None
 
@@ -78,22 +69,22 @@ class BatchOrder:
             self._counts[epoch] = len(self._latest[1])
         return self._latest[1]
 
-    def steps_per_epoch(self, epoch: int, per_step: int) -> int:
-        """Steps of ``per_step`` micro-batches in an epoch; its last step may have fewer."""
-        return -(-self._batches_of(epoch) // per_step)
+    def steps_per_epoch(self, epoch: int) -> int:
+        """Steps of an epoch; its last step may have fewer micro-batches."""
+        return -(-self._batches_of(epoch) // self.per_step)
 
-    def total_steps(self, epochs: float, per_step: int) -> int:
+    def total_steps(self, epochs: float) -> int:
         """Steps of a number of epochs; a partial epoch is rounded up."""
         whole = int(epochs)
-        steps = sum(self.steps_per_epoch(epoch, per_step) for epoch in range(whole))
+        steps = sum(self.steps_per_epoch(epoch) for epoch in range(whole))
         part = epochs - whole
         if not part:
             return steps
         # Rounded first: 1.1 - 1 is slightly more than 0.1 in floating point, and must not add a step.
-        return steps + math.ceil(round(part * self.steps_per_epoch(whole, per_step), 6))
+        return steps + math.ceil(round(part * self.steps_per_epoch(whole), 6))
 
     def _batches_of(self, epoch: int) -> int:
-        if not self._group_by_length and self._batch_tokens is None:
+        if self._batch_tokens is None:
             assert self._batch_size is not None
             return -(-len(self._shards) // self._batch_size)
         if epoch not in self._counts:
@@ -101,27 +92,50 @@ class BatchOrder:
         return self._counts[epoch]
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
-        generator = _generator(self._seed, epoch)
-        order, windows = _shuffle(self._shards, generator, self._window)
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
+        order, windows = self._shuffle(generator)
         if not self._group_by_length:
             return np.split(order, self._cuts(order, np.zeros_like(windows)))
         assert self._lengths is not None
-        lengths = self._lengths[order] * generator.uniform(1 - _NOISE, 1 + _NOISE, len(order))
-        order = order[np.lexsort((lengths, windows))]
+        if self._batch_tokens is not None:
+            return self._budget_batches(order, windows, generator)
+        assert self._batch_size is not None
+        size = self._batch_size
+        steps = steps_of_like_length(windows, self._lengths[order], size * self.per_step, generator)
+        return [step[first : first + size] for step in map(order.__getitem__, steps) for first in range(0, len(step), size)]
+
+    def _shuffle(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """All samples in their order, and the window of each, which never decreases."""
+        shards = generator.permutation(np.unique(self._shards))
+        window_of_shard = np.arange(len(shards)) // self._window
+        if self._group_by_length and self._text_only is not None:
+            text, samples = (np.bincount(self._shards, weights)[shards] for weights in (self._text_only, None))
+            window_of_shard = deal_shards(shards, text / samples, self._window, generator)
+        rank = np.empty(int(shards.max()) + 1, dtype=np.int64)
+        rank[shards] = window_of_shard
+        shuffled = generator.permutation(len(self._shards))
+        order = shuffled[np.argsort(rank[self._shards[shuffled]], kind="stable")]
+        return order, rank[self._shards[order]]
+
+    def _budget_batches(self, order: np.ndarray, windows: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
+        """Micro-batches of similar lengths within a budget; none has samples of two windows. They are of like work anyway."""
+        assert self._lengths is not None
+        order = order[np.lexsort((noisy_lengths(self._lengths[order], generator), windows))]
         cuts = self._cuts(order, windows)
-        batches = np.split(order, cuts)
-        window_of_batch = windows[np.r_[0, cuts]]
-        return [batches[i] for i in np.lexsort((generator.random(len(batches)), window_of_batch))]
+        batches, window_of_batch = np.split(order, cuts), windows[np.r_[0, cuts]]
+        found: list[np.ndarray] = []
+        for window in np.unique(window_of_batch):
+            mine = np.flatnonzero(window_of_batch == window)
+            found += [batches[i] for i in mine[spread(len(mine), generator)]]
+        return found
 
     def _cuts(self, order: np.ndarray, windows: np.ndarray) -> np.ndarray:
-        """Where each micro-batch after the first begins within ``order``; none crosses the end of a window."""
-        most = self._batch_size or len(order)
-        if self._batch_tokens is not None:
-            assert self._lengths is not None
-            return _budget_cuts(self._lengths[order], windows, self._batch_tokens, most)
-        _, first, samples = np.unique(windows, return_index=True, return_counts=True)
-        place = np.arange(len(order)) - np.repeat(first, samples)
-        return np.flatnonzero(place % most == 0)[1:]
+        """Where each micro-batch after the first begins within ``order``; with a budget, none crosses the end of a window."""
+        if self._batch_tokens is None:
+            assert self._batch_size is not None
+            return np.arange(self._batch_size, len(order), self._batch_size)
+        assert self._lengths is not None
+        return _budget_cuts(self._lengths[order], windows, self._batch_tokens, self._batch_size or len(order))
 
 
 def _budget_cuts(lengths: np.ndarray, windows: np.ndarray, budget: int, most: int) -> np.ndarray:
@@ -140,7 +154,8 @@ class StepSampler(Sampler[list[int]]):
     """What one process reads: ``accumulation`` micro-batches in each step, from ``start_step`` on.
 
     A step takes the next ``world_size * accumulation`` micro-batches of its epoch. The j-th micro-batch of process ``rank`` is
-    number ``j * world_size + rank`` of them. An epoch's last step may have fewer: each missing one is an empty list.
+    number ``j * world_size + rank`` of them: those that run at the same time have like lengths. An epoch's last step may have
+    fewer: each missing one is an empty list.
 
     ``len`` is that of the whole run, wherever it starts.
     """
@@ -149,7 +164,7 @@ class StepSampler(Sampler[list[int]]):
         self, order: BatchOrder, *, steps: int, world_size: int, rank: int, accumulation: int, start_step: int = 0
     ) -> None:
         assert 0 <= rank < world_size
-        assert accumulation > 0
+        assert world_size * accumulation == order.per_step
         assert 0 <= start_step <= steps
         self.order, self.steps, self.start_step = order, steps, start_step
         self.world_size, self.rank, self.accumulation = world_size, rank, accumulation
@@ -158,10 +173,10 @@ class StepSampler(Sampler[list[int]]):
         return self.steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        per_step = self.world_size * self.accumulation
+        per_step = self.order.per_step
         epoch = before = 0
         while before < self.steps:
-            after = before + self.order.steps_per_epoch(epoch, per_step)
+            after = before + self.order.steps_per_epoch(epoch)
             if after > self.start_step:
                 batches = self.order.epoch(epoch)
                 for step in range(max(self.start_step, before), min(after, self.steps)):

@@ -13,7 +13,7 @@ from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.runtime.files import check_out_folder
 from alignkd.pipeline.runtime.redact import redacted
 from alignkd.pipeline.training.run_inputs import RunInputs
-from alignkd.pipeline.training.schedule import Schedule
+from alignkd.pipeline.training.schedule import Schedule, check_same_order, step_record
 from alignkd.plugins import loaded_plugins
 
 _MAY_CHANGE = (
@@ -45,19 +45,12 @@ def resolved_settings(inputs: RunInputs, data: TrainingSet, schedule: Schedule) 
         "max_length": inputs.max_length,
         "recipe": recipe_record(config.recipe),
         "plugin_sha256": [plugin.sha256 for plugin in loaded_plugins()],
-        "step": _samples_of_step(config, schedule.per_step),
+        "step": step_record(config, schedule),
         "steps": schedule.steps,
         "samples": len(data),
         "data_keys": data.fingerprint(),
         "cache_fingerprint": inputs.reader.fingerprint if inputs.reader else None,
     }
-
-
-def _samples_of_step(config: DistillConfig, micro_batches: int) -> dict[str, Any]:
-    if not config.group_by_length and config.batch_tokens is None:
-        assert config.samples_at_once is not None
-        return {"samples": micro_batches * config.samples_at_once}  # the split into micro-batches changes nothing
-    return {"micro_batches": micro_batches, "samples": config.samples_at_once, "positions": config.batch_tokens}
 
 
 def check_same_run(path: Path, resolved: Mapping[str, Any]) -> None:
@@ -75,8 +68,9 @@ def check_same_run(path: Path, resolved: Mapping[str, Any]) -> None:
     with wrap_errors(CheckpointError, unreadable, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         before = dict(json.loads(path.read_text())["configuration"])
     now = redacted(resolved)  # the record holds no credentials, which may also differ from day to day
+    check_same_order(before, now, path.parent)
     # A setting that the version of then did not have had the value that is the default now.
-    before = redacted({"plugin_sha256": [], **_defaults(), **before})
+    before = redacted({"plugin_sha256": [], **_defaults(), "group_by_length": False, **before})
     differing = [
         f"{name}: {before.get(name)!r} before, {value!r} now"
         for name, value in now.items()

@@ -46,10 +46,10 @@ def test_data_reordered_and_filtered_between_the_stages_trains(cache, tmp_path):
     assert train(data, cache, tmp_path / "out", epochs=1.0)["samples"] == 4
 
 
-def test_samples_come_in_the_order_of_seed_and_epoch(data, cache, tmp_path, monkeypatch):
+def test_samples_come_in_the_order_of_seed_and_epoch_where_they_are_not_grouped(data, cache, tmp_path, monkeypatch):
     seen, real = [], TrainingSet.__getitem__
     monkeypatch.setattr(TrainingSet, "__getitem__", lambda self, i: seen.append(i) or real(self, i))
-    train(data, cache, tmp_path / "out", epochs=3.0, seed=3)
+    train(data, cache, tmp_path / "out", epochs=3.0, seed=3, group_by_length=False)
     shards = np.asarray([0, 0, 1, 1, 2, 2])
     expected = [i for epoch in range(3) for i in epoch_order(shards, seed=3, epoch=epoch, window=8).tolist()]
     assert seen == expected

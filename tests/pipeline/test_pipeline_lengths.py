@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_runs import IMAGES, SAMPLES, STUDENT, numbered, record, with_file, write_data
+from tiny_runs import IMAGES, SAMPLES, STUDENT, numbered, record, with_file, write_cache, write_data
 
+from alignkd.cache_store.errors import CorruptShardError
+from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.samples import SampleFile
@@ -19,9 +21,9 @@ from alignkd.pipeline.feeding.lengths import check_budget, sample_lengths
 UNUSABLE = record("mute", None, "Say nothing.", "")
 
 
-def training_set(vlm, data, template="v1", max_length=2048):
+def training_set(vlm, data, template="v1", max_length=2048, reader=None):
     preparer = Preparer.of(vlm, template=template, max_length=max_length, image_root=IMAGES)
-    return TrainingSet(SampleFile(data), preparer, student=vlm, reader=None, needs=frozenset(), max_rejected=5)
+    return TrainingSet(SampleFile(data), preparer, student=vlm, reader=reader, needs=frozenset(), max_rejected=5)
 
 
 @pytest.fixture
@@ -85,6 +87,43 @@ def test_whatever_changes_lengths_makes_them_be_counted_anew(student_vlm, tmp_pa
     second = sample_lengths(other, vlm, kept, show=False)
     assert counted == [6, 6]
     assert second.tolist() != first.tolist()
+
+
+@pytest.mark.parametrize("shard_format", ["zarr", "webdataset"])
+def test_the_lengths_of_cached_rows_are_those_that_counting_finds_and_nothing_is_tokenised(
+    student_vlm, tmp_path, counted, shard_format
+):
+    records = [*SAMPLES, record("broken6", "no-such.png", "<image>\nWhat?", "Nothing."), *numbered(9)]
+    data = write_data(tmp_path / "d.json", records)
+    write_cache(data, tmp_path / "cache", shard_format=shard_format, max_rejected=1)
+    cached = training_set(student_vlm, data, reader=CacheReader(tmp_path / "cache"))
+    lengths = sample_lengths(cached, student_vlm, tmp_path / "cached", show=False)
+    assert counted == []
+    plain = training_set(student_vlm, write_data(tmp_path / "usable.json", [r for r in records if r["id"] != "broken6"]))
+    np.testing.assert_array_equal(lengths, sample_lengths(plain, student_vlm, tmp_path / "plain", show=False))
+    assert counted == [15]
+    assert cached.text_only.tolist() == [not sample.images for sample in map(cached.sample, range(len(cached)))]
+
+
+@pytest.mark.parametrize("change", [{"template": "plain"}, {"max_length": 60}])
+def test_rows_with_other_ids_than_the_samples_are_not_taken_for_their_lengths(student_vlm, tmp_path, counted, data, change):
+    write_cache(data, tmp_path / "cache")
+    other = training_set(student_vlm, data, reader=CacheReader(tmp_path / "cache"), **change)
+    sample_lengths(other, student_vlm, tmp_path / "kept", show=False)
+    assert counted == [6]
+
+
+def test_a_shard_that_is_missing_or_cut_short_is_named_when_lengths_are_read(student_vlm, tmp_path, data):
+    write_cache(data, tmp_path / "cache")
+    cached = training_set(student_vlm, data, reader=CacheReader(tmp_path / "cache"))
+    (path,) = (tmp_path / "cache" / "shards").glob("000001-*")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(CorruptShardError, match=rf"shard 1 of the cache.*found {len(whole) - 5} bytes.*alignkd cache repair"):
+        sample_lengths(cached, student_vlm, tmp_path / "kept", show=False)
+    path.unlink()
+    with pytest.raises(CorruptShardError, match="it is missing"):
+        sample_lengths(cached, student_vlm, tmp_path / "kept", show=False)
 
 
 TWICE = record("twice", None, "What is two and two?", "Four. " * 5)

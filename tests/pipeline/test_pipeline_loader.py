@@ -40,7 +40,7 @@ def tensors(collated):
 
 
 def read(whole, workers, **settings):
-    order = BatchOrder(whole.shard_of_sample, seed=0, window=8, batch_size=2)
+    order = BatchOrder(whole.shard_of_sample, seed=0, window=8, batch_size=2, per_step=2)
     sampler = StepSampler(order, **{"steps": 4, "world_size": 1, "rank": 0, "accumulation": 2, **settings})
     return list(TrainingLoader(whole, sampler, workers=workers, pin_memory=False))
 
@@ -49,13 +49,13 @@ def read(whole, workers, **settings):
 def test_workers_give_the_batches_that_their_own_process_would(student_vlm, data, cache, workers):
     whole = training_set(student_vlm, data, cache)
     found, expected = read(whole, workers), []
-    order = BatchOrder(whole.shard_of_sample, seed=0, window=8, batch_size=2)
+    order = BatchOrder(whole.shard_of_sample, seed=0, window=8, batch_size=2, per_step=2)
     for positions in StepSampler(order, steps=4, world_size=1, rank=0, accumulation=2):
         expected.append(whole.collate([whole[i] for i in positions]))
     assert [collated["ids"] for collated in found] == [collated["ids"] for collated in expected]
     for collated, same in zip(found, expected, strict=True):
         if same["batch"] is None:
-            assert collated == {"batch": None, "targets": None, "failures": [], "ids": [], "truncated": 0}
+            assert collated == {"batch": None, "targets": None, "failures": [], "ids": [], "truncated": 0, "padding": 0}
             continue
         values, others = tensors(collated), tensors(same)
         assert values.keys() == others.keys()
