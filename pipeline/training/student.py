@@ -20,7 +20,7 @@ def build_objective(inputs: RunInputs, teacher: Teacher, *, processes: int) -> t
     Call it before DeepSpeed changes what the student's modules are.
 
     Raises:
-        ConfigError: PEFT is not installed, or the recipe cannot be used with this student.
+        ConfigError: the recipe cannot be used with this student.
     """
     config, student = inputs.config, inputs.student
     objective = Objective(
@@ -52,7 +52,7 @@ def save_student(student: Vlm, peft_model: Any, out: Path, *, deepspeed: str | N
         if first:
             student.model.eval()
             if peft_model is not None:
-                merge_lora(peft_model, out / "adapter")
+                merge_lora(peft_model, student, out / "adapter")
             save_vlm(student, out / "student")
             if student.has_official_layout:
                 save_vlm(student, out / "student-official", official=True)
