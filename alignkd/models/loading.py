@@ -3,16 +3,25 @@
 Importing this registers MobileVLM and MiniGPT-4 with the Auto classes of transformers.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import alignkd.models.modules.minigpt4
 import alignkd.models.modules.mobilevlm  # noqa: F401  both are registered with transformers when they are imported
 from alignkd.errors import CheckpointError
+from alignkd.extras import require
 from alignkd.models.config_files import check_sizes, read_config, short
 from alignkd.models.registry import family_class, find_record
 from alignkd.models.vlm import Vlm
+
+_QUANTISERS = {
+    **{"bitsandbytes": "bitsandbytes", "bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes"},
+    **{"gptq": "gptqmodel", "awq": "gptqmodel", "compressed-tensors": "compressed_tensors", "torchao": "torchao", "hqq": "hqq"},
+}
+"""The packages by which transformers reads quantised weights."""
 
 
 def load_vlm(
@@ -34,9 +43,18 @@ def load_vlm(
         raise CheckpointError(f"{folder}/config.json names no model_type: which model family it is cannot be known")
     if not isinstance(kind, str):
         raise CheckpointError(f"{folder}/config.json: model_type is {short(kind)}, expected the name of a model family")
+    _check_quantisation(config, folder)
     check_sizes(config, folder / "config.json")
     family: type[Vlm] = family_class(find_record(kind))
     return family.load(folder, config, dtype=dtype, device=device, vision_tower=vision_tower)
+
+
+def _check_quantisation(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a quantised checkpoint whose package is not installed, before its weights are read."""
+    settings = config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    if method in _QUANTISERS:
+        require(_QUANTISERS[method], f"the checkpoint {folder}, which is quantised ({method}),")
 
 
 def save_vlm(vlm: Vlm, folder: str | Path, *, official: bool = False) -> None:

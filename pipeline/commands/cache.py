@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from alignkd.errors import ConfigError
+from alignkd.extras import require
 from alignkd.pipeline.commands import options
 from alignkd.pipeline.commands.printing import print_figures, say, say_json, without_credentials
 from alignkd.pipeline.config.shared import SHARD_FORMATS
@@ -189,6 +190,8 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
     """
     from alignkd.cache_store.protocol.reader import CacheReader
 
+    if plot:
+        require("matplotlib", "--plot")
     reader = CacheReader(url)
     if sample_id is None:
         if save or plot:

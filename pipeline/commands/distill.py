@@ -11,7 +11,7 @@ from alignkd.losses.recipes import RECIPES, get_recipe
 from alignkd.pipeline.commands import options
 from alignkd.pipeline.commands.from_config import from_options, options_of
 from alignkd.pipeline.commands.grouped_help import GroupedOption
-from alignkd.pipeline.commands.printing import print_figures
+from alignkd.pipeline.commands.printing import say, say_json
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.plugins import load_plugins
 
@@ -50,9 +50,13 @@ def distill_command(recipe: str, overrides: tuple[str, ...], as_json: bool, **gi
     load_plugins(given["plugins"])  # a plugin may register terms that --set and a recipe file name
     chosen = get_recipe(recipe, {key: value for key, _, value in pairs})
     config = from_options(DistillConfig, given, recipe=chosen)
+    from alignkd.pipeline.training.monitoring.summary import summary
     from alignkd.pipeline.training.run import distill
 
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to standard output, which is for figures
         figures = distill(config)
     if figures:  # of several processes, the first one reports
-        print_figures(figures, as_json)
+        if as_json:
+            say_json(figures)
+        else:
+            say(summary(figures))

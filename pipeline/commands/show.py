@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from alignkd.extras import require
 from alignkd.pipeline.commands import options
 from alignkd.pipeline.commands.from_config import from_options, options_of
 from alignkd.pipeline.commands.printing import print_figures, say, say_json
@@ -22,6 +23,8 @@ def show_command(as_json: bool, **given: Any) -> None:
       alignkd show --model MobileVLM_V2-1.7B --data train.json --images images --id 000123 --plot attention.png
     """
     config = from_options(ShowConfig, given)
+    if config.plot is not None:
+        require("matplotlib", "--plot")
     from alignkd.pipeline.evaluate.show_sample import show
 
     shown = show(config)

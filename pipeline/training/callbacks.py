@@ -23,13 +23,15 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         """The gradients of a step are complete."""
         assert self.trainer is not None
         step = state.global_step + 1
-        if step == 1 or step % args.logging_steps == 0:
+        if step in (1, state.max_steps) or step % args.logging_steps == 0:
             self.trainer.on_optimizer_gradients()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """The optimizer has made its step."""
         assert self.trainer is not None
         self.progress.advance()
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the summary at the end is about the last steps
         alone = self.trainer.processes.world_size == 1
         if self.trainer.stop_agreed or (alone and self.trainer.stop):
             control.should_save = control.should_training_stop = True
@@ -38,4 +40,5 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """A log line was written; Trainer's own summary at the end, which has no loss, is not one."""
         if logs and "loss" in logs:
-            self.progress.note(f"loss {logs['loss']:.4f}, {logs['tokens_per_second']:,.0f} tokens/s")
+            rate, padding = f"{logs['tokens_per_second']:,.0f} tokens/s", f"{logs['padding_share']:.0%} padding"
+            self.progress.note(f"loss {logs['loss']:.4f}, {rate}, {padding}")

@@ -29,6 +29,7 @@ from alignkd.pipeline.runtime.signals import Interrupted, StopFlag, stop_on_sign
 from alignkd.pipeline.training.callbacks import RunCallback
 from alignkd.pipeline.training.checkpoints import find_latest, loading_checkpoint, remove_incomplete, step_of
 from alignkd.pipeline.training.monitoring.metrics import Metrics
+from alignkd.pipeline.training.monitoring.summary import final_terms, folders, next_command, rejection_warnings
 from alignkd.pipeline.training.monitoring.tensorboard import TensorBoard
 from alignkd.pipeline.training.optimizers import OptimizerSettings
 from alignkd.pipeline.training.resume_checks import check_out, check_processes, check_same_run, resolved_settings
@@ -79,7 +80,7 @@ def _distill(config: DistillConfig, process: Worker, processes: Processes, stop:
     figures = _train(config, objective, arguments, data, schedule, processes, stop)
     folder = save_student(inputs.student, peft_model, out, deepspeed=config.deepspeed, first=processes.first)
     if processes.first:
-        figures["student"] = str(folder)
+        figures |= {"student": str(folder), "out": str(out), "folders": folders(out), "next": next_command(config, folder)}
         replace_text(out / "result.json", json.dumps(figures, indent=2) + "\n")
     processes.wait()
     return figures if processes.first else {}
@@ -125,6 +126,7 @@ def _train(
         for unwanted in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(unwanted)
         metrics.resume(state.get("metrics", {}), done)
+        trainer.health_checks.resume(state.get("warnings"))
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except RuntimeError as error:
@@ -136,17 +138,23 @@ def _train(
             signal = stop.signal_name or "a signal to another process"
             raise Interrupted(f"stopped by {signal} at step {trainer.state.global_step}; continue with --resume")
     totals = metrics.state_dict(processes.reduce if processes.world_size > 1 else None)
+    line, rejects = metrics.last, data.rejects
     return {
         "steps": trainer.state.global_step,
         "samples": int(totals["samples"]),
         "tokens": int(totals["tokens"]),
         "truncated": int(totals["truncated"]),
+        "padding_share": round(totals["padding"] / max(totals["tokens"], 1), 5),
         "seconds": round(totals["seconds"], 3),
+        "samples_per_second": round(totals["samples"] / totals["seconds"], 3),
         "tokens_per_second": round(totals["tokens"] / totals["seconds"], 1),
+        "loss": line.get("loss"),
+        "terms": final_terms(line),
         "processes": processes.world_size,
-        "rejected": data.rejects.count,
-        "rejected_samples": data.rejects.reasons,
+        "rejected": rejects.count,
+        "rejected_samples": rejects.reasons,
         "peak_memory_bytes": peak_memory_bytes(),
+        "warnings": [*trainer.health_checks.closing(line), *rejection_warnings(rejects.count, rejects.reasons.values())],
     }
 
 

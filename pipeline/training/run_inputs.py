@@ -6,6 +6,7 @@ from pathlib import Path
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.capture.layer_pairs import needed_layers
 from alignkd.errors import CacheError, ConfigError, wrap_errors
+from alignkd.extras import require
 from alignkd.inputs.prompts import check_template
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
@@ -20,7 +21,7 @@ from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.order import WINDOW_SHARDS
 from alignkd.pipeline.runtime.devices import pick_device
 from alignkd.pipeline.runtime.ranks import Worker
-from alignkd.pipeline.training.training_arguments import zero_stage
+from alignkd.pipeline.training.training_arguments import check_trackers, zero_stage
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,16 @@ class RunInputs:
 
 
 def check_options(config: DistillConfig) -> None:
-    """Refuse options that contradict each other.
+    """Refuse options that contradict each other, and those whose packages are not installed.
 
     Raises:
         ConfigError: names them.
     """
+    check_trackers(config.report_to)
+    if config.lora:
+        require("peft", "--lora")
+    if config.deepspeed is not None:
+        require("deepspeed", "--deepspeed")
     if config.deepspeed is not None and config.optimizer != "adamw":
         raise ConfigError(f"--optimizer {config.optimizer} does not run under --deepspeed; use adamw")
     if config.term_gradients and zero_stage(config.deepspeed) == 3:

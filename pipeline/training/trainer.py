@@ -135,9 +135,9 @@ class DistillTrainer(CheckpointingTrainer):
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if inputs["batch"] is None:
-            return {"batch": None, "targets": None, "ids": [], "truncated": 0}
+            return {"batch": None, "targets": None, "ids": [], "truncated": 0, "padding": 0}
         moved = {name: inputs[name].to(self.args.device) for name in ("batch", "targets")}
-        return {**moved, "ids": inputs["ids"], "truncated": inputs["truncated"]}
+        return {**moved, **{name: inputs[name] for name in ("ids", "truncated", "padding")}}
 
     def compute_loss(
         self,
@@ -166,7 +166,8 @@ class DistillTrainer(CheckpointingTrainer):
             masks = masked.text_mask_BT, masked.vision_mask_BV
             outputs["attention_contrast"] = attention_contrast(outcome["attention_BHTV"], *masks)
         tokens, answers = batch.input_ids_BS.numel(), batch.answer_ids_A.numel()
-        self.metrics.add(outputs, samples=batch.samples, tokens=tokens, answers=answers, truncated=inputs["truncated"])
+        counts_of_batch = {name: inputs[name] for name in ("truncated", "padding")}
+        self.metrics.add(outputs, samples=batch.samples, tokens=tokens, answers=answers, **counts_of_batch)
         self._last = {**inputs, "counts": counts}
 
     def _dummy_loss(self, model: nn.Module, counts: Counts) -> torch.Tensor:
@@ -248,4 +249,5 @@ class DistillTrainer(CheckpointingTrainer):
         self.processes.wait()
         if self.processes.first:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            mark_complete(folder, {"metrics": totals, "processes": self.processes.world_size})
+            warnings = self.health_checks.reported
+            mark_complete(folder, {"metrics": totals, "processes": self.processes.world_size, "warnings": warnings})

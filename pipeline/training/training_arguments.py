@@ -1,14 +1,21 @@
 """Trainer's arguments, made from a run's configuration."""
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from alignkd.errors import ConfigError, wrap_errors
+from alignkd.extras import require
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.training.deepspeed_configs import read_deepspeed_config
+
+_PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
+"""Packages of trackers that are not called as the tracker."""
 
 
 def training_arguments(config: DistillConfig, out: Path, device: str, *, steps: int) -> TrainingArguments:
@@ -20,7 +27,7 @@ def training_arguments(config: DistillConfig, out: Path, device: str, *, steps: 
     answers_learn = config.recipe.supervised > 0 or bool(config.recipe.divergences)
     deepspeed = _deepspeed(config.deepspeed)
     with wrap_errors(ConfigError, "these settings cannot be used for training here", ValueError, ImportError):
-        arguments = TrainingArguments(
+        return TrainingArguments(
             output_dir=str(out / "checkpoints"),
             max_steps=steps,
             per_device_train_batch_size=config.samples_at_once or 1,  # DeepSpeed asks for it; our own sampler decides
@@ -50,18 +57,26 @@ def training_arguments(config: DistillConfig, out: Path, device: str, *, steps: 
             ddp_find_unused_parameters=not answers_learn,  # where answers learn, the objective uses every parameter
             average_tokens_across_devices=False,  # the trainer counts a whole step itself
         )
-    _check_trackers(arguments.report_to)
-    return arguments
 
 
-def _check_trackers(names: list[str]) -> None:
-    usable = {*get_available_reporting_integrations(), "flyte"}  # flyte has no check of its own in transformers
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that transformers does not know, or whose package is not installed.
+
+    Raises:
+        ConfigError: names the package and how to install it, or the trackers that are known.
+    """
     for name in names:
-        if name not in usable:
-            raise ConfigError(
-                f"--report-to {name}: transformers does not know this tracker, or its package is not installed; usable here"
-                f" are {', '.join(sorted(usable - {'flyte'}))} and none"
-            )
+        if name == "none":
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = get_close_matches(name, INTEGRATION_TO_CALLBACK, 1)
+            known = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(INTEGRATION_TO_CALLBACK))} and none"
+            raise ConfigError(f"--report-to {name}: transformers knows no tracker of this name; {known}")
+        package = _PACKAGES.get(name, name)
+        hint = " (or give --report-to none)" if name == "tensorboard" else ""
+        require(package, f"--report-to {name}{hint}")
+        if name not in (*get_available_reporting_integrations(), "tensorboard", "flyte"):  # flyte: no check in transformers
+            raise ConfigError(f"--report-to {name}: transformers cannot use the package {package} that is installed here")
 
 
 def zero_stage(deepspeed: str | None) -> int:
@@ -74,8 +89,4 @@ def zero_stage(deepspeed: str | None) -> int:
 def _deepspeed(name_or_file: str | None) -> dict[str, Any] | None:
     if name_or_file is None:
         return None
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("--deepspeed needs DeepSpeed: pip install 'alignkd[deepspeed]'") from error
     return read_deepspeed_config(name_or_file)

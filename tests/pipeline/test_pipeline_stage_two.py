@@ -39,6 +39,7 @@ from alignkd.targets.logits import LogitSettings
 
 FIGURES = {"step", "epoch", "samples", "tokens", "answers", "truncated", "seconds", "loss", "grad_norm", "learning_rate"}
 FIGURES |= {"tokens_per_second", "samples_per_second", "data_wait_share", "attention_contrast", "peak_memory_bytes"}
+FIGURES |= {"padding", "padding_share"}
 
 
 def exact(**changes):

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from test_pipeline_distill_resume import sigterm_at
 from tiny_runs import STUDENT, TEACHER, metrics, student_sha256, train, without_time, write_cache
 
+from alignkd.errors import ConfigError
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.runtime.signals import Interrupted
 from alignkd.pipeline.training.monitoring.health_checks import NotFiniteError
 from alignkd.targets.logits import LogitSettings
@@ -106,13 +108,13 @@ def test_a_lora_run_resumes_to_the_same_student(data, cache, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"group_by_length": True}, marks=pytest.mark.slow),
-        pytest.param({"batch_tokens": 1200, "batch_size": None}, marks=pytest.mark.slow),
-        {"group_by_length": True, "batch_tokens": 1200},
+        pytest.param({"group_by_length": False}, marks=pytest.mark.slow),
+        pytest.param({"group_by_length": False, "batch_tokens": 1200, "batch_size": None}, marks=pytest.mark.slow),
+        {"batch_tokens": 1200},
     ],
-    ids=["like lengths", "a budget", "both"],
+    ids=["any lengths", "a budget", "a budget of like lengths"],
 )
-def test_batches_by_length_see_every_sample_once_an_epoch_and_resume_exactly(data, cache, tmp_path, monkeypatch, settings):
+def test_batches_see_every_sample_once_an_epoch_and_resume_exactly(data, cache, tmp_path, monkeypatch, settings):
     whole = train(data, cache, tmp_path / "whole", epochs=2.0, **settings)
     assert whole["samples"] == 12
     with monkeypatch.context() as patch:
@@ -122,6 +124,50 @@ def test_batches_by_length_see_every_sample_once_an_epoch_and_resume_exactly(dat
     train(data, cache, tmp_path / "out", epochs=2.0, resume=True, **settings)
     assert without_time(metrics(tmp_path / "out")) == without_time(metrics(tmp_path / "whole"))
     assert student_sha256(tmp_path / "out") == student_sha256(tmp_path / "whole")
+
+
+def test_the_padding_that_a_run_computes_is_in_its_lines_and_its_result(run, data, cache, tmp_path):
+    result = train(data, cache, tmp_path / "out", batch_size=6, epochs=1.0)
+    (line,) = metrics(tmp_path / "out")
+    student, samples = load_vlm(STUDENT), SampleFile(data)
+    encoder = student.encoder("v1", 2048)
+    lengths = [encoder.plan(samples[i].turns, len(samples[i].images)).length for i in range(6)]
+    assert line["padding"] == 6 * max(lengths) - sum(lengths) > 0
+    assert line["padding_share"] == result["padding_share"] == pytest.approx(line["padding"] / line["tokens"], abs=1e-5)
+    assert metrics(run)[-1]["padding_share"] < line["padding_share"]  # three micro-batches of like lengths, not one of all
+
+
+@pytest.mark.parametrize(("before", "option"), [(True, "--group-by-length"), (False, "--no-group-by-length")])
+def test_a_resume_across_the_choice_of_grouping_is_refused_with_the_option_to_give(
+    data, cache, tmp_path, monkeypatch, before, option
+):
+    with monkeypatch.context() as patch:
+        sigterm_at(1, patch)
+        with pytest.raises(Interrupted):
+            train(data, cache, tmp_path / "out", group_by_length=before)
+    with pytest.raises(ConfigError, match=rf"its steps would take other samples. Give {option} to continue it"):
+        train(data, cache, tmp_path / "out", group_by_length=not before, resume=True)
+
+
+@pytest.mark.parametrize("version", ["without the setting", "with another grouping"])
+def test_a_run_of_an_earlier_version_is_resumed_only_as_it_took_its_samples(data, cache, tmp_path, monkeypatch, version):
+    out, grouped = tmp_path / "out", version == "with another grouping"
+    with monkeypatch.context() as patch:
+        sigterm_at(5, patch)
+        with pytest.raises(Interrupted):
+            train(data, cache, out, group_by_length=grouped)
+    record = json.loads((out / "run.json").read_text())
+    settings = record["configuration"]
+    if grouped:
+        settings["step"] = {"micro_batches": 1, "samples": 2, "positions": None}
+    else:
+        del settings["group_by_length"]
+    (out / "run.json").write_text(json.dumps(record))
+    words = "by a version of alignkd that grouped samples by length in another way" if grouped else "Give --no-group-by-length"
+    with pytest.raises(ConfigError, match=words):
+        train(data, cache, out, resume=True)
+    if not grouped:
+        train(data, cache, out, resume=True, group_by_length=False)
 
 
 def test_a_budget_too_small_for_a_sample_names_it(data, cache, tmp_path):

@@ -59,7 +59,10 @@ def test_a_resumed_run_keeps_the_count_and_one_of_an_older_checkpoint_begins_at_
             complete = json.loads(path.read_text())
             del complete["state"]["metrics"]["truncated"], complete["state"]["metrics"]["since_line"]["truncated"]
             path.write_text(json.dumps(complete))
+        kept = json.loads((out / "checkpoints" / "checkpoint-6" / "complete.json").read_text())["state"]["warnings"]
+        assert "were cut there" in kept["truncated"]
         result = train(long_data, long_cache, out, epochs=2.0, resume=True)
+        assert len([text for text in result["warnings"] if "were cut there" in text]) == 1
         assert result["truncated"] == 4 - (before if older else 0)
         assert student_sha256(out) == student_sha256(tmp_path / "whole")
         if not older:

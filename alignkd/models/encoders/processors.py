@@ -17,6 +17,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from alignkd.errors import CheckpointError, wrap_errors
+from alignkd.extras import require
 from alignkd.models.config_files import read_json, short
 from alignkd.models.encoders.rgb import MAX_PREPARED_PIXELS, counts_pixels
 
@@ -36,6 +37,8 @@ def load_processor(folder: Path, model_type: str) -> Any:
         raise CheckpointError(
             f"{folder}: transformers {transformers.__version__} names no processor for model_type {model_type!r}"
         )
+    if name.startswith("SmolVLM"):
+        require("num2words", f"{folder}: the processor of SmolVLM")
     try:
         processor = without_videos(name).from_pretrained(folder, local_files_only=True)
     except ImportError as error:

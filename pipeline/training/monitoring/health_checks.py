@@ -33,64 +33,83 @@ _NAMED = 10
 class HealthChecks:
     """Reads log lines and returns warnings, each once as long as its cause lasts.
 
-    ``max_length``: token ids a sample may have, for the warning about truncated samples.
+    ``max_length``: token ids a sample may have, for the warning about truncated samples. ``reported``: the latest text of each
+    warning, by what it is about; a run that is resumed continues it.
     """
 
     def __init__(self, recipe: Recipe, *, lines: int = LINES, max_length: int | None = None) -> None:
         self.recipe, self.lines, self.max_length = recipe, lines, max_length
         self.active = tuple(name for name, weight in recipe.weights.items() if weight > 0)
         self._lasting: dict[tuple[str, str], int] = {}
-        self._truncation_reported = False
+        self.reported: dict[str, str] = {}
 
     def __call__(self, line: Mapping[str, Any]) -> list[str]:
         """The warnings that are due at this line."""
-        return [*self._truncation(line), *self._shares(line), *self._uniformity(line)]
+        due = {**self._truncation(line), **self._shares(line, self.lines), **self._uniformity(line, self.lines)}
+        self.reported |= due
+        return list(due.values())
 
-    def _truncation(self, line: Mapping[str, Any]) -> list[str]:
+    def resume(self, reported: Any) -> None:
+        """Continue from the ``reported`` of a checkpoint, if there are any."""
+        if isinstance(reported, Mapping):
+            self.reported = {str(about): str(text) for about, text in reported.items()}
+
+    def closing(self, line: Mapping[str, Any]) -> list[str]:
+        """The warnings that stand at the end of a run: all that were reported, and what its last ``line`` alone shows.
+
+        A run may be too short for a condition to last.
+        """
+        last = HealthChecks(self.recipe, lines=1, max_length=self.max_length)
+        return list((last._shares(line, 1) | last._uniformity(line, 1) | self.reported | last._truncation(line)).values())
+
+    def _truncation(self, line: Mapping[str, Any]) -> dict[str, str]:
         """Once a run: the first line that counts a truncated sample."""
         truncated = line.get("truncated", 0)
-        if self._truncation_reported or not truncated:
-            return []
-        self._truncation_reported = True
+        if "truncated" in self.reported or not truncated:
+            return {}
         limit = "--max-length" + (f" {self.max_length}" if self.max_length else "")
-        return [
+        text = (
             f"{truncated:,} of the first {line['samples']:,} samples were longer than {limit} and were cut there: the rest of"
             " their conversations is not learned. metrics.jsonl counts them as 'truncated'. Raise --max-length to keep more (a"
             " cache must be written with the same)"
-        ]
+        )
+        return {"truncated": text}
 
-    def _shares(self, line: Mapping[str, Any]) -> list[str]:
+    def _shares(self, line: Mapping[str, Any], lines: int) -> dict[str, str]:
         # Learned weights give every term the same share in the end.
         if len(self.active) < 2 or self.recipe.weighting == "learned":
-            return []
-        found = []
+            return {}
+        found = {}
+        many = f"{lines} log lines" if lines > 1 else "the last log line"
         for name in self.active:
             shares = [line[f"share/{part}"] for part in _PARTS.get(name, (name,)) if f"share/{part}" in line]
             share = sum(shares) if shares else math.nan
             weight = f"its weight (--set {name}=..., now {self.recipe.weights[name]:g})"
-            when = f"of the loss in {self.lines} log lines (now {share:.2%}, step {line['step']})"
+            when = f"of the loss in {many} (now {share:.2%}, step {line['step']})"
             if self._lasts("negligible", name, share < NEGLIGIBLE):
-                found.append(
+                found[f"share/{name}"] = (
                     f"{name} was below {NEGLIGIBLE:.0%} {when}: it has almost no effect. Raise {weight}, or set it to 0 to save"
                     " its cost"
                 )
             if self._lasts("dominant", name, share > DOMINANT):
-                found.append(
+                found[f"share/{name}"] = (
                     f"{name} was above {DOMINANT:.0%} {when}: the other terms have almost no effect. Lower {weight}, or raise"
                     " theirs"
                 )
         return found
 
-    def _uniformity(self, line: Mapping[str, Any]) -> list[str]:
+    def _uniformity(self, line: Mapping[str, Any], lines: int) -> dict[str, str]:
         contrast = line.get("attention_contrast", math.nan)
         if not self._lasts("uniform", "attention", contrast < UNIFORM):
-            return []
+            return {}
+        many = f"{lines} log lines" if lines > 1 else "the last log line"
         terms = [name for name in ("attention", "vision_focus") if term_weights(self.recipe)[name] > 0] or ["attention"]
-        return [
-            f"the teacher's attention over vision tokens was uniform in {self.lines} log lines (relative variance"
+        text = (
+            f"the teacher's attention over vision tokens was uniform in {many} (relative variance"
             f" {contrast:.1e}, step {line['step']}): there is nothing to learn from it. Look at the teacher with alignkd show"
             f" --plot; if its attention is right, switch the term off ({' '.join(f'--set {name}=0' for name in terms)})"
-        ]
+        )
+        return {"uniform": text}
 
     def _lasts(self, kind: str, name: str, holds: bool) -> bool:
         """Whether a condition holds in the last ``lines`` lines, and did not in the one before them: once an episode."""

@@ -25,8 +25,9 @@ OBSERVED = ("attention_contrast",)
 PRECISION = "precision/{}"
 """Name of the output that is a term's learned precision, which multiplies the recipe's weight."""
 
-_COUNTED = ("samples", "tokens", "answers", "truncated")
-"""Totals since the start of the run; ``truncated`` counts the samples that were cut at the maximum length."""
+_COUNTED = ("samples", "tokens", "answers", "truncated", "padding")
+"""Totals since the start of the run. ``truncated`` counts the samples that were cut at the maximum length, ``padding`` the
+positions among the ``tokens`` that only fill micro-batches up."""
 
 
 class Metrics:
@@ -41,6 +42,8 @@ class Metrics:
         self._terms = ("loss", *weights)
         self._observed = (*OBSERVED, *(PRECISION.format(name) for name, weight in weights.items() if learned and weight > 0))
         self._summed = (*self._terms, *self._observed, *(f"{name}/batches" for name in self._observed))
+        self.last: dict[str, Any] = {}
+        """The latest line, of a run that was resumed the one before."""
         self._start({}, 0)
 
     def _start(self, state: Mapping[str, Any], step: int) -> None:
@@ -62,12 +65,21 @@ class Metrics:
         """Spent so far, the time before a resume included."""
         return self._seconds_before + time.perf_counter() - self._started
 
-    def add(self, outputs: Mapping[str, torch.Tensor], *, samples: int, tokens: int, answers: int, truncated: int = 0) -> None:
+    def add(
+        self,
+        outputs: Mapping[str, torch.Tensor],
+        *,
+        samples: int,
+        tokens: int,
+        answers: int,
+        truncated: int = 0,
+        padding: int = 0,
+    ) -> None:
         """Count a micro-batch; nothing is copied to the host here.
 
         ``outputs``: scalars. ``loss`` and the unweighted terms are this process's share of the step's mean, so that they
         add up over micro-batches and processes. Names that are neither terms nor observed are ignored. ``truncated``: how
-        many of the ``samples`` were cut at the maximum length.
+        many of the ``samples`` were cut at the maximum length; ``padding``: how many of the ``tokens`` are padding.
         """
         for name in self._terms:
             if name in outputs:
@@ -78,7 +90,7 @@ class Metrics:
                 value = outputs[name].detach().float()
                 self._add(name, value.nan_to_num(0.0))
                 self._add(f"{name}/batches", ~value.isnan())
-        for name, count in zip(_COUNTED, (samples, tokens, answers, truncated), strict=True):
+        for name, count in zip(_COUNTED, (samples, tokens, answers, truncated, padding), strict=True):
             self._counts[name] += count
 
     def _add(self, name: str, value: torch.Tensor) -> None:
@@ -113,6 +125,7 @@ class Metrics:
             "seconds": round(seconds, 3),
             "tokens_per_second": round(since["tokens"] / interval, 3),
             "samples_per_second": round(since["samples"] / interval, 3),
+            "padding_share": round(since["padding"] / since["tokens"], 5) if since["tokens"] else 0.0,
             "data_wait_share": round(since["waited"] / max(since["seconds"], 1e-9), 5),
             **logs,
             **means,
@@ -122,6 +135,7 @@ class Metrics:
             "peak_memory_bytes": peak_memory_bytes(),
         }
         self._forget(step, seconds)
+        self.last = line
         if self.writes:
             with self.path.open("a") as file:
                 file.write(_as_json(line) + "\n")
@@ -168,6 +182,7 @@ class Metrics:
         if self.writes:
             lines = _lines_up_to(self.path, step) if self.path.exists() else []
             replace_text(self.path, "".join(line + "\n" for line in lines))
+            self.last = json.loads(lines[-1]) if lines else {}
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

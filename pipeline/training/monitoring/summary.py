@@ -1,0 +1,96 @@
+"""How a run ended: the last value of each term, the warnings that matter, where things lie and the next command."""
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from alignkd.pipeline.config.distill import DistillConfig
+
+_FOLDERS = {
+    "student": "the student in Hugging Face form",
+    "student-official": "the student in the layout of the official release",
+    "adapter": "the low-rank updates and the projector, for PEFT",
+    "metrics.jsonl": "the log lines",
+    "tensorboard": "the log lines for TensorBoard",
+    "checkpoints": "the last checkpoints",
+    "run.json": "the settings and versions",
+    "result.json": "these figures",
+}
+_NAMED = 3
+"""Reasons of rejection that are named; the others are counted."""
+
+
+def final_terms(line: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Each term of a log line: its ``value``, its ``weighted`` value and its ``share`` of the loss."""
+    names = [name.removeprefix("share/") for name in line if name.startswith("share/")]
+    return {name: {"value": line[name], "weighted": line[f"weighted/{name}"], "share": line[f"share/{name}"]} for name in names}
+
+
+def rejection_warnings(count: int, reasons: Iterable[str]) -> list[str]:
+    """One warning about all rejected samples, with the most frequent reasons; none where there are none."""
+    if not count:
+        return []
+    common = Counter(reasons).most_common()
+    named = "; ".join(f"{reason} ({number:,})" if number > 1 else reason for reason, number in common[:_NAMED])
+    more = f"; {len(common) - _NAMED:,} other reasons" if len(common) > _NAMED else ""
+    return [f"{count:,} samples were rejected and not learned: {named}{more}. result.json names them"]
+
+
+def folders(out: Path) -> dict[str, str]:
+    """What lies in a run's folder, by name, with what it is."""
+    return {name: about for name, about in _FOLDERS.items() if name == "result.json" or (out / name).exists()}
+
+
+def next_command(config: DistillConfig, student: Path) -> str:
+    """The command that evaluates the student on the data of the run, as it can be pasted into a shell."""
+    words = ["alignkd", "evaluate", "--model", str(student), "--data", config.data]
+    words += ["--images", config.images] if config.images else []
+    words += ["--out", str(Path(config.out) / "evaluation")]
+    words += [word for path in config.plugins for word in ("--plugin", path)]
+    return shlex.join(words)
+
+
+def summary(figures: Mapping[str, Any]) -> str:
+    """The figures of a run as text for people, with the warnings near the end."""
+    return "\n".join([*_counts(figures), *_terms(figures), *_warnings(figures), *_places(figures)])
+
+
+def _counts(figures: Mapping[str, Any]) -> list[str]:
+    processes = f" on {figures['processes']:,} processes" if figures["processes"] > 1 else ""
+    return [
+        f"{figures['steps']:,} steps, {figures['samples']:,} samples, {figures['tokens']:,} positions"
+        f" ({figures['padding_share']:.0%} padding){processes}",
+        f"{_time(figures['seconds'])}: {figures['samples_per_second']:,.4g} samples/s, {figures['tokens_per_second']:,.0f}"
+        f" positions/s; peak memory {figures['peak_memory_bytes'] / 1e9:,.2f} GB",
+    ]
+
+
+def _terms(figures: Mapping[str, Any]) -> list[str]:
+    terms = figures["terms"]
+    if not terms:
+        return []
+    width = max(len(name) for name in ("loss", *terms))
+    rows = [f"  {'loss':<{width}}  {figures['loss']:>10.4g}"]
+    rows += [f"  {name:<{width}}  {term['value']:>10.4g}  {term['share']:>6.1%}" for name, term in terms.items()]
+    return ["", f"  {'':<{width}}  {'at the end':>10}   share", *rows]
+
+
+def _warnings(figures: Mapping[str, Any]) -> list[str]:
+    warnings = figures["warnings"]
+    return ["", f"warnings ({len(warnings)}):", *(f"  * {text}" for text in warnings)] if warnings else []
+
+
+def _places(figures: Mapping[str, Any]) -> list[str]:
+    found = figures["folders"]
+    width = max(map(len, found))
+    rows = [f"  {name:<{width}}  {about}" for name, about in found.items()]
+    what_next = ["", "next, with the questions to evaluate on as --data:", f"  {figures['next']}"]
+    return ["", f"in {figures['out']}:", *rows, *what_next]
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
