@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from alignkd.errors import AlignkdError, is_resumable
-from alignkd.pipeline.commands.messages import make_streams_safe, shown_escaped
+from alignkd.pipeline.commands.messages import log_end, make_streams_safe, shown_escaped
 from alignkd.version import __version__
 
 _COMMANDS = {
@@ -70,18 +70,30 @@ class LazyGroup(click.Group):
             with shown_escaped():
                 return self._invoke(ctx)
         except Interrupted as stopped:
-            click.echo(str(stopped), err=True)
+            if not log_end(stopped):
+                click.echo(str(stopped), err=True)
             ctx.exit(TryAgainError.exit_code)
 
     def _invoke(self, ctx: click.Context) -> Any:
+        from alignkd.pipeline.runtime.signals import Interrupted
+
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # the program that read our output has ended; click ends quietly
+        except (BrokenPipeError, Interrupted):  # the program that read our output has ended; click ends quietly
             raise
         except (AlignkdError, OSError) as error:
+            kind = TryAgainError if is_resumable(error) else UserError
+            if log_end(error):
+                ctx.exit(kind.exit_code)
             if ctx.find_root().params.get("debug"):
                 raise
-            raise (TryAgainError if is_resumable(error) else UserError)(str(error)) from error
+            raise kind(str(error)) from error
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if log_end(error, bug=True):
+                ctx.exit(1)
+            raise
 
 
 _CONTEXT = {

@@ -46,7 +46,7 @@ def commit(storage: Storage, record: CommitRecord, data: bytes) -> bool:
     if fresh and not first and read_record(storage, record.number).object != record.object:
         storage.delete(record.object)
     if first:
-        _log.info("committed shard %d: %s, %d rows, %d bytes", record.number, record.object, record.rows, record.bytes)
+        _log.debug("committed shard %d: %s, %d rows, %d bytes", record.number, record.object, record.rows, record.bytes)
     else:
         _log.info("shard %d was committed by another worker first", record.number)
     return first

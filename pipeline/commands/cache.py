@@ -17,7 +17,7 @@ from alignkd.pipeline.runtime.printable import json_text
 _ANY_REASON = "any"
 
 
-@click.group("cache")
+@click.group("cache", cls=options.CommandGroup)
 def cache() -> None:
     """Look into a cache: its progress, its soundness, its rows."""
 
@@ -64,7 +64,7 @@ def _show_status(figures: dict[str, Any], as_json: bool) -> None:
         print_status(without_credentials(figures))
 
 
-@cache.command("verify")
+@cache.command("verify", cls=options.JobCommand)
 @click.argument("url")
 @click.option("--quick", is_flag=True, help="Compare records and sizes only; no content digest.")
 @options.as_json
@@ -93,7 +93,7 @@ def cache_verify(url: str, quick: bool, as_json: bool) -> None:
         sys.exit(2)
 
 
-@cache.command("repair", short_help="Drop what verify finds wrong.")
+@cache.command("repair", cls=options.JobCommand, short_help="Drop what verify finds wrong.")
 @click.argument("url")
 @click.option(
     "--min-age",
@@ -152,7 +152,7 @@ def _reasons(given: str | None) -> list[str] | None:
     return chosen
 
 
-@cache.command("convert", short_help="Copy a cache into the other shard format.")
+@cache.command("convert", cls=options.JobCommand, short_help="Copy a cache into the other shard format.")
 @click.argument("source")
 @click.argument("target")
 @click.option(

@@ -14,10 +14,7 @@ from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 _of_cluster = partial(click.option, cls=GroupedOption, group="many machines")
 
 
-@click.command(
-    "cache-teacher", cls=options.CommandWithSettings, short_help="Stage one: run the teacher once, write its targets."
-)
-@options.settings
+@click.command("cache-teacher", cls=options.JobCommand, short_help="Stage one: run the teacher once, write its targets.")
 @options_of(CacheTeacherConfig)
 @_of_cluster("--engine", type=click.Choice(["process", "ray"]), default="process", help="What hands out the shards.")
 @_of_cluster("--ray-workers", type=click.IntRange(min=1), help="Ray actors, each with a teacher. [default: one per GPU]")

@@ -10,7 +10,7 @@ from alignkd.pipeline.commands.printing import say, say_json
 from alignkd.pipeline.config.demo import DemoConfig
 
 
-@click.command("demo", cls=options.CommandWithSettings, short_help="The whole path on easy-VQA, with a report.")
+@click.command("demo", cls=options.JobCommand, short_help="The whole path on easy-VQA, with a report.")
 @options_of(DemoConfig)
 @options.as_json
 def demo_command(as_json: bool, **given: Any) -> None:

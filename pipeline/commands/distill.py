@@ -16,8 +16,7 @@ from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.plugins import load_plugins
 
 
-@click.command("distill", cls=options.CommandWithSettings, short_help="Stage two: train the student, without the teacher.")
-@options.settings
+@click.command("distill", cls=options.JobCommand, short_help="Stage two: train the student, without the teacher.")
 @click.option(
     "--recipe",
     cls=GroupedOption,

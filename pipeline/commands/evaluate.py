@@ -10,7 +10,7 @@ from alignkd.pipeline.commands.printing import print_figures
 from alignkd.pipeline.config.evaluate import EvaluateConfig
 
 
-@click.command("evaluate", cls=options.CommandWithSettings)
+@click.command("evaluate", cls=options.JobCommand)
 @options_of(EvaluateConfig)
 @options.as_json
 def evaluate_command(as_json: bool, **given: Any) -> None:

@@ -24,6 +24,16 @@ def options_of(config: type[Settings]) -> Callable[[_Command], _Command]:
     return apply
 
 
+def parameters_of(config: type[Settings]) -> list[click.Parameter]:
+    """The options of :func:`options_of`, for a command that is not made by decorators."""
+
+    def holder() -> None:
+        """What click's decorators leave their options on."""
+
+    found: list[click.Parameter] = options_of(config)(holder).__click_params__  # type: ignore[attr-defined]
+    return found[::-1]
+
+
 def from_options(config: type[_Config], given: Mapping[str, Any], **others: Any) -> _Config:
     """The configuration of parsed options; ``others`` are fields that are not options.
 

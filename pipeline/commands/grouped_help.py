@@ -9,7 +9,7 @@ import click
 from alignkd.settings import GROUPS
 
 _SHORT = 2
-"""An alias of this many letters is shown in help; longer ones are taken, and listed in docs/training.md."""
+"""An alias of this many letters is shown in help; longer ones are taken, and listed in docs/command-line.md."""
 
 
 class GroupedOption(click.Option):

@@ -1,6 +1,7 @@
 """Messages on the terminal: any character can be written, hidden ones are shown escaped, credentials are not shown."""
 
 import io
+import logging
 import sys
 import traceback
 from collections.abc import Iterator
@@ -29,6 +30,19 @@ def shown_escaped() -> Iterator[None]:
     except click.ClickException as error:
         error.message = message_text(error.message)  # type: ignore[misc]  # final to type checkers alone
         raise
+
+
+def log_end(error: BaseException, *, bug: bool = False) -> bool:
+    """Log the error that ends a command, if it logs at all; whether that has told the user, so that no more need be shown.
+
+    The log of standard error has it only where its lines are JSON, which another line would spoil.
+    """
+    log = logging.getLogger("alignkd")
+    if bug:
+        log.critical("%s: %s", type(error).__name__, error, exc_info=error, extra={"shown": True})
+    else:
+        log.error("%s", error, extra={"shown": True})
+    return any(getattr(handler, "writes_json", False) for handler in logging.getLogger().handlers)
 
 
 def message_text(text: object) -> str:

@@ -1,12 +1,13 @@
 """``alignkd models``."""
 
-import json
-
 import click
 
+from alignkd.pipeline.commands import options
+from alignkd.pipeline.commands.printing import say, say_json
 
-@click.command("models")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+
+@click.command("models", cls=options.CommandWithSettings)
+@options.as_json
 def models_command(as_json: bool) -> None:
     """List the model families, what each supports, and why not.
 
@@ -17,4 +18,7 @@ def models_command(as_json: bool) -> None:
     from alignkd.pipeline.commands.models_table import OTHERS, list_models, models_text
 
     found = list_models()
-    click.echo(json.dumps({"families": found, "others": OTHERS}) if as_json else models_text(found))
+    if as_json:
+        say_json({"families": found, "others": OTHERS})
+    else:
+        say(models_text(found))

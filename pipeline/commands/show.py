@@ -12,7 +12,7 @@ from alignkd.pipeline.config.show import ShowConfig
 from alignkd.pipeline.runtime.printable import printable
 
 
-@click.command("show", cls=options.CommandWithSettings, short_help="One sample as the model sees it.")
+@click.command("show", cls=options.JobCommand, short_help="One sample as the model sees it.")
 @options_of(ShowConfig)
 @options.as_json
 def show_command(as_json: bool, **given: Any) -> None:

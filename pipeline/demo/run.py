@@ -7,6 +7,7 @@ generation. 7. One HTML report.
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,12 +38,14 @@ from alignkd.pipeline.demo.checkpoints import new_checkpoint, train_tokenizer
 from alignkd.pipeline.demo.tower import train_tower
 from alignkd.pipeline.evaluate.runner import evaluate
 from alignkd.pipeline.report.demo_page import write_report
-from alignkd.pipeline.runtime.devices import peak_memory_bytes, pick_device
+from alignkd.pipeline.runtime.devices import device_words, peak_memory_bytes, pick_device
 from alignkd.pipeline.runtime.files import check_out_folder, replace_text
-from alignkd.pipeline.runtime.progress import stderr_console
+from alignkd.pipeline.runtime.logs import log_start
 from alignkd.pipeline.runtime.run_record import collect_versions, write_run_record
 from alignkd.pipeline.stage_one.worker import cache_teacher
 from alignkd.pipeline.training.run import distill
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class _Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Print the name of a stage, then measure its time and memory."""
-        stderr_console.rule(name, style="dim")
+        """Log the name of a stage, then measure its time and memory."""
+        _log.info("%s", name)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
@@ -84,6 +87,7 @@ def demo(config: DemoConfig) -> DemoResult:
         raise ConfigError(f"--out {config.out} already holds a demo; choose another folder, or remove it")
     device = pick_device(config.device)
     write_run_record(paths.out / "run.json", "demo", asdict(config))
+    log_start("demo", device=device_words(device), plan=f"{len(config.arms)} students, seed {config.seed}", out=config.out)
     stages = _Stages()
     with stages.stage("data: easy-VQA"):
         data = prepare_data(config, paths)

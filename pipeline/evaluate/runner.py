@@ -22,8 +22,9 @@ from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.data.tower_features import tower_features
 from alignkd.pipeline.evaluate.metrics import Metric, get_metric, is_empty
-from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
+from alignkd.pipeline.runtime.devices import device_words, parse_dtype, pick_device
 from alignkd.pipeline.runtime.files import check_out_folder, replace_text
+from alignkd.pipeline.runtime.logs import log_start
 from alignkd.pipeline.runtime.printable import json_text
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.run_record import write_run_record
@@ -61,6 +62,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
     template = config.template or vlm.default_template
     preparer = Preparer.of(vlm, template=template, max_length=DEFAULT_MAX_LENGTH, image_root=config.images)
+    log_start(
+        "evaluate",
+        device=device_words(str(vlm.device)),
+        model=config.model,
+        data=f"{config.data} ({len(samples):,} samples)",
+        images=config.images,
+        plan=f"{config.batch_size:,} questions at a time, metric {config.metric}",
+        out=config.out,
+        template=template,
+    )
     rejects = RejectedSamples(config.max_rejected, len(samples))
     correct = answered = 0
     with _predictions(config) as write, progress_bar("evaluate", len(samples), "samples") as progress:

@@ -37,6 +37,11 @@ def pick_device(name: str | None, local_rank: int = 0) -> str:
     return name
 
 
+def device_words(device: str) -> str:
+    """A device for people: ``cuda:0 (NVIDIA H200)``."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
+
+
 def parse_dtype(name: str) -> torch.dtype:
     """A dtype by its name on the command line.
 

@@ -1,5 +1,6 @@
-"""One progress bar per job on standard error, with rate and time left; in a log file, a plain line every 30 seconds."""
+"""One progress bar per job on a terminal, with rate and time left; and in the log, a line every 30 seconds."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,12 @@ stderr_console = Console(stderr=True)
 """For people; standard output is for the figures that a command prints."""
 
 LOG_EVERY_S = 30.0
-"""Seconds between lines in a log file, which cannot show a moving bar."""
+"""Seconds between lines in the log."""
+
+bars_drawn = True
+"""Whether bars may be drawn on a terminal: not where its lines are read by a program."""
+
+_log = logging.getLogger(__name__)
 
 
 class _Rate(ProgressColumn):
@@ -30,7 +36,7 @@ class ProgressBar:
 
     def __init__(self, progress: Progress, task: Task, show: bool) -> None:
         self._progress, self._task = progress, task
-        self._in_log = show and not stderr_console.is_terminal
+        self._shown = show
         self._started = self._logged = time.monotonic()
         self._before = task.completed
 
@@ -42,26 +48,38 @@ class ProgressBar:
     def advance(self, amount: float = 1) -> None:
         """Count ``amount`` more units as done."""
         self._progress.advance(self._task.id, amount)
-        if self._in_log and time.monotonic() - self._logged >= LOG_EVERY_S:
+        if self._shown and time.monotonic() - self._logged >= LOG_EVERY_S:
             self._logged = time.monotonic()
-            self._log()
+            self._log_progress()
 
     def note(self, text: str) -> None:
         """Show a short text after the bar."""
         self._progress.update(self._task.id, note=printable(text))
 
-    def _log(self) -> None:
+    def log_end(self) -> None:
+        """Log how much was done, and how long it took."""
+        if self._shown:
+            done, unit = self._task.completed, self._task.fields["unit"]
+            self._write(f"{self._task.description}: {done:,.0f} {unit} done in {self.seconds:,.0f} s")
+
+    def _log_progress(self) -> None:
         task = self._task
         rate = (task.completed - self._before) / self.seconds
         left = f"{((task.total or 0) - task.completed) / rate:,.0f} s left" if rate else "time left unknown"
-        line = f"{task.description}: {task.completed:,.0f} of {task.total:,.0f} {task.fields['unit']}, {rate:,.1f}/s, {left}"
+        self._write(
+            f"{task.description}: {task.completed:,.0f} of {task.total:,.0f} {task.fields['unit']}, {rate:,.1f}/s, {left}"
+        )
+
+    def _write(self, words: str) -> None:
+        task = self._task
         note = f"; {task.fields['note']}" if task.fields["note"] else ""
-        stderr_console.print(line + note, highlight=False, soft_wrap=True)
+        fields = {"progress": task.description, "done": task.completed, "total": task.total, "unit": task.fields["unit"]}
+        _log.info("%s%s", words, note, extra={"progress": True, "fields": fields})
 
 
 @contextmanager
 def progress_bar(title: str, total: float, unit: str, *, done: float = 0, show: bool = True) -> Iterator[ProgressBar]:
-    """A progress bar over ``total`` units, ``done`` of them before now. With ``show=False`` it counts, but is not drawn."""
+    """A progress bar over ``total`` units, ``done`` of them before now. With ``show=False`` it counts, and shows nothing."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
@@ -70,6 +88,9 @@ def progress_bar(title: str, total: float, unit: str, *, done: float = 0, show: 
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
-    with Progress(*columns, console=stderr_console, transient=False, disable=not show) as progress:
+    drawn = show and bars_drawn and stderr_console.is_terminal
+    with Progress(*columns, console=stderr_console, transient=False, disable=not drawn) as progress:
         number = progress.add_task(printable(title), total=total, completed=done, unit=unit, note="")  # type: ignore[arg-type]
-        yield ProgressBar(progress, next(task for task in progress.tasks if task.id == number), show)
+        bar = ProgressBar(progress, next(task for task in progress.tasks if task.id == number), show)
+        yield bar
+    bar.log_end()

@@ -25,7 +25,8 @@ from alignkd.cache_store.rows.row import Rejected
 from alignkd.errors import TransientError
 from alignkd.pipeline.cache_admin.status import status_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
-from alignkd.pipeline.runtime.devices import peak_memory_bytes
+from alignkd.pipeline.runtime.devices import device_words, peak_memory_bytes
+from alignkd.pipeline.runtime.logs import log_start
 from alignkd.pipeline.runtime.out_of_memory import out_of_memory_is_transient
 from alignkd.pipeline.runtime.progress import ProgressBar, progress_bar
 from alignkd.pipeline.runtime.ranks import Worker, find_worker
@@ -61,6 +62,7 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
         store.sweep(min_age_s=MIN_AGE_S)
         configuration = asdict(stage.config) | {"template": stage.template, "worker": str(worker)}
         store.write_run(make_run_record("cache-teacher", configuration))
+        log_stage_one(stage, store, worker)
         started = time.perf_counter()
         job = WorkerJob(stage, store, worker, stop)
         beat.enter("writing", lambda: job.samples)
@@ -95,6 +97,24 @@ def check_done(store: CacheStore, worker: Worker, *, steal: bool) -> None:
         )
     if pending:
         _log.info("%d shards of other workers are not committed yet", len(pending))
+
+
+def log_stage_one(stage: StageOne, store: CacheStore, worker: Worker) -> None:
+    """The line of the log that says what starts."""
+    config, plan = stage.config, stage.plan
+    done = plan.shards - len(store.pending())
+    log_start(
+        "cache-teacher",
+        rank=str(worker),
+        device=device_words(str(stage.teacher.device)),
+        teacher=config.teacher,
+        data=f"{config.data} ({plan.samples:,} samples)",
+        images=config.images,
+        cache=f"{config.cache} ({config.shard_format})",
+        plan=f"{plan.shards:,} shards of up to {config.shard_samples:,} samples, {done:,} of them done",
+        targets="+".join(config.settings.targets),
+        template=stage.template,
+    )
 
 
 def warn_of_truncated(samples: int, max_length: int) -> None:

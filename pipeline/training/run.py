@@ -18,8 +18,9 @@ from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.feature_cache import cache_tower_features
 from alignkd.pipeline.feeding.loader_processes import lost_loader
-from alignkd.pipeline.runtime.devices import peak_memory_bytes, pick_device
+from alignkd.pipeline.runtime.devices import device_words, peak_memory_bytes, pick_device
 from alignkd.pipeline.runtime.files import replace_text
+from alignkd.pipeline.runtime.logs import log_start
 from alignkd.pipeline.runtime.processes import Processes, lost_processes
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.ranks import Worker, find_process
@@ -77,6 +78,18 @@ def _distill(config: DistillConfig, process: Worker, processes: Processes, stop:
     if config.cache_tower_features:
         cache_tower_features(inputs.student, data, limit_bytes=config.feature_bytes)
     stop.check()
+    log_start(
+        "distill",
+        rank=str(process),
+        device=device_words(inputs.device),
+        student=config.student,
+        data=f"{config.data} ({len(data):,} samples)",
+        images=config.images,
+        cache=config.cache,
+        plan=f"{schedule.steps:,} steps of {schedule.per_step:,} micro-batches, recipe {config.recipe.name}",
+        out=config.out,
+        template=inputs.template,
+    )
     figures = _train(config, objective, arguments, data, schedule, processes, stop)
     folder = save_student(inputs.student, peft_model, out, deepspeed=config.deepspeed, first=processes.first)
     if processes.first:

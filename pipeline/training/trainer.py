@@ -1,5 +1,6 @@
 """transformers' Trainer around the objective: order, counts of a whole step, parameter groups, log lines and checks."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,13 +22,14 @@ from alignkd.pipeline.feeding.dataset import TrainingExample, TrainingSet
 from alignkd.pipeline.feeding.order import StepSampler
 from alignkd.pipeline.feeding.row_checks import MisalignedRowError
 from alignkd.pipeline.runtime.processes import Processes
-from alignkd.pipeline.runtime.progress import stderr_console
 from alignkd.pipeline.runtime.signals import StopFlag
 from alignkd.pipeline.training.checkpoints import CheckpointingTrainer, mark_complete
 from alignkd.pipeline.training.monitoring.health_checks import FiniteCheck, HealthChecks
 from alignkd.pipeline.training.monitoring.metrics import PRECISION, Metrics
 from alignkd.pipeline.training.optimizers import OptimizerSettings, optimizer_of
 from alignkd.pipeline.training.schedule import Schedule
+
+_log = logging.getLogger(__name__)
 
 
 class DistillTrainer(CheckpointingTrainer):
@@ -238,7 +240,7 @@ class DistillTrainer(CheckpointingTrainer):
             reduce = self.processes.reduce if self.processes.world_size > 1 else None
             logs = self.metrics.line({**logs, **norms}, step=step, epoch=self.schedule.epoch(step), reduce=reduce)
             for warning in self.health_checks(logs) if self.processes.first else ():
-                stderr_console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+                _log.warning("%s", warning)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -10,7 +10,7 @@ from alignkd.cache_store.storage import open_storage
 
 
 def test_a_commit_and_a_sweep_are_logged(tmp_path, caplog):
-    caplog.set_level(logging.INFO, "alignkd.cache_store")
+    caplog.set_level(logging.DEBUG, "alignkd.cache_store")
     store = make_store(tmp_path)
     record = commit(store, 0)
     store.storage.write("shards/000001-0123456789ab.tar", b"left")

@@ -121,10 +121,10 @@ REFUSED = {
     "unknown settings": (lambda t: "best", ["settings 'best' are not known", "pretrain-short", "FILE.yaml"]),
     "no such file": (lambda t: t / "none.yaml", ["none.yaml: No such file"]),
     "no YAML": (lambda t: with_file(t / "s.yaml", "a: [1"), ["s.yaml is not YAML"]),
-    "no sections": (lambda t: with_file(t / "s.yaml", "- 1"), ["holds list, expected sections", "distill"]),
+    "no sections": (lambda t: with_file(t / "s.yaml", "- 1"), ["holds list, expected sections of options"]),
     "an option outside a section": (
         lambda t: with_file(t / "s.yaml", "learning-rate: 1\ndistill: {seed: 1}"),
-        ["unknown learning-rate", "expected sections of options, of cache-teacher, distill"],
+        ["unknown learning-rate", "expected sections of options, of cache convert", "cache-teacher", "distill"],
     ),
     "no section for the command": (
         lambda t: with_file(t / "s.yaml", "cache-teacher: {dtype: bfloat16}"),
@@ -132,8 +132,17 @@ REFUSED = {
     ),
     "unknown options": (
         lambda t: with_file(t / "s.yaml", "distill: {learning_rate: 1, speed: 2}"),
-        ["learning_rate, speed cannot be set for distill", "learning-rate"],
+        ["learning_rate, speed cannot be set for distill (did you mean learning-rate"],
     ),
+    "a section of a misspelt command": (
+        lambda t: with_file(t / "s.yaml", "distil: {seed: 1}\ndistill: {seed: 1}"),
+        ["unknown distil (did you mean distill?)"],
+    ),
+    "one option by two names": (
+        lambda t: with_file(t / "s.yaml", "distill: {lr: 1, learning-rate: 2}"),
+        ["lr and learning-rate are one option; set one of them"],
+    ),
+    "shipped settings misspelt": (lambda t: "tune-shrt", ["settings 'tune-shrt' are not known (did you mean tune-short?)"]),
     "an option that a command line cannot undo": (
         lambda t: with_file(t / "s.yaml", "distill: {resume: true}"),
         ["resume cannot be set for distill"],
@@ -293,6 +302,59 @@ def test_the_walk_through_s_student_starts_from_the_language_model_with_a_new_pr
 
 def test_every_option_of_distill_is_a_field_of_its_configuration():
     from alignkd.pipeline.config.distill import DistillConfig
+    from alignkd.pipeline.config.log import LogConfig
 
     options = {p.name for p in main.get_command(click.Context(main), "distill").params if p.expose_value}
-    assert options - {"overrides", "as_json"} <= {field.name for field in fields(DistillConfig)}
+    known = {field.name for config in (DistillConfig, LogConfig) for field in fields(config)}
+    assert options - {"overrides", "as_json"} <= known
+
+
+def every_command(group=main, *before):
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        yield from every_command(command, *before, name) if isinstance(command, click.Group) else [(*before, name)]
+
+
+EXAMPLE = yaml.safe_load((ROOT / "examples" / "settings.yaml").read_text())
+
+
+def parse_any(words, *arguments):
+    context, command = click.Context(main, **main.context_settings), main
+    for word in words:
+        command = command.get_command(context, word)
+        context = click.Context(command, parent=context) if isinstance(command, click.Group) else context
+    return command.make_context(words[-1], [str(one) for one in arguments], parent=context).params
+
+
+@pytest.mark.parametrize("section", EXAMPLE)
+def test_the_example_file_is_taken_by_every_command_that_it_has_a_section_for(section):
+    words = section.split()
+    urls = ["url"] if words[0] == "cache" else []
+    found = parse_any(words, *urls, "--settings", ROOT / "examples" / "settings.yaml")
+    for option, value in EXAMPLE[section].items():
+        name = {"set": "overrides"}.get(option, option.replace("-", "_"))
+        shown = found.get(name)
+        assert shown in (value, tuple(value) if isinstance(value, list) else value) or ",".join(shown) == value
+
+
+@pytest.mark.parametrize("words", list(every_command()), ids=" ".join)
+def test_every_command_takes_a_settings_file_and_refuses_what_it_does_not_know(door, tmp_path, words):
+    own = with_file(tmp_path / "s.yaml", f"{' '.join(words)}: {{best-option: 1}}")
+    refused = door(*words, "--settings", own)
+    assert refused.code == 2
+    assert f"best-option cannot be set for {' '.join(words)}" in refused.stderr, refused.stderr
+    assert "--settings" in help_of(door, *words, "--help")
+
+
+def test_other_names_of_options_serve_in_a_settings_file(tmp_path):
+    own = with_file(tmp_path / "s.yaml", "distill: {lr: 1.0e-3, bs: 4, student: s, data-path: d, output-dir: o}")
+    found = parse("distill", "--settings", own)
+    assert (found["learning_rate"], found["batch_size"], found["data"], found["out"]) == (1e-3, 4, "d", "o")
+
+
+def test_the_page_lists_every_other_name_of_an_option():
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    for words in (["distill"], ["cache-teacher"], ["evaluate"], ["show"]):
+        for option in main.get_command(click.Context(main), words[0]).params:
+            assert all(f"`{name}`" in page for name in option.opts[1:]), option.opts

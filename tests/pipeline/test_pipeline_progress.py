@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import threading
@@ -36,50 +37,62 @@ def console(monkeypatch, terminal):
     return made
 
 
-def lines(made):
-    return [line for line in made.file.getvalue().splitlines() if " left" in line]
+def lines(log):
+    return [record.getMessage() for record in log.records]
 
 
-def test_a_log_file_gets_a_line_now_and_then(clock, monkeypatch):
-    log = console(monkeypatch, terminal=False)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_log_gets_a_line_now_and_then_and_one_at_the_end(clock, monkeypatch, caplog, terminal):
+    caplog.set_level(logging.INFO, "alignkd.pipeline.runtime.progress")
+    console(monkeypatch, terminal)
     with progress_bar("cache-teacher 3/8", 1000, "samples") as progress:
         for _ in range(100):
             clock.now += 1.0
             progress.advance(2)
             progress.note("5,000 positions/s")
-        assert lines(log) == [
+        assert lines(caplog) == [
             "cache-teacher 3/8: 60 of 1,000 samples, 2.0/s, 470 s left; 5,000 positions/s",
             "cache-teacher 3/8: 120 of 1,000 samples, 2.0/s, 440 s left; 5,000 positions/s",
             "cache-teacher 3/8: 180 of 1,000 samples, 2.0/s, 410 s left; 5,000 positions/s",
         ]
+    assert lines(caplog)[3:] == ["cache-teacher 3/8: 200 samples done in 100 s; 5,000 positions/s"]
 
 
-def test_what_was_done_before_does_not_count_for_the_rate(clock, monkeypatch):
-    log = console(monkeypatch, terminal=False)
+def test_what_was_done_before_does_not_count_for_the_rate(clock, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "alignkd.pipeline.runtime.progress")
+    console(monkeypatch, terminal=False)
     with progress_bar("distill", 100, "steps", done=40) as progress:
         clock.now += 30
         progress.advance(30)
-        assert lines(log) == ["distill: 70 of 100 steps, 1.0/s, 30 s left"]
+        assert lines(caplog) == ["distill: 70 of 100 steps, 1.0/s, 30 s left"]
 
 
-def test_a_terminal_gets_a_bar_and_no_lines(clock, monkeypatch):
+def test_a_terminal_gets_a_bar(clock, monkeypatch):
     terminal = console(monkeypatch, terminal=True)
     with progress_bar("verify", 10, "shards") as progress:
         clock.now += 100
         progress.advance(4)
     assert "verify" in terminal.file.getvalue()
     assert "4/10" in terminal.file.getvalue()
-    assert lines(terminal) == []
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_that_is_not_shown_says_nothing(clock, monkeypatch, terminal):
+def test_a_bar_that_is_not_shown_says_nothing(clock, monkeypatch, caplog, terminal):
+    caplog.set_level(logging.INFO, "alignkd.pipeline.runtime.progress")
     hidden = console(monkeypatch, terminal)
     with progress_bar("cache-teacher", 10, "samples", show=False) as progress:
         clock.now += 100
         progress.advance(4)
         assert progress.seconds == 100
     assert hidden.file.getvalue().strip() == ""
+    assert lines(caplog) == []
+
+
+def test_nothing_is_drawn_where_there_is_no_terminal(clock, monkeypatch):
+    plain = console(monkeypatch, terminal=False)
+    with progress_bar("verify", 10, "shards") as progress:
+        progress.advance(10)
+    assert plain.file.getvalue() == ""
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])

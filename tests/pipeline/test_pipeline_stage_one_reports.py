@@ -50,7 +50,7 @@ def test_a_dry_run_counts_the_truncated_samples_that_it_tried(long_data, tmp_pat
 
 
 def test_the_log_tells_shards_rejected_samples_and_the_worker(long_data, tmp_path, caplog):
-    caplog.set_level(logging.INFO, LOG)
+    caplog.set_level(logging.DEBUG, LOG)
     write_cache(long_data, tmp_path / "cache")
     lines = [r.getMessage() for r in caplog.records if r.name.startswith(LOG)]
     assert lines[0] == "worker 0/1 starts: 2 shards, 4 samples"

@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_FOR_TRANSFORMERS = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""What the entry point sets before it imports transformers, which is imported here before it runs."""
+
 DOOR = Path(sys.executable).parent / "alignkd"
 _PASSED_ON = (
     "AWS_",
@@ -78,7 +81,7 @@ class WarmDoor:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **_FOR_TRANSFORMERS, **environment},
         )
 
     def ask(self, request: Any) -> int:
