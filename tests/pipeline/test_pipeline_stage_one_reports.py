@@ -50,13 +50,13 @@ def test_a_dry_run_counts_the_truncated_samples_that_it_tried(long_data, tmp_pat
 
 
 def test_the_log_tells_shards_rejected_samples_and_the_worker(long_data, tmp_path, caplog):
-    caplog.set_level(logging.DEBUG, LOG)
+    caplog.set_level(logging.INFO, LOG)
     write_cache(long_data, tmp_path / "cache")
     lines = [r.getMessage() for r in caplog.records if r.name.startswith(LOG)]
     assert lines[0] == "worker 0/1 starts: 2 shards, 4 samples"
     assert [line for line in lines if line.startswith("sample missing is rejected: image ")]
     assert {line.split(" is ")[0] for line in lines if line.startswith("shard ")} == {"shard 0", "shard 1"}
-    assert lines[-1] == "worker 0/1 ends: 3 samples, 1 rejected in the cache"
+    assert lines[-1] == "worker 0/1 ends: 3 samples, 1 rejected"
 
 
 def test_a_batch_halved_for_lack_of_memory_is_a_warning(tmp_path, caplog, monkeypatch):
