@@ -17,6 +17,22 @@ _NOISE = 0.05
 _PARTS = 8
 """Parts of the lengths of a window, from short to long, whose steps alternate."""
 
+_BATCH, _WORTH = 16, 1.1
+"""Grouping pays where micro-batches of this many samples of any lengths take more than so many positions for a real one."""
+
+
+def is_worth_grouping(lengths: np.ndarray) -> bool:
+    """Whether lengths ``[n]`` differ enough: where they hardly do, steps of like length save little, but mix samples less.
+
+    It depends on nothing but the lengths, so that the split of a step into micro-batches does not change its samples.
+    """
+    known = np.sort(lengths[lengths > 0])
+    if not len(known):
+        return False
+    below = (np.arange(len(known) + 1) / len(known)) ** _BATCH
+    longest: float = np.diff(below) @ known  # the mean of the longest of _BATCH samples
+    return bool(longest > _WORTH * known.mean())
+
 
 def deal_shards(shards: np.ndarray, text_only: np.ndarray, window: int, generator: np.random.Generator) -> np.ndarray:
     """The window of each of ``shards`` ``[k]``, which come in random order; ``text_only`` is their share of text-only samples.

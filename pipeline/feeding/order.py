@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from alignkd.pipeline.feeding.like_lengths import deal_shards, noisy_lengths, spread, steps_of_like_length
+from alignkd.pipeline.feeding.like_lengths import deal_shards, is_worth_grouping, noisy_lengths, spread, steps_of_like_length
 
 WINDOW_SHARDS = 8
 """Shards whose samples are mixed with each other; a reader keeps as many in memory."""
@@ -28,7 +28,8 @@ class BatchOrder:
         batch_size: samples of a micro-batch. With ``batch_tokens`` it is the maximum, and None means no maximum.
         per_step: micro-batches of a step, over all processes; an epoch's last step may have fewer.
         lengths: positions of each sample, ``[samples]``; 0 for one that will be rejected. The two arguments below need it.
-        group_by_length: a step holds samples of similar length; with ``batch_tokens``, a micro-batch does.
+        group_by_length: a step holds samples of similar length; with ``batch_tokens``, a micro-batch does. Where all lengths
+            are similar, samples are not grouped.
         batch_tokens: maximum positions of a micro-batch after its samples are padded to the longest.
         text_only: which samples have no image, ``[samples]`` of bool; grouping spreads them over the epoch.
     """
@@ -58,7 +59,8 @@ class BatchOrder:
         self.per_step = per_step
         self._shards, self._seed, self._window = shard_of_sample, seed, window
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
-        self._lengths, self._group_by_length, self._text_only = lengths, group_by_length, text_only
+        self._lengths, self._text_only = lengths, text_only
+        self._group_by_length = group_by_length and lengths is not None and is_worth_grouping(lengths)
         self._counts: dict[int, int] = {}
         self._latest: tuple[int, list[np.ndarray]] | None = None
 

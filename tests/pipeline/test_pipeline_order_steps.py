@@ -214,6 +214,16 @@ def test_grouped_steps_differ_between_epochs_and_come_in_a_random_order():
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
 
 
+def test_samples_of_nearly_one_length_are_not_grouped_as_that_would_mix_them_less():
+    generator, shards = np.random.default_rng(0), np.arange(4000) // 512
+    for spread, grouped in ((0.05, False), (0.4, True)):
+        lengths = np.exp(generator.normal(5, spread, 4000)).astype(np.int32)
+        settings = {"seed": 0, "window": 8, "batch_size": 16, "lengths": lengths}
+        plain, chosen = (BatchOrder(shards, **settings, group_by_length=group).epoch(0) for group in (False, True))
+        assert all(map(np.array_equal, plain, chosen)) is not grouped
+        assert grouped or _computed(BatchOrder(shards, **settings), lengths) < 1.11
+
+
 def test_samples_of_unknown_length_are_spread_over_the_others():
     lengths, _ = _mixed_lengths(2000)
     unknown = np.arange(0, 2000, 8)
