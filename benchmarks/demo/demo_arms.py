@@ -18,6 +18,7 @@ from alignkd.pipeline.config.demo import DemoConfig, Paths
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.demo.checkpoints import new_checkpoint
 from alignkd.pipeline.demo.run import prepare_data, prepare_models, run_cache, test_accuracy, train_student, train_teacher
+from alignkd.pipeline.feeding import order
 from alignkd.pipeline.runtime.devices import pick_device
 from alignkd.pipeline.runtime.run_record import collect_versions
 from alignkd.targets.logits import LogitSettings
@@ -54,11 +55,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device")
     parser.add_argument("--teacher", type=Path, help="a finished demo whose tower and teacher are used again")
-    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--arms", default=",".join(name for name in ARMS if name != NOT_GROUPED))
     parser.add_argument("--extra", action="append", default=[], help="NAME:RECIPE:key=value,key=value")
     parser.add_argument("--set", dest="fields", action="append", default=[], help="DemoConfig field=number")
     parser.add_argument("--exact", action="store_true", help="cache without loss (hidden states in 16 bits), to compare codecs")
+    parser.add_argument("--always-group", action="store_true", help="group by length also where lengths hardly differ, as here")
     arguments = parser.parse_args()
+    if arguments.always_group:
+        order.is_worth_grouping = lambda lengths: True
     changed: dict[str, Any] = {k: json.loads(v) for k, _, v in (text.partition("=") for text in arguments.fields)}
     if arguments.exact:
         changed["targets"] = EXACT
