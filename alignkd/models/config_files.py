@@ -33,9 +33,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the local folder of a checkpoint")
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{folder} is not a checkpoint: it holds no config.json")
+    _check_plain_files(folder)
     return read_json(path)
+
+
+def _check_plain_files(folder: Path) -> None:
+    """Refuse named pipes, sockets and devices, at which a library that reads the folder would wait for ever.
+
+    Raises:
+        CheckpointError: names the first one.
+    """
+    with wrap_errors(CheckpointError, f"{folder} cannot be read", OSError):
+        for path in sorted(folder.iterdir()):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise CheckpointError(f"{path} is a named pipe, a socket or a device, expected a plain file; remove it")
 
 
 def read_json(path: Path) -> dict[str, Any]:

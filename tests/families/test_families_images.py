@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,10 +14,11 @@ from image_kinds import KINDS, SIZE
 from PIL import Image, ImageFile, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from alignkd.errors import SampleError
+from alignkd.errors import CheckpointError, SampleError
 from alignkd.inputs.prompts import IGNORE, PromptError
 from alignkd.models.encoders.image_files import image_size
 from alignkd.models.encoders.processors import load_processor
+from alignkd.models.encoders.rgb import rgb_by_pillow, what_is_lost
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.sample import parse_sample
@@ -139,3 +142,70 @@ def test_an_orientation_behind_the_pixels_of_a_png_is_found(tmp_path):
     (tmp_path / "x.png").write_bytes(moved)
     assert ImageOps.exif_transpose(Image.open(io.BytesIO(moved))).size == SIZE[::-1]
     assert image_size(tmp_path / "x.png") == SIZE[::-1]
+
+
+def settings_of_images(folder, written, name, changes):
+    shutil.copytree(written(name), folder)
+    path = folder / "processor_config.json"
+    content = json.loads(path.read_text())
+    content["image_processor"] |= changes
+    path.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_edges_that_count_pixels_may_be_as_large_as_released_checkpoints_have_them(written, tmp_path, name):
+    released = {"longest_edge": 16_777_216, "shortest_edge": 65_536}
+    folder = settings_of_images(tmp_path / "a", written, name, {"size": released})
+    assert load_processor(folder, name).image_processor.size.shortest_edge == 65_536
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("qwen3_vl", {"size": {"longest_edge": 2**40, "shortest_edge": 64}}, "longest_edge of the image processor's size"),
+        ("llava", {"size": {"shortest_edge": 2**20}}, "shortest_edge of the image processor's size"),
+        ("llava", {"crop_size": {"height": 2**20, "width": 32}}, "height of the image processor's crop_size"),
+        ("llava_next", {"image_grid_pinpoints": [[32, 2**30]]}, "a side in the image processor's image_grid_pinpoints"),
+        ("internvl", {"max_patches": 2**30}, "max_patches of the image processor"),
+        ("idefics3", {"max_image_size": {"longest_edge": 2**30}}, "longest_edge of the image processor's max_image_size"),
+        ("qwen3_vl", {"patch_size": -4}, "patch_size of the image processor"),
+    ],
+)
+def test_settings_that_would_fill_the_memory_with_one_image_are_refused_by_name(written, tmp_path, name, changes, message):
+    folder = settings_of_images(tmp_path / "a", written, name, changes)
+    with pytest.raises(CheckpointError, match=f"{message} is .*, expected a whole number from 1 to"):
+        load_processor(folder, name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [
+        ("16 bit PNG", "its values reach 65535, and RGB cuts them at 255"),
+        ("32 bit TIFF", "its values reach 65535"),
+        ("float TIFF", "as RGB all of it has one value"),
+        ("RGB PNG", ""),
+        ("RGBA PNG", ""),
+    ],
+)
+def test_an_image_that_loses_what_it_shows_is_told_from_others(folder_of_kinds, kind, lost):
+    image = Image.open(folder_of_kinds / kind)
+    found = what_is_lost(image, rgb_by_pillow(image))
+    assert found.startswith(lost)
+    assert bool(found) is bool(lost)
+
+
+def test_images_of_one_value_are_counted_in_a_warning_each_once(written, tmp_path, caplog):
+    vlm = load_vlm(written("llava"))
+    preparer = Preparer.of(vlm, template=vlm.default_template, max_length=2048, image_root=tmp_path)
+    sample = wide_image(tmp_path, (40, 30))
+    preparer(sample)
+    preparer(sample)
+    assert caplog.text.count("images that show little or nothing so far: 1; the last one is wide.png") == 1
+    # A drawing in white that is laid on white.
+    drawing = Image.new("RGBA", (40, 30), (255, 255, 255, 0))
+    drawing.paste((255, 255, 255, 255), (5, 5, 20, 20))
+    for number in range(9):
+        drawing.save(tmp_path / f"{number}.png")
+        preparer(replace(sample, images=(f"{number}.png",)))
+    assert "so far: 10; the last one is 8.png: as RGB all of it has one value (the file's mode is RGBA)" in caplog.text

@@ -32,7 +32,7 @@ def read_settings(name_or_file: str, command: str, known: Callable[[], Iterable[
         sections = yaml.safe_load(read_plain(path, _MAX_BYTES).decode())
     except OSError as error:
         raise ConfigError(f"settings file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"settings file {path} is not YAML: {error}") from error
     if not isinstance(sections, dict):
         raise ConfigError(

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from alignkd.errors import ConfigError
+from alignkd.plain_files import read_plain
 
+_MAX_BYTES = 16 * 2**20
 _FOLDER = Path(__file__).parent
 SHIPPED = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 
@@ -25,7 +27,7 @@ def read_deepspeed_config(name_or_file: str) -> dict[str, Any]:
     if path.suffix != ".json":
         raise ConfigError(f"--deepspeed {name_or_file}: {known}")
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_plain(path, _MAX_BYTES))
     except OSError as error:
         raise ConfigError(f"--deepspeed {path}: {error.strerror}; {known}") from error
     except (ValueError, RecursionError) as error:
