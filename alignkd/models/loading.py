@@ -37,6 +37,24 @@ def load_vlm(
         CheckpointError: not a checkpoint, a family that is not supported, files that are damaged or do not belong together.
     """
     folder = Path(folder)
+    family, config = _find_family(folder)
+    return family.load(folder, config, dtype=dtype, device=device, vision_tower=vision_tower)
+
+
+def describe_vlm(folder: str | Path, *, vision_tower: Path | None = None) -> Vlm | None:
+    """A model without its weights, from the small files of its folder: enough to compare it with another model.
+
+    None where its family cannot be described so.
+
+    Raises:
+        CheckpointError: as :func:`load_vlm`, but for the weights, which are not read.
+    """
+    folder = Path(folder)
+    family, config = _find_family(folder)
+    return family.describe(folder, config, vision_tower=vision_tower)
+
+
+def _find_family(folder: Path) -> tuple[type[Vlm], dict[str, Any]]:
     config = read_config(folder)
     kind = config.get("model_type")
     if kind is None:
@@ -45,8 +63,7 @@ def load_vlm(
         raise CheckpointError(f"{folder}/config.json: model_type is {short(kind)}, expected the name of a model family")
     _check_quantisation(config, folder)
     check_sizes(config, folder / "config.json")
-    family: type[Vlm] = family_class(find_record(kind))
-    return family.load(folder, config, dtype=dtype, device=device, vision_tower=vision_tower)
+    return family_class(find_record(kind)), config
 
 
 def _check_quantisation(config: Mapping[str, Any], folder: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from alignkd.errors import CheckpointError, wrap_errors
@@ -77,6 +77,16 @@ class TransformersVlm(Vlm):
         vlm = cls(model, processor.tokenizer, folder, processor)
         vlm.check()
         return vlm
+
+    @classmethod
+    def describe(cls, folder: Path, config: dict[str, Any], *, vision_tower: Path | None) -> "TransformersVlm":
+        """See :class:`alignkd.models.vlm.Vlm`."""
+        del vision_tower
+        processor = load_processor(folder, str(config["model_type"]))
+        with wrap_errors(CheckpointError, f"{folder}: the model cannot be made"), torch.device("meta"):
+            found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForImageTextToText.from_config(found, trust_remote_code=False)
+        return cls(model, processor.tokenizer, folder, processor)
 
     @property
     def templates(self) -> tuple[str, ...]:

@@ -69,6 +69,16 @@ class Vlm(ABC):
             CheckpointError: a file is missing or damaged, or the files do not belong together.
         """
 
+    @classmethod
+    def describe(cls, folder: Path, config: dict[str, Any], *, vision_tower: Path | None) -> "Vlm | None":
+        """The model without its weights (on the device "meta"), from the other files of a folder; None where a family cannot.
+
+        Raises:
+            CheckpointError: as :meth:`load`.
+        """
+        del folder, config, vision_tower
+        return None
+
     @property
     def record(self) -> FamilyRecord:
         """What is said of its family in the registry."""

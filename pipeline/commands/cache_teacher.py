@@ -35,16 +35,27 @@ def cache_teacher_command(
     Example:
       alignkd cache-teacher --teacher MobileVLM_V2-7B --data train.json --images images --cache cache --dtype bfloat16
     """
+    from alignkd.pipeline.runtime.signals import resumable_from_the_start
+
     config = from_options(CacheTeacherConfig, given)
-    if only_estimate:
-        from alignkd.pipeline.stage_one.dry_run import dry_run
+    with resumable_from_the_start():
+        if only_estimate:
+            _estimate(config, as_json)
+        elif engine == "ray":
+            from alignkd.pipeline.stage_one.ray_workers import cache_teacher_on_ray
 
-        print_figures(dry_run(config), as_json)
-    elif engine == "ray":
-        from alignkd.pipeline.stage_one.ray_workers import cache_teacher_on_ray
+            print_figures(cache_teacher_on_ray(config, workers=ray_workers, address=ray_address), as_json)
+        else:
+            from alignkd.pipeline.stage_one.worker import cache_teacher
 
-        print_figures(cache_teacher_on_ray(config, workers=ray_workers, address=ray_address), as_json)
-    else:
-        from alignkd.pipeline.stage_one.worker import cache_teacher
+            print_figures(cache_teacher(config), as_json)
 
-        print_figures(cache_teacher(config), as_json)
+
+def _estimate(config: CacheTeacherConfig, as_json: bool) -> None:
+    from alignkd.cache_store.storage import open_storage
+    from alignkd.pipeline.stage_one.checks.place import check_room
+    from alignkd.pipeline.stage_one.dry_run import dry_run
+
+    figures = dry_run(config)
+    print_figures(figures, as_json)
+    check_room(open_storage(config.cache), figures["bytes"])

@@ -44,6 +44,18 @@ class CacheTeacherConfig(Settings):
         group="targets",
         help="With --alignment slice: do not store the vision tower, because the student has the same one.",
     )
+    student: str | None = setting(
+        None,
+        group="model",
+        metavar="DIR",
+        help="Checkpoint of the student-to-be: refuse, before the teacher is loaded, what distill would refuse.",
+    )
+    recipe: str | None = setting(
+        None,
+        group="targets",
+        metavar="NAME|FILE.yaml",
+        help="Recipe of distill: refuse targets that it lacks. [default: align-kd with --student, else none]",
+    )
     shard_samples: int = setting(512, group="storage", at_least=1, help="Samples per shard: the unit of work and of resuming.")
     batch_tokens: int = setting(16_384, at_least=1, help="Positions per forward pass, padding included.")
     dtype: str = shared.dtype("Dtype of the teacher.")

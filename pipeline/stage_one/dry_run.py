@@ -3,6 +3,7 @@
 For other options the same samples are encoded again: sizes are measured, not guessed.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +16,21 @@ from alignkd.cache_store.formats.registry import get_format
 from alignkd.cache_store.rows.encode import concatenate_rows, encode_row
 from alignkd.cache_store.rows.row import Rejected, Row
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
+from alignkd.cache_store.storage import open_storage
+from alignkd.cache_store.storage.local import LocalStorage
 from alignkd.capture.teacher_slice import check_sliceable, slice_config, slice_sizes
-from alignkd.errors import AlignkdError, DataError
+from alignkd.errors import AlignkdError, DataError, SampleError
 from alignkd.pipeline.cache_admin.status import dense_bytes
 from alignkd.pipeline.config.cache_layout import logit_width
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.stage_one.checks.place import check_room, free_bytes
 from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
 from alignkd.pipeline.stage_one.shard_work import not_finite, rows
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
 from alignkd.plugins import load_plugins
+
+_LOOKED_AT = 64
+"""Samples whose texts bound the size of a cache."""
 
 _NEIGHBOURS = 8
 """Samples in a row that are tried together: samples of one image are neighbours, and share its per-image fields."""
@@ -114,6 +121,43 @@ def _try(stage: StageOne, chosen: Sequence[int]) -> _Trial:
     made.sort(key=lambda row: order[row.key])
     positions = sum(planned.length for batch in ready for planned, _ in batch.samples)
     return _Trial(made, rejected, truncated, positions, seconds)
+
+
+def check_room_for_plan(stage: StageOne, tensors: Mapping[str, np.ndarray]) -> None:
+    """Refuse a cache that starts where there is no room for it. Rows are made for that only where their bound does not fit.
+
+    Raises:
+        ConfigError: both sizes, and what to do.
+    """
+    stage.use_tensors(tensors)
+    storage = open_storage(stage.config.cache)
+    kept_once = sum(array.nbytes for array in tensors.values())
+    if not isinstance(storage, LocalStorage) or _largest_size(stage) + kept_once <= free_bytes(storage.root):
+        return
+    made = _try(stage, spread(stage.plan.samples, _NEIGHBOURS)).rows
+    if made:
+        per_sample = sum(sizes(stage.spec(), made, stage.config.shard_format).values())
+        check_room(storage, round(per_sample * stage.plan.samples) + kept_once)
+
+
+def _largest_size(stage: StageOne) -> int:
+    """Bytes that the rows of a plan can never pass, from the lengths of a few texts and the shapes of the fields."""
+    plan, per_sample = stage.plan, list[int]()
+    fields = stage.spec().fields
+    for position in range(0, plan.samples, max(1, plan.samples // _LOOKED_AT)):
+        with contextlib.suppress(SampleError):
+            length = stage.preparer.text(stage.samples[position]).length
+            per_sample.append(sum(_values(field.dims, length, stage) * 4 for field in fields))
+    return sum(per_sample) * plan.samples // max(len(per_sample), 1)
+
+
+def _values(dims: Sequence[str | int], length: int, stage: StageOne) -> int:
+    logits = stage.row_settings.logits
+    fixed = {"H": stage.teacher.heads, "D": stage.teacher.hidden_size, "K": logits.top_k, "J": logits.draws}
+    count = 1
+    for dim in dims:
+        count *= int(dim) if str(dim).isdecimal() else fixed.get(str(dim), logits.sketch_bytes if dim == "S" else length)
+    return count
 
 
 def sizes(spec: CacheSpec, made: Sequence[Row], format_name: str) -> dict[str, float]:

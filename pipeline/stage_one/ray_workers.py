@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from alignkd.cache_store.protocol.store import open_store
@@ -23,9 +23,10 @@ from alignkd.pipeline.data.rejected_samples import TooManyRejectedError, allowed
 from alignkd.pipeline.runtime.out_of_memory import out_of_memory_is_transient
 from alignkd.pipeline.runtime.progress import ProgressBar, progress_bar
 from alignkd.pipeline.runtime.ranks import Worker
-from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
+from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals, take_back_signals
+from alignkd.pipeline.stage_one.checks.rejections import CommittedRejections
+from alignkd.pipeline.stage_one.dry_run import check_room_for_plan
 from alignkd.pipeline.stage_one.heartbeat import Heartbeat
-from alignkd.pipeline.stage_one.rejections import CommittedRejections
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
 from alignkd.pipeline.stage_one.worker import WorkerJob, check_done, warn_of_truncated
 from alignkd.plugins import load_plugins
@@ -53,7 +54,8 @@ class ShardActor:
         """Opened by the first task: Ray reports an error in ``__init__`` as a lost actor."""
         load_plugins(self.config.plugins)
         stage, beat = StageOne.open(self.config), Heartbeat(self.config.cache, Worker())
-        job = WorkerJob(stage, stage.open_store(lambda: beat.enter("calibrating")), Worker(), StopFlag())
+        store = stage.open_store(lambda: beat.enter("calibrating"), partial(check_room_for_plan, stage))
+        job = WorkerJob(stage, store, Worker(), StopFlag())
         beat.enter("writing", lambda: job.samples)
         return job
 
@@ -92,6 +94,7 @@ def cache_teacher_on_ray(config: CacheTeacherConfig, *, workers: int | None, add
             cluster = f"the Ray cluster of --ray-address {address}" if address else "a Ray cluster on this machine"
             with wrap_errors(ConfigError, f"{cluster} cannot be used", ValueError, RuntimeError, ConnectionError):
                 thread.submit(ray.init, address=address, **options).result()
+            take_back_signals()
             shards = _run(ray, config, workers, stop)
         except ray.exceptions.RayTaskError as error:
             raise _error_in_actor(error) from error

@@ -31,6 +31,9 @@ from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.signals import StopFlag
 from alignkd.pipeline.stage_one.calibrate import CALIBRATION_POSITIONS, CALIBRATION_SAMPLES, NotFiniteError, calibrate
+from alignkd.pipeline.stage_one.checks.place import check_writable
+from alignkd.pipeline.stage_one.checks.rejections import check_existing
+from alignkd.pipeline.stage_one.checks.student import check_recipe, check_student
 from alignkd.pipeline.stage_one.finite import advice
 from alignkd.pipeline.stage_one.planned_samples import find_samples
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput, run_teacher
@@ -62,12 +65,18 @@ class StageOne:
             AlignkdError: one of the two cannot be used, or options contradict each other.
         """
         check_slice_options(config.alignment, set(config.settings.targets), without_tower=config.slice_without_tower)
+        recipe = check_recipe(config)
+        check_writable(config.cache)
         samples, plan = find_samples(config)
+        check_existing(config)
+        compared = check_student(config, recipe)
         tower = Path(config.vision_tower) if config.vision_tower else None
         device = pick_device(config.device, local_rank)
         teacher = load_vlm(config.teacher, dtype=parse_dtype(config.dtype), device=device, vision_tower=tower)
         enable_capture(teacher)
         teacher.model.requires_grad_(False)
+        if not compared:
+            check_student(config, recipe, teacher)
         settings = resolve_targets(config, teacher)
         template = config.template or teacher.default_template
         check_template(template, teacher.templates)
@@ -163,8 +172,14 @@ class StageOne:
         if "logits" in self.row_settings.targets:
             self.logit_codec = open_codec(self.row_settings.logits, arrays, self.teacher.device)
 
-    def open_store(self, on_start: Callable[[], None] = lambda: None) -> CacheStore:
-        """Start the cache, or continue it; ``on_start`` is called before a calibration, which only a cache that starts needs.
+    def open_store(
+        self,
+        on_start: Callable[[], None] = lambda: None,
+        on_tensors: Callable[[dict[str, np.ndarray]], None] = lambda tensors: None,
+    ) -> CacheStore:
+        """Start the cache, or continue it.
+
+        Only a cache that starts needs a calibration: ``on_start`` is called before it, ``on_tensors`` with what it gave.
 
         Raises:
             FingerprintMismatchError: it was written with other settings.
@@ -172,7 +187,9 @@ class StageOne:
 
         def tensors() -> dict[str, np.ndarray]:
             on_start()
-            return self.tensors()
+            made = self.tensors()
+            on_tensors(made)
+            return made
 
         store = CacheStore.create_or_open(
             self.config.cache, self.spec(), self.plan, shard_format=self.config.shard_format, tensors=tensors

@@ -32,10 +32,11 @@ from alignkd.pipeline.runtime.progress import ProgressBar, progress_bar
 from alignkd.pipeline.runtime.ranks import Worker, find_worker
 from alignkd.pipeline.runtime.run_record import make_run_record
 from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
+from alignkd.pipeline.stage_one.checks.rejections import CommittedRejections
+from alignkd.pipeline.stage_one.dry_run import check_room_for_plan
 from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
 from alignkd.pipeline.stage_one.heartbeat import heartbeat
 from alignkd.pipeline.stage_one.prefetch import HostThreads
-from alignkd.pipeline.stage_one.rejections import CommittedRejections
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput
 from alignkd.pipeline.stage_one.shard_work import ReadyBatch, ShardWork, not_finite, rows
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
@@ -58,7 +59,7 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
     worker = find_worker(config.rank, config.world_size)
     with stop_on_signals() as stop, heartbeat(config.cache, worker) as beat:
         stage = StageOne.open(config, worker.local_rank, stop)
-        store = stage.open_store(lambda: beat.enter("calibrating"))
+        store = stage.open_store(lambda: beat.enter("calibrating"), partial(check_room_for_plan, stage))
         store.sweep(min_age_s=MIN_AGE_S)
         configuration = asdict(stage.config) | {"template": stage.template, "worker": str(worker)}
         store.write_run(make_run_record("cache-teacher", configuration))

@@ -65,6 +65,24 @@ def read_official(
     Raises:
         CheckpointError: an unknown projector or tower, or weights that do not match the configuration.
     """
+    config, tower_name, tower_folder = official_config(folder, official, vision_tower)
+    state = {k: v for k, v in _rename(read_state(folder), _TO_OURS).items() if not _BUFFERS.search(k)}
+    if not any(name.startswith("model.vision_tower.") for name in state):
+        state.update(_tower_state(folder, tower_name, tower_folder))
+    _tie_embeddings(config, state)
+    model = build_model(folder, config, state, dtype, MobileVlm)
+    settings = image_settings(folder, tower_folder, int(config.vision_config.image_size))
+    return model, ImagePreprocessor(settings, config.image_aspect_ratio)
+
+
+def official_config(
+    folder: Path, official: dict[str, Any], vision_tower: Path | None
+) -> tuple[MobileVlmConfig, str, Path | None]:
+    """The configuration of an official folder, the name of its tower, and the tower's folder.
+
+    Raises:
+        CheckpointError: an unknown projector or tower.
+    """
     where = folder / "config.json"
     projector = official.get("mm_projector_type")
     if projector not in PROJECTORS:
@@ -75,14 +93,35 @@ def read_official(
     if not isinstance(tower_name, str):
         raise CheckpointError(f"{where} names no mm_vision_tower; is this a text-only checkpoint?")
     tower_folder = find_tower(tower_name, folder, vision_tower)
-    config = _to_config(where, official, projector, tower_config(tower_name, tower_folder))
-    state = {k: v for k, v in _rename(read_state(folder), _TO_OURS).items() if not _BUFFERS.search(k)}
-    if not any(name.startswith("model.vision_tower.") for name in state):
-        state.update(_tower_state(folder, tower_name, tower_folder))
-    _tie_embeddings(config, state)
-    model = build_model(folder, config, state, dtype, MobileVlm)
-    settings = image_settings(folder, tower_folder, int(config.vision_config.image_size))
+    return _to_config(where, official, projector, tower_config(tower_name, tower_folder)), tower_name, tower_folder
+
+
+def describe(folder: Path, official: dict[str, Any] | None, vision_tower: Path | None) -> tuple[MobileVlm, ImagePreprocessor]:
+    """The model without weights, and its preprocessing; ``official``: the configuration of an official folder, else None.
+
+    Raises:
+        CheckpointError: as :func:`read_official` and :func:`read_own`.
+    """
+    if official is None:
+        config, settings = own_config(folder), read_settings(folder)
+    else:
+        config, _, tower_folder = official_config(folder, official, vision_tower)
+        settings = image_settings(folder, tower_folder, int(config.vision_config.image_size))
+    with wrap_errors(CheckpointError, f"{folder}: no model can be made of its configuration"), torch.device("meta"):
+        model = MobileVlm(config)
     return model, ImagePreprocessor(settings, config.image_aspect_ratio)
+
+
+def own_config(folder: Path) -> MobileVlmConfig:
+    """The configuration of a folder that alignkd saved.
+
+    Raises:
+        CheckpointError: it is no MobileVLM's.
+    """
+    with wrap_errors(CheckpointError, f"{folder}/config.json is not the configuration of a MobileVLM"):
+        config: MobileVlmConfig = MobileVlmConfig.from_pretrained(folder, local_files_only=True)
+        _check_feature_layer(folder / "config.json", config)
+    return config
 
 
 def read_own(folder: Path, dtype: torch.dtype) -> tuple[MobileVlm, ImagePreprocessor]:
@@ -91,9 +130,7 @@ def read_own(folder: Path, dtype: torch.dtype) -> tuple[MobileVlm, ImagePreproce
     Raises:
         CheckpointError: a file is missing, or the weights do not match the configuration.
     """
-    with wrap_errors(CheckpointError, f"{folder}/config.json is not the configuration of a MobileVLM"):
-        config = MobileVlmConfig.from_pretrained(folder, local_files_only=True)
-        _check_feature_layer(folder / "config.json", config)
+    config = own_config(folder)
     state = read_state(folder)
     _tie_embeddings(config, state)
     settings = read_settings(folder)

@@ -12,7 +12,7 @@ from torch import nn
 
 from alignkd.inputs.batch import Batch
 from alignkd.inputs.prompts import TEMPLATES, check_template
-from alignkd.models.checkpoints.mobilevlm_layout import read_official, read_own, write_official
+from alignkd.models.checkpoints.mobilevlm_layout import describe, read_official, read_own, write_official
 from alignkd.models.checkpoints.preprocessor_files import write_settings
 from alignkd.models.checkpoints.tokenizer_files import check_tokenizer, copy_tokenizer, load_tokenizer
 from alignkd.models.encoders.images import ImagePreprocessor
@@ -55,6 +55,12 @@ class MobileVlmFamily(Vlm):
         check_tokenizer(folder, tokenizer, model.config.text_config.vocab_size)
         model.eval().to(device)
         return cls(model, tokenizer, folder, images, official_config=config if official else None)
+
+    @classmethod
+    def describe(cls, folder: Path, config: dict[str, Any], *, vision_tower: Path | None) -> "MobileVlmFamily":
+        """See :class:`alignkd.models.vlm.Vlm`."""
+        model, images = describe(folder, config if config["model_type"] == _OFFICIAL else None, vision_tower)
+        return cls(model, load_tokenizer(folder), folder, images)
 
     @property
     def templates(self) -> tuple[str, ...]:

@@ -4,12 +4,15 @@ import shlex
 from dataclasses import dataclass, field
 
 from alignkd.cache_store.protocol.commit import read_records
+from alignkd.cache_store.protocol.manifest import NAME as MANIFEST
 from alignkd.cache_store.protocol.names import committed_numbers
-from alignkd.cache_store.protocol.store import CacheStore
+from alignkd.cache_store.protocol.store import CacheStore, open_store
 from alignkd.cache_store.rows.reasons import NOT_FINITE
+from alignkd.cache_store.storage import open_storage
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.stage_one import finite
+from alignkd.pipeline.stage_one.checks.place import check_room_to_continue
 
 
 @dataclass
@@ -48,3 +51,16 @@ class CommittedRejections:
         else:
             again = f"alignkd cache repair {shlex.quote(self.store.url)} --retry-rejected"
             self.rejects.then = f". To try the rejected samples again, run this before cache-teacher: {again}"
+
+
+def check_existing(config: CacheTeacherConfig) -> None:
+    """Refuse, before the teacher is loaded, to continue a cache that has no room left, or too many rejected samples.
+
+    Raises:
+        ConfigError: no room.
+        TooManyRejectedError, NoUsableSampleError: as :meth:`CommittedRejections.check`.
+    """
+    if open_storage(config.cache).size(MANIFEST) is not None:
+        store = open_store(config.cache)
+        CommittedRejections(store, config).check()
+        check_room_to_continue(store)
