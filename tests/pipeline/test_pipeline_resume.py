@@ -162,7 +162,7 @@ def test_resuming_reads_the_samples_that_are_left_and_no_others(tmp_path, data, 
     half_done(data, tmp_path / "cache")
     reads, real = [], os.pread
     monkeypatch.setattr(os, "pread", lambda file, size, at: reads.append((at, size)) or real(file, size, at))
-    monkeypatch.setattr("alignkd.pipeline.data.samples._records", lambda *_: pytest.fail("the whole data file was read"))
+    monkeypatch.setattr("alignkd.pipeline.data.records.read_records", lambda *_: pytest.fail("the whole data file was read"))
     assert write_cache(data, tmp_path / "cache")["complete"]
     plan = open_store(tmp_path / "cache").plan
     assert reads == [(int(plan.extras["starts"][i]), int(plan.extras["lengths"][i])) for i in (2, 3)]
