@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -151,5 +152,6 @@ def _told_as_damage(storage: Storage, number: int) -> Iterator[None]:
         yield
     except (CorruptRecordError, UnicodeDecodeError, UnusableObjectError) as error:
         raise CorruptRecordError(
-            f"{storage.url}/{record_name(number)}: {error}. Run alignkd cache repair, then cache-teacher again."
+            f"{storage.url}/{record_name(number)}: {error}. Run this, then cache-teacher again: alignkd cache repair"
+            f" {shlex.quote(storage.url)}"
         ) from error

@@ -121,8 +121,8 @@ def _check_cross_model(
     if "logits" in needs and (differences := _differences(_vocabulary_pairs(student, fingerprint), "in the cache")):
         hint = _vocabulary_hint(student, fingerprint)
         raise CacheError(
-            f"{prefix}, and logits need the same tokenizer and output head width: {differences}. Train without logits (--set"
-            " reverse_kl=0, forward_kl=0 or jensen_shannon=0, whichever the recipe uses): attention and vision tokens work"
+            f"{prefix}, and logits need the same tokenizer and output head width: {differences}. Train without logits"
+            " (--set reverse_kl=0 --set forward_kl=0 --set jensen_shannon=0): attention and vision tokens work"
             f" across tokenizers. Or choose teacher and student with the same tokenizer{hint and f'; {hint}'}"
         )
 

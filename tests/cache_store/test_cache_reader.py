@@ -254,7 +254,7 @@ def test_a_shard_in_the_place_of_another_is_refused_even_where_its_record_fits(t
 
 def test_a_damaged_record_is_refused_with_what_to_do(cache):
     flip(open_storage(cache), record_name(1))
-    with pytest.raises(CorruptRecordError, match=r"000001.json.*Run alignkd cache repair, then cache-teacher again"):
+    with pytest.raises(CorruptRecordError, match=r"000001.json.*Run this, then cache-teacher again: alignkd cache repair"):
         CacheReader(cache)
 
 

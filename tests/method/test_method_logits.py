@@ -20,7 +20,7 @@ from alignkd.targets.logits.kept import (
     encode_logprobs,
     rank_order,
 )
-from alignkd.targets.logits.sketch import allocate, pack_bits, unpack_bits
+from alignkd.targets.logits.sketch import allocate, fit_sketch, pack_bits, unpack_bits
 from tests.reference.divergences import DIVERGENCES
 from tests.reference.logits import bucketed, divergence, logprob_error, outcomes
 
@@ -396,3 +396,45 @@ def test_a_calibration_of_one_answer_still_gives_a_sketch():
     codec = teacher.codec(SETTINGS["sketch"])
     for name in DIVERGENCES:
         assert torch.isfinite(divergence(codec, name, student_logits(), teacher.values(codec), 1.0)).all()
+
+
+def _low_rank_head(name):
+    """An output head ``[N, D]`` and the rank of its logits when they are centred."""
+    generator = torch.Generator().manual_seed(7)
+    width = 96
+    full = torch.randn(40, width, generator=generator)
+    narrow = torch.randn(300, 5, generator=generator) @ torch.randn(5, width, generator=generator)
+    return {
+        "fewer tokens than the width": (full, 39),
+        "as many tokens as the width": (torch.randn(width, width, generator=generator), width),
+        "one token more than the width, of which two are equal": (torch.cat([full[:1], full, full.flip(0), full[:16]]), 39),
+        "rank five": (narrow, 5),
+        "rank five, with rows that nothing uses": (torch.cat([narrow, torch.zeros(50, width)]), 5),
+        "in half precision": (narrow.half(), width),
+        "all tokens alike": (full[:1].repeat(200, 1), width),
+    }[name]
+
+
+LOW_RANK = (
+    *("fewer tokens than the width", "as many tokens as the width", "one token more than the width, of which two are equal"),
+    *("rank five", "rank five, with rows that nothing uses", "in half precision", "all tokens alike"),
+)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_a_head_of_low_rank_is_sketched_in_its_own_span(name, bias):
+    head_ND, rank = _low_rank_head(name)
+    generator = torch.Generator().manual_seed(8)
+    hidden_MD = torch.randn(400, head_ND.shape[1], generator=generator)
+    bias_N = torch.randn(len(head_ND), generator=generator) if bias else None
+    logits_MN = hidden_MD @ head_ND.float().T + (0 if bias_N is None else bias_N)
+    mean_N = logits_MN.softmax(1).mean(0)
+    sketch = fit_sketch(hidden_MD, head_ND, bias_N, mean_N, 96)
+    assert all(torch.isfinite(getattr(sketch, part)).all() for part in ("projection_RD", "step_R", "base_N", "head_NR"))
+    assert len(sketch.bits_R) <= rank
+    assert int(sketch.bits_R.sum()) <= 8 * 96
+    weight_N = 0.5 * mean_N + 0.5 / len(mean_N)
+    truth_MN = logits_MN - (logits_MN @ weight_N)[:, None]
+    found_MN = sketch.decoder()(sketch.encode(hidden_MD))
+    assert (found_MN - truth_MN).square().mean() <= 2e-3 * truth_MN.square().mean() + 1e-4

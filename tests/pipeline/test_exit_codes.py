@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from alignkd.cache_store.errors import StorageError
 from alignkd.errors import ConfigError, TransientError, is_resumable, is_transient
+from alignkd.pipeline.runtime.out_of_memory import out_of_memory_is_transient
 from alignkd.pipeline.runtime.retries import ATTEMPTS, with_retries
+from alignkd.pipeline.runtime.signals import Interrupted, stop_on_signals, take_back_signals
 
 
 def os_error(number: int) -> OSError:
@@ -73,3 +79,38 @@ def test_what_is_not_transient_is_tried_once() -> None:
     with pytest.raises(FileNotFoundError):
         with_retries(call, "reading a file", sleep=lambda _: None)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_signal_while_a_command_loads_its_libraries_ends_it_with_75(name: str) -> None:
+    program = (
+        "import os, signal\n"
+        "from alignkd.pipeline.runtime.signals import resumable_from_the_start\n"
+        "with resumable_from_the_start():\n"
+        f"    try: os.kill(os.getpid(), signal.{name}); signal.pause()\n"
+        "    except BaseException: pass\n"  # as libraries do while they are imported
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (75, f"stopped by {name}; run the same command again\n")
+
+
+def test_handlers_that_a_library_replaced_below_python_are_taken_back() -> None:
+    with stop_on_signals() as stop:
+        ctypes.CDLL(None).signal(signal.SIGUSR1, 1)  # SIG_IGN, which Python does not see
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not stop
+        take_back_signals()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(Interrupted, match="stopped by SIGUSR1"):
+            stop.check()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_memory_that_runs_out_where_no_sample_is_at_fault_is_transient(error: Exception) -> None:
+    with pytest.raises(TransientError, match=r"memory ran out.*run the same command again"), out_of_memory_is_transient():
+        raise error
+
+
+def test_any_other_error_is_not_taken_for_lack_of_memory() -> None:
+    with pytest.raises(KeyError), out_of_memory_is_transient():
+        raise KeyError("a bug")

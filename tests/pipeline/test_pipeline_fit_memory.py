@@ -9,6 +9,8 @@ import pytest
 import torch
 from tiny_runs import SAMPLES, content, record, stage_one_config, write_cache, write_data
 
+from alignkd.cache_store.protocol.store import open_store
+from alignkd.errors import TransientError
 from alignkd.inputs.encoder import Planned
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.stage_one import calibrate as calibrate_module
@@ -102,6 +104,28 @@ def test_a_batch_of_which_nothing_is_left_is_not_run():
     assert HalvingRunner(SmallMemory(100)).run(ReadyBatch([], None, [])) == ([], [])
 
 
+def test_a_sample_alone_is_tried_again_after_pauses():
+    stage, pauses = SmallMemory(5), []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        stage.limit = 10 * len(pauses) - 5
+
+    done, rejected = HalvingRunner(stage, pause=pause).run(batch_of(stage, 10))
+    assert ([output for _, output in done], rejected) == ([["s0"]], [])
+    assert pauses == sorted(pauses)
+    assert len(pauses) == 2
+
+
+def test_memory_that_is_gone_is_not_the_fault_of_a_sample_shorter_than_one_that_fitted():
+    stage = SmallMemory(25)
+    runner = HalvingRunner(stage, pause=lambda _: None)
+    runner.run(batch_of(stage, 20))
+    stage.limit = 5
+    with pytest.raises(TransientError, match="10 positions, though 20 positions fitted before: another process"):
+        runner.run(batch_of(stage, 10))
+
+
 LONG = record("long", None, "What " + "is it " * 150 + "?", "This.")
 
 
@@ -158,3 +182,12 @@ def test_a_calibration_leaves_out_what_memory_has_no_room_for(tmp_path, monkeypa
     tensors = [StageOne.open(stage_one_config(data, tmp_path / "cache")).tensors() for data in (small, large)]
     assert tensors[0].keys() == tensors[1].keys()
     np.testing.assert_array_equal(tensors[0]["logits.id_of_rank"], tensors[1]["logits.id_of_rank"])
+
+
+def test_where_nothing_fits_at_all_no_sample_is_rejected(tmp_path, little_memory):
+    data = write_data(tmp_path / "d.json", [LONG, SAMPLES[4]])
+    settings = TargetSettings(targets=("attention", "vision"))
+    with pytest.raises(TransientError, match="memory ran out for each of the first 1 samples"):
+        write_cache(data, tmp_path / "cache", shard_samples=1, settings=settings)
+    assert little_memory
+    assert (open_store(tmp_path / "cache").status().rejected, len(open_store(tmp_path / "cache").pending())) == ((), 2)

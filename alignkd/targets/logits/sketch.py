@@ -20,8 +20,11 @@ import torch
 # Range of a quantiser by its number of bits, in standard deviations: wide enough for heavy tails, narrow enough for few levels.
 _RANGE = {2: 1.5, 3: 2.3, 4: 2.9, 5: 3.5, 6: 4.0, 7: 4.5, 8: 5.0}
 
-_LOWEST_SHARE = 1e-8
-"""A direction whose share of the metric is less than this moves no logit."""
+_ROUNDING = 1e-5
+"""A metric that was computed in float32 is not told from a singular one where a pivot has less than this share of its mean."""
+_LEAST_SHARE = 1e-9
+"""A direction with less than this share of the largest one moves no logit."""
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def fit_sketch(
     covariance_DD = spread_MD.T @ spread_MD / len(hidden_MD)
     # Directions in which no calibration answer varies get a little variance, so that their scale is not zero.
     covariance_DD.diagonal().add_(1e-4 * covariance_DD.diagonal().mean() + 1e-12)
-    root_DQ, inverse_QD = _root(metric_DD)
+    root_DQ, inverse_QD = _root(metric_DD, centred_ND, weight_N)
     variance_Q, directions_QQ = torch.linalg.eigh(root_DQ.T @ covariance_DD @ root_DQ)
     variance_Q, directions_QQ = variance_Q.flip(0).clamp(min=0), directions_QQ.flip(1)
     bits_Q = allocate(variance_Q, 8 * size)
@@ -97,7 +100,9 @@ def fit_sketch(
     )
 
 
-def _root(metric_DD: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+def _root(
+    metric_DD: torch.Tensor, centred_ND: torch.Tensor, weight_N: torch.Tensor
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """A root ``[D, Q]`` that times its transpose is the metric, and the inverse of its transpose, ``[Q, R] -> [D, R]``.
 
     Q is D, or the rank of the head where it is less: directions that move no logit get no coordinate.
@@ -106,11 +111,14 @@ def _root(metric_DD: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor
     positive_DD = metric_DD.clone()
     positive_DD.diagonal().add_(1e-9 * mean + 1e-12)
     root_DD, failed = torch.linalg.cholesky_ex(positive_DD)
-    if not failed and root_DD.diagonal().min() ** 2 > _LOWEST_SHARE * mean:
+    if not failed and root_DD.diagonal().min() ** 2 > _ROUNDING * mean:
         return root_DD, lambda columns_QR: torch.linalg.solve_triangular(root_DD.T, columns_QR, upper=True)
-    values_D, vectors_DD = torch.linalg.eigh(metric_DD)
-    # The head is in float32 at best, so smaller eigenvalues than this are rounding.
-    kept_D = values_D > _LOWEST_SHARE * values_D.max()
+    # In float32 the directions of a head of low rank cannot be told from rounding.
+    exact_DD = torch.zeros_like(metric_DD)
+    for rows_ND, weights_N in zip(centred_ND.split(_ROWS_AT_ONCE), weight_N.split(_ROWS_AT_ONCE), strict=True):
+        exact_DD += rows_ND.double().T @ (weights_N.double()[:, None] * rows_ND.double())
+    values_D, vectors_DD = torch.linalg.eigh(exact_DD)
+    kept_D = values_D > _LEAST_SHARE * values_D.max()
     scale_Q, vectors_DQ = values_D[kept_D].sqrt(), vectors_DD[:, kept_D]
     return vectors_DQ * scale_Q, lambda columns_QR: vectors_DQ @ (columns_QR / scale_Q[:, None])
 
