@@ -115,7 +115,7 @@ def _root(
         return root_DD, lambda columns_QR: torch.linalg.solve_triangular(root_DD.T, columns_QR, upper=True)
     # In float32 the directions of a head of low rank cannot be told from rounding.
     exact_DD = torch.zeros_like(metric_DD)
-    for rows_ND, weights_N in zip(centred_ND.split(_ROWS_AT_ONCE), weight_N.split(_ROWS_AT_ONCE), strict=True):
+    for rows_ND, weights_N in zip(torch.split(centred_ND, _ROWS_AT_ONCE), torch.split(weight_N, _ROWS_AT_ONCE), strict=True):
         exact_DD += rows_ND.double().T @ (weights_N.double()[:, None] * rows_ND.double())
     values_D, vectors_DD = torch.linalg.eigh(exact_DD)
     kept_D = values_D > _LEAST_SHARE * values_D.max()
