@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import zlib
 
 import numpy as np
@@ -87,8 +88,8 @@ def unusable_shard(storage: Storage, record: CommitRecord, keys: tuple[str, ...]
     some = ", ".join(keys[:3]) + (", ..." if record.rows > 3 else "")
     return CorruptShardError(
         f"shard {record.number} of the cache at {storage.url} cannot be used: {record.object}: {why}. "
-        f"It has {record.rows} samples ({some}). Run alignkd cache verify to see all damage, alignkd cache repair"
-        " to remove this shard, and cache-teacher to rebuild it."
+        f"It has {record.rows} samples ({some}). Run this to remove it, then cache-teacher to rebuild it:"
+        f" alignkd cache repair {shlex.quote(storage.url)}"
     )
 
 

@@ -3,6 +3,7 @@
 Shapes: H heads, T text rows, V vision columns, D teacher width, A answers, K kept tokens, R regions, N vocabulary.
 """
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ def row_arrays(reader: CacheReader, row: Row) -> dict[str, np.ndarray]:
         CacheError: fingerprint, row and tensors of the cache contradict each other.
     """
     check_fingerprint_keys(reader.fingerprint, "targets", cache=reader.url)
-    message = f"the row of {row.sample_id!r} in the cache at {reader.url} cannot be decoded: run alignkd cache verify"
+    message = f"the row of {row.sample_id!r} cannot be decoded: run alignkd cache verify {shlex.quote(reader.url)}"
     with wrap_errors(CacheError, message, KeyError, IndexError, TypeError, ValueError):
         return _decode(reader, row.values)
 

@@ -13,6 +13,7 @@ from alignkd.pipeline.commands.from_config import from_options, options_of
 from alignkd.pipeline.commands.grouped_help import GroupedOption
 from alignkd.pipeline.commands.printing import say, say_json
 from alignkd.pipeline.config.distill import DistillConfig
+from alignkd.pipeline.runtime.signals import resumable_from_the_start
 from alignkd.plugins import load_plugins
 
 
@@ -49,10 +50,10 @@ def distill_command(recipe: str, overrides: tuple[str, ...], as_json: bool, **gi
     load_plugins(given["plugins"])  # a plugin may register terms that --set and a recipe file name
     chosen = get_recipe(recipe, {key: value for key, _, value in pairs})
     config = from_options(DistillConfig, given, recipe=chosen)
-    from alignkd.pipeline.training.monitoring.summary import summary
-    from alignkd.pipeline.training.run import distill
+    with resumable_from_the_start(), contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to standard output
+        from alignkd.pipeline.training.monitoring.summary import summary
+        from alignkd.pipeline.training.run import distill
 
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to standard output, which is for figures
         figures = distill(config)
     if figures:  # of several processes, the first one reports
         if as_json:

@@ -1,5 +1,6 @@
 """``alignkd cache status`` for people: tables of at most 80 columns."""
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -96,7 +97,7 @@ def _missing_words(figures: Mapping[str, Any]) -> str:
     named = ", ".join(f"{number:06d}" for number in missing[:4]) + (", ..." if len(missing) > 4 else "")
     return (
         f"{len(missing)} committed {_plural('shard', len(missing))} missing ({named}): the file was deleted.\n"
-        f"To make it again: alignkd cache repair {figures['cache']}, then cache-teacher"
+        f"To make it again, run cache-teacher after: alignkd cache repair {shlex.quote(figures['cache'])}"
     )
 
 

@@ -204,7 +204,7 @@ def test_a_damaged_shard_is_found_by_verify_and_ends_distill(door, tmp_path, dat
     assert "found crc32" in verified.stdout
     assert "Traceback" not in verified.stderr
     arguments = ["--student", STUDENT, "--data", data, "--images", IMAGES, "--device", "cpu", "--batch-size", 6]
-    words = ["shard 0 of the cache", "expected", "Run alignkd cache verify"]
+    words = ["shard 0 of the cache", "expected", f"alignkd cache repair {damaged}"]
     refused(door, ["distill", *arguments, "--cache", damaged, "--out", tmp_path / "out"], words)
 
 
