@@ -5,6 +5,8 @@ A sample that cannot be prepared is a :class:`SampleError`: the caller names it,
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,8 +60,9 @@ class Preparer:
             SampleError: an image cannot be read, or no supervised token is left.
         """
         check_text(sample)
-        images, digest = self.load_images(sample.images)
-        made, truncated = self.encoder.encode(sample.turns, images)
+        with _memory_for(sample):
+            images, digest = self.load_images(sample.images)
+            made, truncated = self.encoder.encode(sample.turns, images)
         return Prepared(made, digest, truncated)
 
     def text(self, sample: Sample) -> Planned:
@@ -70,8 +73,9 @@ class Preparer:
                 and cannot be read.
         """
         check_text(sample)
-        sizes = [self._size(reference) for reference in sample.images] if self.encoder.needs_sizes else []
-        return self.encoder.plan(sample.turns, len(sample.images), sizes)
+        with _memory_for(sample):
+            sizes = [self._size(reference) for reference in sample.images] if self.encoder.needs_sizes else []
+            return self.encoder.plan(sample.turns, len(sample.images), sizes)
 
     def with_images(self, sample: Sample, text: Planned) -> Prepared:
         """The second half: its images.
@@ -79,8 +83,9 @@ class Preparer:
         Raises:
             SampleError: an image cannot be read, or the sample cannot be used with it.
         """
-        images, digest = self.load_images(sample.images)
-        made, truncated = self.encoder.finish(sample.turns, text, images)
+        with _memory_for(sample):
+            images, digest = self.load_images(sample.images)
+            made, truncated = self.encoder.finish(sample.turns, text, images)
         return Prepared(made, digest, truncated)
 
     def question(self, sample: Sample) -> ModelInput:
@@ -90,8 +95,9 @@ class Preparer:
             SampleError: its last turn is no answer, or an image cannot be read.
         """
         check_text(sample)
-        images, _ = self.load_images(sample.images)
-        return self.encoder.question(sample.turns, images)
+        with _memory_for(sample):
+            images, _ = self.load_images(sample.images)
+            return self.encoder.question(sample.turns, images)
 
     def load_images(self, references: tuple[str, ...]) -> tuple[list[Any], str]:
         """A sample's images as the encoder takes them (or features ``[P, C]`` each), and their SHA-256.
@@ -137,11 +143,24 @@ class Preparer:
             rgb = decode(image)
         except ImageError as error:
             raise SampleError(f"image {error}" if str(path) in str(error) else f"image {path}: {error}") from error
-        except MemoryError as error:
-            raise TransientError(f"image {path}: there is not enough memory to decode it; use fewer workers") from error
         if lost := what_is_lost(image, rgb):
             self.doubtful.add(reference, lost)
         return rgb, hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def _memory_for(sample: Sample) -> Iterator[None]:
+    """Memory that runs out is no fault of the sample: its images are measured before they are decoded.
+
+    Raises:
+        TransientError: names the sample.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise TransientError(
+            f"sample {sample.id or sample.key!r}: there is not enough memory to prepare it; use fewer workers, or free memory"
+        ) from error
 
 
 def check_text(sample: Sample) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -12,6 +13,7 @@ import torch
 from checkpoints import FAMILIES
 from image_kinds import KINDS, SIZE
 from PIL import Image, ImageFile, ImageOps
+from transformers.image_utils import load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from alignkd.errors import CheckpointError, SampleError
@@ -105,11 +107,14 @@ def wide_image(folder, size):
 
 
 @pytest.mark.parametrize("use", ["whole", "text"])
-@pytest.mark.parametrize(("name", "size"), [("mobilevlm_v1", WIDE), ("llava", (4_000_000, 16)), ("llava", (60_000_000, 1))])
+@pytest.mark.parametrize(("name", "size"), [("mobilevlm_v1", WIDE), ("llava", (65_000, 1)), ("llava", (1, 65_000))])
 def test_an_image_that_padding_or_resizing_makes_too_large_is_rejected_before_it_is_decoded(
     written, tmp_path, monkeypatch, name, size, use
 ):
-    vlm = load_vlm(written(name))
+    folder = written(name)
+    if name == "llava":
+        folder = settings_of_images(tmp_path / "large", written, name, {"size": {"shortest_edge": 336}})
+    vlm = load_vlm(folder)
     preparer = Preparer.of(vlm, template=vlm.default_template, max_length=2048, image_root=tmp_path)
     sample = wide_image(tmp_path, size)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
@@ -120,6 +125,22 @@ def test_an_image_that_padding_or_resizing_makes_too_large_is_rejected_before_it
     elif vlm.encoder("v1", 2048).needs_sizes:
         with pytest.raises(SampleError, match=r"pixels, .* when .*, more than 134,217,728"):
             preparer.text(sample)
+
+
+EXTREME = [(16_000, 1), (1, 16_000), (1, 1)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_image_of_any_shape_has_pixel_values_or_is_rejected(written, tmp_path, name):
+    vlm = load_vlm(written(name))
+    preparer = Preparer.of(vlm, template=vlm.default_template, max_length=2048, image_root=tmp_path)
+    for size in EXTREME:
+        sample = wide_image(tmp_path, size)
+        for use in (preparer, preparer.text):
+            with contextlib.suppress(SampleError):
+                use(sample)
+    with pytest.raises(SampleError, match="65536 x 1 pixels, a side of more than 65,535"):
+        preparer(wide_image(tmp_path, (65_536, 1)))
 
 
 def test_several_images_that_become_squares_are_measured_as_squares(written, tmp_path):
@@ -209,3 +230,15 @@ def test_images_of_one_value_are_counted_in_a_warning_each_once(written, tmp_pat
         drawing.save(tmp_path / f"{number}.png")
         preparer(replace(sample, images=(f"{number}.png",)))
     assert "so far: 10; the last one is 8.png: as RGB all of it has one value (the file's mode is RGBA)" in caplog.text
+
+
+def test_a_processor_that_converts_nothing_is_given_what_transformers_loader_gives(written, tmp_path, folder_of_kinds):
+    folder = settings_of_images(tmp_path / "a", written, "llava", {"do_convert_rgb": False})
+    vlm = load_vlm(folder)
+    preparer = Preparer.of(vlm, template=vlm.default_template, max_length=2048, image_root=folder_of_kinds)
+    for kind in ("RGBA PNG", "palette with alpha PNG", "orientation 6 JPEG", "16 bit PNG", "grey PNG"):
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a ball"}]
+        ours = preparer(parse_sample({"id": kind, "image": kind, "conversations": turns}, kind)).input.images
+        image = load_image(str(folder_of_kinds / kind))
+        theirs = vlm.processor.image_processor([image], return_tensors="pt")["pixel_values"]
+        assert torch.equal(ours, theirs.reshape(ours.shape)), kind

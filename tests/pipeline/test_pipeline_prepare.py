@@ -113,7 +113,7 @@ def test_too_little_memory_to_decode_is_no_fault_of_the_image(student_vlm, monke
         raise MemoryError
 
     monkeypatch.setattr(type(student_vlm.images), "decode", lambda _self, image: no_memory(image))
-    with pytest.raises(TransientError, match=r"0\.png: there is not enough memory"):
+    with pytest.raises(TransientError, match="sample 'a': there is not enough memory"):
         preparer(student_vlm)(with_image("0.png"))
 
 

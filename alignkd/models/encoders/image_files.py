@@ -18,6 +18,8 @@ from alignkd.plain_files import open_plain, read_plain
 
 MAX_IMAGE_PIXELS = 64_000_000
 """An image larger than this (8,000 x 8,000) is rejected before it is decoded."""
+MAX_IMAGE_SIDE = 65_535
+"""The longest side a JPEG can have. Pillow's resizing and the processors take more memory than pixels for longer ones."""
 MAX_IMAGE_BYTES = 256 * 2**20
 _PNG_START = 8
 _PNG_TEXT = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
@@ -71,7 +73,7 @@ def open_image(file: BinaryIO, name: str) -> Image.Image:
     """The image of a file, of which only the header is read: :func:`read_pixels` reads the rest.
 
     Raises:
-        ImageError: not an image, or more than :data:`MAX_IMAGE_PIXELS`.
+        ImageError: not an image, or more than :data:`MAX_IMAGE_PIXELS` or :data:`MAX_IMAGE_SIDE`.
     """
     with _readable(name):
         image = Image.open(file)
@@ -79,6 +81,8 @@ def open_image(file: BinaryIO, name: str) -> Image.Image:
         raise ImageError(f"{name}: an EPS file is a program and not an image; convert it to PNG or JPEG")
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ImageError(f"{name}: {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS:,}")
+    if max(image.size) > MAX_IMAGE_SIDE:
+        raise ImageError(f"{name}: {image.width} x {image.height} pixels, a side of more than {MAX_IMAGE_SIDE:,}")
     return image
 
 
@@ -97,7 +101,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """An RGB image as Pillow's ``convert`` gives it: the loader of LLaVA's and MobileVLM's training code.
 
     Raises:
-        ImageError: not an image, damaged, or more than :data:`MAX_IMAGE_PIXELS`.
+        ImageError: not an image, damaged, or more than :data:`MAX_IMAGE_PIXELS` or :data:`MAX_IMAGE_SIDE`.
     """
     image = open_image(io.BytesIO(data), name)
     with _readable(name):
