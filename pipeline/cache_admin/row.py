@@ -3,19 +3,25 @@
 Shapes: H heads, T text rows, V vision columns, D teacher width, A answers, K kept tokens, R regions, N vocabulary.
 """
 
+import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
+from alignkd.cache_store.protocol.names import RUNS
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.rows.row import Row
 from alignkd.errors import CacheError, DataError, wrap_errors
+from alignkd.inputs.prompts import IMAGE_TOKEN_ID
+from alignkd.inputs.spans import counted
 from alignkd.pipeline.config.cache_layout import LOGIT_TENSOR, attention_layer, is_slice
 from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 from alignkd.targets.logit_levels import decode_kept
 
+_OWN_LOADER = ("mobilevlm", "minigpt4")
 _RECOMPUTED = "stage two recomputes attention and vision tokens from the teacher's slice, which the cache holds once"
 
 
@@ -82,8 +88,12 @@ def row_figures(reader: CacheReader, row: Row) -> dict[str, Any]:
     return figures
 
 
-def plot_row(reader: CacheReader, row: Row, path: str) -> None:
-    """Plot a row's attention over a grey image: the cache holds no images.
+def plot_row(
+    reader: CacheReader, row: Row, path: str, pictures: Sequence[np.ndarray] | None = None, text: str | None = None
+) -> None:
+    """Plot a row's attention over its images, or over grey ones: the cache holds none.
+
+    ``text``: of the conversation, whose characters the rows' tokens are named by; without it they have their ids.
 
     Raises:
         CacheError: the cache holds no attention, or not where it lies in the image.
@@ -103,6 +113,35 @@ def plot_row(reader: CacheReader, row: Row, path: str) -> None:
             " alignkd cache-teacher"
         )
     regions_R8 = row.values["regions"]
-    images = [np.full((96, 96, 3), 0.5)] * len(set(regions_R8[:, 0].tolist()))
-    figure = attention_figure(images, attention_HTV, regions_R8, f"{row.sample_id}: cached teacher attention")
+    if pictures is None:
+        pictures = [np.full((96, 96, 3), 0.5)] * len(set(regions_R8[:, 0].tolist()))
+    title = f"{row.sample_id}: cached teacher attention"
+    figure = attention_figure(pictures, attention_HTV, regions_R8, title, row_pieces(reader, row, text))
     save_figure(figure, path)
+
+
+def row_pieces(reader: CacheReader, row: Row, text: str | None) -> list[str]:
+    """A name for each text row ``[T]``: the characters that its token stands for, else its id."""
+    is_image = row.values["input_ids"] == reader.fingerprint["teacher"].get("image_token_id", IMAGE_TOKEN_ID)
+    rows = np.flatnonzero(~is_image & (np.cumsum(is_image) > 0))
+    names = [f"id {token}" for token in row.values["input_ids"][rows].tolist()]
+    if text is None or len(row.values.get("spans", ())) != len(is_image):
+        return names
+    characters = np.array(list(text))[counted(text)]
+    spans = row.values["spans"][rows].tolist()
+    return ["".join(characters[start:end]) or name for (start, end), name in zip(spans, names, strict=True)]
+
+
+def recorded_inputs(reader: CacheReader) -> tuple[str, str | None] | None:
+    """``--data`` and ``--images`` of a run that wrote the cache, as they were typed; None where no record says so."""
+    for name in reader.storage.names(RUNS):
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
+            configuration = json.loads(reader.storage.read(f"{RUNS}/{name}"))["configuration"]
+            if isinstance(configuration["data"], str) and isinstance(configuration["images"], str | None):
+                return configuration["data"], configuration["images"]
+    return None
+
+
+def turns_images(reader: CacheReader) -> bool:
+    """Whether the teacher sees an image as its EXIF orientation says: all families but those with a loader of their own."""
+    return not str(reader.fingerprint["teacher"].get("family", "")).startswith(_OWN_LOADER)

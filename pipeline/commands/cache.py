@@ -3,16 +3,22 @@
 import dataclasses
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from alignkd.errors import ConfigError
+from alignkd.errors import ConfigError, DataError
 from alignkd.extras import require
 from alignkd.pipeline.commands import options
+from alignkd.pipeline.commands.messages import message_text
 from alignkd.pipeline.commands.printing import print_figures, say, say_json, without_credentials
 from alignkd.pipeline.config.shared import SHARD_FORMATS
 from alignkd.pipeline.runtime.printable import json_text
+
+if TYPE_CHECKING:
+    from alignkd.cache_store.protocol.reader import CacheReader
+    from alignkd.cache_store.rows.row import Row
+    from alignkd.pipeline.data.row_source import RowSource
 
 _ANY_REASON = "any"
 
@@ -175,13 +181,40 @@ def cache_convert(source: str, target: str, shard_format: str | None, as_json: b
     print_figures(status_figures(convert_with_progress(source, target, shard_format)), as_json)
 
 
+def _source(reader: "CacheReader", row: "Row", data: str | None, images: str | None) -> "RowSource | None":
+    """What a row was made from; None, with a warning, where only the cache's own records say where that is, and it is not.
+
+    Raises:
+        DataError: ``data`` or ``images`` are not what the row was made from.
+    """
+    from alignkd.pipeline.cache_admin.row import recorded_inputs, turns_images
+    from alignkd.pipeline.data.row_source import find_source
+
+    recorded = recorded_inputs(reader) or (None, None)
+    chosen = data or recorded[0], images or recorded[1]
+    try:
+        if chosen[0] is None:
+            raise DataError("the cache does not say which data it was written from")
+        return find_source(chosen[0], chosen[1], row.key, row.image_sha256, turned=turns_images(reader))
+    except DataError as error:
+        if data or images:
+            raise
+        message = f"warning: the image and the text are not drawn: {error}. Give --data and --images"
+        click.echo(message_text(message), err=True)
+        return None
+
+
 @cache.command("inspect", short_help="One row, decoded; or what the cache holds.")
 @click.argument("url")
 @click.option("--id", "sample_id", help="Decode the row of this sample.")
 @click.option("--save", help="Write the row's arrays to an .npz file.")
 @click.option("--plot", help="Draw the row's attention to a .png file.")
+@click.option("--data", help="For --plot: the data file of the cache. [default: the one it was written from]")
+@click.option("--images", help="For --plot: the folder of its images. [default: the one it was written from]")
 @options.as_json
-def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str | None, as_json: bool) -> None:
+def cache_inspect(
+    url: str, sample_id: str | None, save: str | None, plot: str | None, data: str | None, images: str | None, as_json: bool
+) -> None:
     """The specification and fingerprint, or one row decoded, in words and as a picture.
 
     \b
@@ -206,5 +239,6 @@ def cache_inspect(url: str, sample_id: str | None, save: str | None, plot: str |
     if save:
         save_arrays(save, row_arrays(reader, row))
     if plot:
-        plot_row(reader, row, plot)
+        source = _source(reader, row, data, images)
+        plot_row(reader, row, plot, *((source.pictures, source.text) if source else ()))
     print_figures(row_figures(reader, row), as_json)

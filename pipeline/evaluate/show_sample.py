@@ -58,7 +58,8 @@ def show(config: ShowConfig) -> Shown:
     if config.plot is not None:
         pictures = [np.asarray(image, dtype=np.float32) / 255 for image in preparer.decoded_images(sample)]
         title = f"{sample.id}: first-layer attention from text to vision ({template})"
-        save_figure(attention_figure(pictures, arrays["attention_HTV"], prepared.input.regions_R8, title), config.plot)
+        regions_R8, pieces = prepared.input.regions_R8, row_pieces(vlm, prepared)
+        save_figure(attention_figure(pictures, arrays["attention_HTV"], regions_R8, title, pieces), config.plot)
     figures = {
         "id": sample.id,
         "template": template,
@@ -107,19 +108,34 @@ def captured_arrays(vlm: Vlm, prepared: Prepared) -> dict[str, np.ndarray]:
     }
 
 
+def row_pieces(vlm: Vlm, prepared: Prepared) -> list[str]:
+    """The text of each row's token, ``[T]``."""
+    layout = vlm.collator.expand(prepared.input)
+    pieces: list[str] = vlm.tokenizer.convert_ids_to_tokens(layout.input_ids[layout.text_rows].tolist())
+    return pieces
+
+
 def token_table(vlm: Vlm, prepared: Prepared) -> list[dict[str, Any]]:
-    """Each token id with its position, its text, where it lies (before or after the image), and whether it is supervised."""
+    """Each token id with its position, its text, where it lies (before or after the image), and whether it is supervised.
+
+    Vision tokens that follow each other are one entry; ``tokens`` is the number of positions that an entry takes.
+    """
     given = prepared.input
     layout = vlm.collator.expand(given)
-    table, position, seen = [], 0, False
+    table, position, seen = list[dict[str, Any]](), 0, False
     for token, label in zip(given.input_ids.tolist(), given.labels.tolist(), strict=True):
         is_image = token == vlm.image_token_id
         width = vlm.tokens_per_placeholder if is_image else 1
-        piece = f"<image: {width} vision tokens>" if is_image else vlm.tokenizer.convert_ids_to_tokens(token)
-        place = "vision" if is_image else "after image" if seen else "before image" if prepared.image_sha256 else "text"
-        table.append(
-            {"position": position, "id": token, "piece": piece, "place": place, "supervised": label != IGNORE and position > 0}
-        )
+        if is_image and width == 1 and table and table[-1]["place"] == "vision":
+            table[-1]["tokens"] += 1  # this family writes an id for each vision token
+        else:
+            place = "vision" if is_image else "after image" if seen else "before image" if prepared.image_sha256 else "text"
+            about = {"position": position, "id": token, "tokens": width, "place": place}
+            table.append({**about, "piece": "", "supervised": label != IGNORE and position > 0})
         position, seen = position + width, seen or is_image
     assert position == len(layout.input_ids)
+    for entry in table:
+        count = entry["tokens"]
+        is_vision = entry["place"] == "vision"
+        entry["piece"] = f"<image: {count} vision tokens>" if is_vision else vlm.tokenizer.convert_ids_to_tokens(entry["id"])
     return table
