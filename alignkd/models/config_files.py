@@ -1,7 +1,8 @@
 """Read a checkpoint's JSON files, which others wrote: objects, whose values have the expected type and a sensible range."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,21 @@ from alignkd.errors import CheckpointError, wrap_errors
 from alignkd.plain_files import read_plain
 
 _MAX_BYTES = 64 * 2**20
-_LARGEST = {
-    "num_hidden_layers": 1024,
-    "num_layers": 1024,
-    "encoder_layers": 1024,
-    "decoder_layers": 1024,
-    "depth": 1024,
-    "image_size": 2**14,
-    "max_position_embeddings": 2**24,
-    "vocab_size": 2**24,
-    "hidden_size": 2**20,
-    "intermediate_size": 2**20,
+_RANGES = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "depth", "n_layer"), (0, 1024)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "num_kv_heads"), (1, 1024)),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size", "projection_dim"), (0, 2**20)),
+    **dict.fromkeys(("head_dim", "attention_head_size", "v_head_dim"), (1, 2**14)),
+    **dict.fromkeys(("patch_size", "image_size", "tile_size"), (1, 2**14)),
+    **dict.fromkeys(("num_channels", "in_channels", "spatial_merge_size", "temporal_patch_size", "scale_factor"), (1, 1024)),
+    **dict.fromkeys(("image_seq_length", "mm_tokens_per_image", "num_query_tokens"), (1, 2**16)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), (0, 2**14)),
+    "max_position_embeddings": (0, 2**24),
+    "vocab_size": (0, 2**24),
 }
-"""Far above every released model; a model of larger values would fill the memory before its weights are compared."""
+"""Least and most, far beyond every released model: larger ones would fill the memory before weights are compared."""
+_POSITIVE = frozenset({"rms_norm_eps", "layer_norm_eps", "norm_eps", "rope_theta"})
+_LAYERS = ("num_hidden_layers", "depth", "num_layers", "layers")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -93,16 +96,63 @@ def mapping(config: Mapping[str, Any], name: str, where: object) -> dict[str, An
 
 
 def check_sizes(config: Mapping[str, Any], where: object) -> None:
-    """Refuse sizes that no model has, in a configuration and in those that it contains.
+    """Refuse numbers that no model has, in a configuration and in those that it contains.
 
     Raises:
         CheckpointError: names the first one.
     """
+    vocabulary = config.get("vocab_size")
     for name, value in config.items():
         if isinstance(value, dict):
             check_sizes(value, where)
-        elif name in _LARGEST and isinstance(value, int | float) and not 0 <= value <= _LARGEST[name]:
-            raise CheckpointError(f"{where}: {name} is {short(value)}, expected 0 to {_LARGEST[name]:,}; the file is damaged")
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                continue
+            least, most = _RANGES.get(name, (number, number))
+            if name == "pad_token_id" and isinstance(vocabulary, int):
+                least, most = -1, vocabulary - 1  # Llama's configurations have -1 where there is no such token
+            if not least <= number <= most:
+                raise CheckpointError(f"{where}: {name} is {short(value)}, expected {least} to {most:,}; the file is damaged")
+            if name in _POSITIVE and not 0 < number < float("inf"):
+                raise CheckpointError(f"{where}: {name} is {short(value)}, expected a number above 0; the file is damaged")
+
+
+def check_feature_layers(config: Mapping[str, Any], where: object) -> None:
+    """Refuse layers of the vision tower that it does not have: its states are those before its first layer and after each.
+
+    Raises:
+        CheckpointError: names the setting, its value, and how many layers the tower has.
+    """
+    vision = config.get("vision_config")
+    depths = [vision[name] for name in _LAYERS if isinstance(vision.get(name), int)] if isinstance(vision, dict) else []
+    for name in ("vision_feature_layer", "vision_feature_layers"):
+        value = config.get(name)
+        for layer in value if isinstance(value, list) else [] if value is None else [value]:
+            if not isinstance(layer, int) or isinstance(layer, bool):
+                raise CheckpointError(f"{where}: {name} is {short(value)}, expected a whole number, or several")
+            if depths and not -depths[0] - 1 <= layer <= depths[0]:
+                raise CheckpointError(
+                    f"{where}: {name} is {short(value)}, but the vision tower has {depths[0]} layers: expected"
+                    f" {-depths[0] - 1} to {depths[0]}"
+                )
+
+
+@contextmanager
+def without_own_code(folder: Path) -> Iterator[None]:
+    """Tell of files that name code of their own (``auto_map``), which transformers would ask to run.
+
+    Raises:
+        CheckpointError: names the folder.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{folder}: its files name Python code of their own (auto_map), which alignkd never runs: use a checkpoint in"
+            " transformers' own form"
+        ) from error
 
 
 def short(value: Any) -> str:

@@ -23,6 +23,8 @@ from alignkd.errors import CheckpointError, wrap_errors
 from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.inputs.prompts import check_template
 from alignkd.inputs.regions import region_without_coordinates
+from alignkd.models.checkpoints.state_files import BUFFERS, check_weight_files
+from alignkd.models.config_files import check_feature_layers, without_own_code
 from alignkd.models.encoders.chat import ChatEncoder
 from alignkd.models.encoders.processors import load_processor
 from alignkd.models.registry import UNLISTED, find_record
@@ -64,15 +66,21 @@ class TransformersVlm(Vlm):
                 f"{folder}/config.json: model_type is {kind!r}, which is no vision-language model known here: alignkd models"
                 " lists those that are"
             )
+        check_feature_layers(config, folder / "config.json")
         processor = load_processor(folder, kind)
+        if "quantization_config" not in config:
+            check_weight_files(folder)
         # transformers raises many kinds of error on files that are missing or damaged.
-        with wrap_errors(CheckpointError, f"{folder}: the model cannot be read"):
+        with wrap_errors(CheckpointError, f"{folder}: the model cannot be read"), without_own_code(folder):
             model, found = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them
             )
-        for what in ("missing_keys", "mismatched_keys"):
-            if names := sorted(map(str, found[what])):
-                raise CheckpointError(f"{folder}: the weights have {what.replace('_', ' ')}: {', '.join(names[:4])}")
+        _check_loaded(folder, found)
         model.eval().to(device)
         vlm = cls(model, processor.tokenizer, folder, processor)
         vlm.check()
@@ -285,6 +293,25 @@ class TransformersVlm(Vlm):
     @property
     def _image_inputs(self) -> frozenset[str]:
         return self._feature_inputs | self._forward_inputs
+
+
+def _check_loaded(folder: Path, found: Mapping[str, Any]) -> None:
+    """Refuse weights that are not exactly the model's, each of its shape.
+
+    Raises:
+        CheckpointError: names the first ones.
+    """
+    misshapen = [f"{name} is {tuple(found)}, expected {tuple(expected)}" for name, found, expected in found["mismatched_keys"]]
+    unexpected = [name for name in found["unexpected_keys"] if not BUFFERS.search(name)]
+    for what, names in (
+        ("missing keys", list(found["missing_keys"])),
+        ("unexpected keys", unexpected),
+        ("keys that do not match the configuration", misshapen),
+        ("keys that cannot be read", [str(message) for message in found.get("error_msgs", ())]),
+    ):
+        if names:
+            more = " ..." if len(names) > 4 else ""
+            raise CheckpointError(f"{folder}: the weights have {what}: {', '.join(sorted(names)[:4])}{more}")
 
 
 def _flat(features: Any) -> torch.Tensor:

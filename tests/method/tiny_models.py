@@ -148,11 +148,15 @@ def write_checkpoint(
     state = random_state(config, tower, seed)
     (folder / "clip").mkdir(parents=True)
     (folder / "clip" / "config.json").write_text(json.dumps(tower))
-    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(_preprocessor(tower["image_size"])))
     (folder / "config.json").write_text(json.dumps(config))
     torch.save(state, folder / "pytorch_model.bin")
     copy_tokenizer(folder)
     return state
+
+
+def _preprocessor(side: int) -> dict[str, Any]:
+    return {**PREPROCESSOR, "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
 
 
 def change_config(folder: Path, **changes: Any) -> None:

@@ -28,4 +28,6 @@ def build_model(folder: Path, config: Any, state: dict[str, torch.Tensor], dtype
         if names:
             raise CheckpointError(f"{folder}: the weights {what} {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
     with wrap_errors(CheckpointError, f"{folder}: the model cannot be made"):
-        return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        return model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, trust_remote_code=False, local_files_only=True
+        )

@@ -119,7 +119,7 @@ def read_own(folder: Path, dtype: torch.dtype) -> MiniGpt4:
         CheckpointError: a file is missing, or the weights do not match the configuration.
     """
     with wrap_errors(CheckpointError, f"{folder}/config.json is not the configuration of a MiniGPT-4"):
-        saved = MiniGpt4Config.from_pretrained(folder, local_files_only=True)
+        saved = MiniGpt4Config.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model: MiniGpt4 = build_model(folder, saved, read_state(folder), dtype, MiniGpt4)
     return model
 

@@ -119,7 +119,7 @@ def own_config(folder: Path) -> MobileVlmConfig:
         CheckpointError: it is no MobileVLM's.
     """
     with wrap_errors(CheckpointError, f"{folder}/config.json is not the configuration of a MobileVLM"):
-        config: MobileVlmConfig = MobileVlmConfig.from_pretrained(folder, local_files_only=True)
+        config: MobileVlmConfig = MobileVlmConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _check_feature_layer(folder / "config.json", config)
     return config
 

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from alignkd.errors import CheckpointError, wrap_errors
+from alignkd.models.config_files import without_own_code
 from alignkd.models.encoders.llama_tokenizer import LlamaSentencePieceTokenizer
 
 _FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -20,11 +21,11 @@ def load_tokenizer(folder: Path) -> Any:
     """
     if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         raise CheckpointError(f"{folder} holds no tokenizer: expected tokenizer.model or tokenizer.json")
-    with wrap_errors(CheckpointError, f"{folder}: the tokenizer cannot be read"):
+    with wrap_errors(CheckpointError, f"{folder}: the tokenizer cannot be read"), without_own_code(folder):
         if (folder / "tokenizer.model").is_file():
-            tokenizer = LlamaSentencePieceTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = LlamaSentencePieceTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.unk_token
         tokenizer("a")

@@ -11,14 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 from alignkd.errors import CheckpointError, wrap_errors
 from alignkd.extras import require
-from alignkd.models.config_files import read_json, short
+from alignkd.models.config_files import read_json, short, without_own_code
 from alignkd.models.encoders.rgb import MAX_PREPARED_PIXELS, counts_pixels
 
 _NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -39,14 +41,24 @@ def load_processor(folder: Path, model_type: str) -> Any:
         )
     if name.startswith("SmolVLM"):
         require("num2words", f"{folder}: the processor of SmolVLM")
+    kind = without_videos(name)
+    if "image_processor" not in kind.get_attributes():
+        raise CheckpointError(f"{folder}: its processor ({name}) takes no images, videos alone: it is not supported")
     try:
-        processor = without_videos(name).from_pretrained(folder, local_files_only=True)
+        with without_own_code(folder):
+            processor = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except CheckpointError:
+        raise
     except ImportError as error:
         raise CheckpointError(f"{folder}: its processor cannot be made here: {' '.join(str(error).split())[:200]}") from error
     except Exception as error:  # transformers raises many kinds of error on files that are missing or damaged
+        if "torchvision" in str(error) and not is_torchvision_available():
+            raise CheckpointError(
+                f"{folder}: its processor ({name}) reads images with torchvision alone, which is not installed: install the"
+                f" torchvision that belongs to torch {torch.__version__} (pip install torchvision)"
+            ) from error
         raise CheckpointError(
-            f"{folder}: its processor ({name}) cannot be read ({type(error).__name__}: {str(error)[:300]}); it needs the"
-            " tokenizer's files, preprocessor_config.json and, where the model has one, its chat template"
+            f"{folder}: its processor ({name}) cannot be read ({type(error).__name__}: {str(error)[:300]}){_lacking(folder)}"
         ) from error
     with wrap_errors(CheckpointError, f"{folder}: its processor ({name}) cannot be used"):
         _check_sides(folder, processor.image_processor)
@@ -56,6 +68,13 @@ def load_processor(folder: Path, model_type: str) -> Any:
         if hasattr(processor, "num_additional_image_tokens") and processor.patch_size is None:
             _complete(processor, folder)
     return processor
+
+
+def _lacking(folder: Path) -> str:
+    """The files that a processor needs of which none is there, for a message."""
+    needed = (("tokenizer.json", "tokenizer.model", "vocab.json"), ("preprocessor_config.json", "processor_config.json"))
+    lacking = [" or ".join(names) for names in needed if not any((folder / name).is_file() for name in names)]
+    return f"; the folder lacks {' and '.join(lacking)}: copy it there" if lacking else ""
 
 
 def _check_sides(folder: Path, image_processor: Any) -> None:
@@ -83,7 +102,7 @@ def _check_number(folder: Path, what: str, value: Any, most: int) -> None:
 
 def _complete(processor: Any, folder: Path) -> None:
     """Fill in what LLaVA folders older than processor_config.json have only in the model's configuration."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     vision = config.vision_config
     processor.patch_size = vision.patch_size
     processor.vision_feature_select_strategy = getattr(config, "vision_feature_select_strategy", "default")
@@ -122,7 +141,15 @@ def without_videos(name: str) -> type[Any]:
     """The processor class of a name without its video processor, under the same name: saving writes what was read."""
     original: type[Any] = _processor_class(name)
 
-    class ImagesOnly(original):  # type: ignore[misc]
+    class Named(ProcessorMixin):  # type: ignore[misc]
+        """Takes what the original's own constructor passes by position, among which its video processor may come first."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            given = {**dict(zip(original.get_attributes(), args, strict=False)), **kwargs}
+            given.pop("video_processor", None)
+            super().__init__(**given)
+
+    class ImagesOnly(original, Named):  # type: ignore[misc]
         video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM's chat template asks for these two
 
         @classmethod
@@ -133,13 +160,14 @@ def without_videos(name: str) -> type[Any]:
         def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
             found: list[Any] = super()._get_arguments_from_pretrained(path, processor_dict, **kwargs)
             index = cls.get_attributes().index("image_processor")
-            found[index] = AutoImageProcessor.from_pretrained(path, backend="pil", **kwargs)
+            found[index] = AutoImageProcessor.from_pretrained(path, **{**kwargs, "backend": "pil", "trust_remote_code": False})
             return found
 
         @classmethod
         def from_args_and_dict(cls, args: Any, processor_dict: Any, **kwargs: Any) -> Any:
             none = {"video_processor": None} if "video_processor" in original.get_attributes() else {}
-            return super().from_args_and_dict(args, processor_dict | none, **kwargs)
+            named = dict(zip(cls.get_attributes(), args, strict=True))
+            return super().from_args_and_dict([], processor_dict | none, **kwargs, **named)
 
     ImagesOnly.__name__ = ImagesOnly.__qualname__ = original.__name__
     return ImagesOnly
