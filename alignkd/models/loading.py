@@ -63,7 +63,6 @@ def _find_family(folder: Path) -> tuple[type[Vlm], dict[str, Any]]:
         raise CheckpointError(f"{folder}/config.json: model_type is {short(kind)}, expected the name of a model family")
     _check_quantisation(config, folder)
     check_sizes(config, folder / "config.json")
-    _check_files(folder)
     return family_class(find_record(kind)), config
 
 
@@ -73,13 +72,6 @@ def _check_quantisation(config: Mapping[str, Any], folder: Path) -> None:
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
     if method in _QUANTISERS:
         require(_QUANTISERS[method], f"the checkpoint {folder}, which is quantised ({method}),")
-
-
-def _check_files(folder: Path) -> None:
-    """Refuse what is no file among a checkpoint's: whoever reads it may wait for ever, or read without an end."""
-    for path in folder.iterdir():
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise CheckpointError(f"{path} is neither a file nor a folder (a named pipe, a socket or a device): remove it")
 
 
 def save_vlm(vlm: Vlm, folder: str | Path, *, official: bool = False) -> None:
