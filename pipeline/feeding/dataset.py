@@ -36,7 +36,7 @@ class TrainingExample:
     """A prepared sample with its cached fields, still encoded.
 
     ``target_mask``: which of its tokens have a target, None where all have one. ``truncated``: its text was cut at the
-    maximum length.
+    maximum length. ``doubtful``: references of its images that show little or nothing.
     """
 
     sample_id: str
@@ -44,6 +44,7 @@ class TrainingExample:
     stored: dict[str, EncodedField]
     target_mask: TargetMask | None = None
     truncated: bool = False
+    doubtful: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
             return FailedSample(sample.key, name, str(error), fatal=False)
         except (CacheError, CorruptShardError) as error:
             return FailedSample(sample.key, name, str(error), fatal=True)
-        return TrainingExample(name, prepared.input, stored, mask, prepared.truncated)
+        doubtful = tuple(reference for reference in sample.images if reference in self.preparer.doubtful.found)
+        return TrainingExample(name, prepared.input, stored, mask, prepared.truncated, doubtful)
 
     def _stored(self, sample: Sample, prepared: Prepared) -> tuple[dict[str, EncodedField], TargetMask | None]:
         """A sample's cached fields, checked, and which of its tokens have a target, None where all have.
@@ -223,15 +225,16 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
             raise MisalignedRowError(f"sample {sample.id!r} cannot be mapped to its row in the cache: {error}") from error
 
     def collate(self, items: Sequence[TrainingExample | FailedSample]) -> dict[str, Any]:
-        """Examples to ``{"batch", "targets", "failures", "ids", "truncated", "padding"}``.
+        """Examples to ``{"batch", "targets", "failures", "ids", "truncated", "padding", "doubtful"}``.
 
         ``batch`` is None without a usable sample. ``ids``: the ids of the batch's samples, in its order. ``truncated``: how
-        many of them were cut at the maximum length. ``padding``: positions of the batch that only fill it up.
+        many of them were cut at the maximum length. ``padding``: positions of the batch that only fill it up. ``doubtful``:
+        references of images that show little or nothing.
         """
         good = [item for item in items if isinstance(item, TrainingExample)]
         failures = [item for item in items if isinstance(item, FailedSample)]
         if not good:
-            return SharedMemoryBatch(batch=None, targets=None, failures=failures, ids=[], truncated=0, padding=0)
+            return SharedMemoryBatch(batch=None, targets=None, failures=failures, ids=[], truncated=0, padding=0, doubtful=[])
         batch = self.collator([item.input for item in good])
         targets = Targets()
         if self.fields:
@@ -243,5 +246,6 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
             failures=failures,
             ids=[item.sample_id for item in good],
             truncated=sum(item.truncated for item in good),
+            doubtful=sorted({reference for item in good for reference in item.doubtful}),
             padding=batch.input_ids_BS.numel() - int(batch.attention_mask_BS.sum()),
         )

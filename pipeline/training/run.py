@@ -30,7 +30,7 @@ from alignkd.pipeline.runtime.signals import Interrupted, StopFlag, stop_on_sign
 from alignkd.pipeline.training.callbacks import RunCallback
 from alignkd.pipeline.training.checkpoints import find_latest, loading_checkpoint, remove_incomplete, step_of
 from alignkd.pipeline.training.monitoring.metrics import Metrics
-from alignkd.pipeline.training.monitoring.summary import final_terms, folders, next_command, rejection_warnings
+from alignkd.pipeline.training.monitoring.summary import final_terms, folders, image_warnings, next_command, rejection_warnings
 from alignkd.pipeline.training.monitoring.tensorboard import TensorBoard
 from alignkd.pipeline.training.optimizers import OptimizerSettings
 from alignkd.pipeline.training.resume_checks import check_out, check_processes, check_same_run, resolved_settings
@@ -167,7 +167,11 @@ def _train(
         "rejected": rejects.count,
         "rejected_samples": rejects.reasons,
         "peak_memory_bytes": peak_memory_bytes(),
-        "warnings": [*trainer.health_checks.closing(line), *rejection_warnings(rejects.count, rejects.reasons.values())],
+        "warnings": [
+            *trainer.health_checks.closing(line),
+            *rejection_warnings(rejects.count, rejects.reasons.values()),
+            *image_warnings(trainer.doubtful_images),
+        ],
     }
 
 

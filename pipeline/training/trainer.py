@@ -63,6 +63,7 @@ class DistillTrainer(CheckpointingTrainer):
         self.stop, self.stop_agreed = stop, False
         self.term_recipes = one_term_recipes(objective.recipe) if term_gradients else {}
         self._gradient_norms: dict[str, torch.Tensor] = {}
+        self.doubtful_images: set[str] = set()
         self._last: Mapping[str, Any] | None = None
         self._loader: TrainingLoader | None = None
         super().__init__(model=objective, args=arguments, train_dataset=data, data_collator=data.collate, callbacks=callbacks)
@@ -103,6 +104,7 @@ class DistillTrainer(CheckpointingTrainer):
         started = time.perf_counter()
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         self.metrics.waited(time.perf_counter() - started)
+        self.doubtful_images.update(reference for inputs in batches for reference in inputs["doubtful"])
         failures = [failure for inputs in batches for failure in inputs["failures"]]
         for failure in failures:
             if failure.fatal:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
-from tiny_runs import IMAGES, STUDENT, metrics, stage_two_config, train
+from PIL import Image
+from tiny_runs import IMAGES, STUDENT, metrics, record, stage_two_config, train, write_data
 
+from alignkd.cache_store.rows.reasons import count_reasons
 from alignkd.losses.recipes import get_recipe
 from alignkd.pipeline.training.monitoring.health_checks import HealthChecks
 from alignkd.pipeline.training.monitoring.summary import next_command, rejection_warnings, summary
@@ -82,10 +85,27 @@ def test_reported_warnings_are_not_replaced_by_what_the_last_line_shows():
 
 def test_rejected_samples_are_one_warning_with_their_reasons_by_count():
     assert rejection_warnings(0, []) == []
-    reasons = ["no such image"] * 3 + ["no answer", "too large", "not Unicode", "empty"]
-    (warning,) = rejection_warnings(7, reasons)
-    assert warning.startswith("7 samples were rejected and not learned: no such image (3); ")
-    assert "2 other reasons" in warning
+    reasons = [*(f"image /data/{i}.png: No such file or directory" for i in range(40)), "its text is not Unicode: x"]
+    (warning,) = rejection_warnings(41, reasons)
+    assert warning.startswith("rejected and not learned: 41 samples (")
+    assert all(f" {number}" in warning for number in count_reasons(reasons).values())
+    assert "the first: image /data/0.png: No such file or directory. result.json names them" in warning
+    assert "/data/1.png" not in warning
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_show_nothing_are_named_at_the_end_whoever_read_them(tmp_path, workers):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, colour in (("grey.png", (7, 7, 7)), ("none.png", (0, 0, 0))):
+        Image.new("RGB", (64, 64), colour).save(folder / name)
+    shutil.copy(IMAGES / "0.png", folder / "seen.png")
+    names = ("grey.png", "seen.png", "none.png", "grey.png")
+    records = [record(f"s{i}", name, "<image>\nWhat is it?", "This.") for i, name in enumerate(names)]
+    data = write_data(tmp_path / "d.json", records)
+    result = train(data, None, tmp_path / "out", recipe="sft", images=str(folder), epochs=1.0, workers=workers)
+    (warning,) = result["warnings"]
+    assert "images that show little or nothing: 2 of those that the first process read (grey.png, none.png)" in warning
 
 
 def test_the_next_command_can_be_pasted_whatever_the_names_are(tmp_path):

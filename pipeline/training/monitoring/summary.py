@@ -1,11 +1,11 @@
 """How a run ended: the last value of each term, the warnings that matter, where things lie and the next command."""
 
 import shlex
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from alignkd.cache_store.rows.reasons import count_reasons
 from alignkd.pipeline.config.distill import DistillConfig
 
 _FOLDERS = {
@@ -19,7 +19,7 @@ _FOLDERS = {
     "result.json": "these figures",
 }
 _NAMED = 3
-"""Reasons of rejection that are named; the others are counted."""
+"""Images that are named; the others are counted."""
 
 
 def final_terms(line: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -29,13 +29,23 @@ def final_terms(line: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def rejection_warnings(count: int, reasons: Iterable[str]) -> list[str]:
-    """One warning about all rejected samples, with the most frequent reasons; none where there are none."""
+    """One warning about all rejected samples, with the kinds of reasons by count and the first; none where there are none."""
     if not count:
         return []
-    common = Counter(reasons).most_common()
-    named = "; ".join(f"{reason} ({number:,})" if number > 1 else reason for reason, number in common[:_NAMED])
-    more = f"; {len(common) - _NAMED:,} other reasons" if len(common) > _NAMED else ""
-    return [f"{count:,} samples were rejected and not learned: {named}{more}. result.json names them"]
+    reasons = list(reasons)
+    kinds = ", ".join(f"{kind} {number:,}" for kind, number in count_reasons(reasons).items())
+    return [f"rejected and not learned: {count:,} samples ({kinds}); the first: {reasons[0]}. result.json names them"]
+
+
+def image_warnings(references: Collection[str]) -> list[str]:
+    """One warning about images that show little or nothing; none where there are none."""
+    if not references:
+        return []
+    named = ", ".join(sorted(references)[:_NAMED]) + (", ..." if len(references) > _NAMED else "")
+    return [
+        f"images that show little or nothing: {len(references):,} of those that the first process read ({named}). They are used"
+        " as the model's own code reads them; convert them to 8-bit RGB without transparency if that is not meant"
+    ]
 
 
 def folders(out: Path) -> dict[str, str]:
