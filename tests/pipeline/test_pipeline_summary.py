@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 from tiny_runs import IMAGES, STUDENT, metrics, record, stage_two_config, train, write_data
 
-from alignkd.cache_store.rows.reasons import count_reasons
 from alignkd.losses.recipes import get_recipe
 from alignkd.pipeline.training.monitoring.health_checks import HealthChecks
 from alignkd.pipeline.training.monitoring.summary import next_command, rejection_warnings, summary
@@ -87,8 +86,7 @@ def test_rejected_samples_are_one_warning_with_their_reasons_by_count():
     assert rejection_warnings(0, []) == []
     reasons = [*(f"image /data/{i}.png: No such file or directory" for i in range(40)), "its text is not Unicode: x"]
     (warning,) = rejection_warnings(41, reasons)
-    assert warning.startswith("rejected and not learned: 41 samples (")
-    assert all(f" {number}" in warning for number in count_reasons(reasons).values())
+    assert warning.startswith("rejected and not learned: 41 samples (40 image missing, 1 text); ")
     assert "the first: image /data/0.png: No such file or directory. result.json names them" in warning
     assert "/data/1.png" not in warning
 

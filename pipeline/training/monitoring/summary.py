@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from alignkd.cache_store.rows.reasons import count_reasons
+from alignkd.cache_store.rows.reasons import count_reasons, in_words
 from alignkd.pipeline.config.distill import DistillConfig
 
 _FOLDERS = {
@@ -33,7 +33,7 @@ def rejection_warnings(count: int, reasons: Iterable[str]) -> list[str]:
     if not count:
         return []
     reasons = list(reasons)
-    kinds = ", ".join(f"{kind} {number:,}" for kind, number in count_reasons(reasons).items())
+    kinds = in_words(count_reasons(reasons))
     return [f"rejected and not learned: {count:,} samples ({kinds}); the first: {reasons[0]}. result.json names them"]
 
 
