@@ -40,6 +40,8 @@ class Encoder(Protocol):
     """Whether the length of a sample depends on the sizes of its images."""
     with_spans: bool
     """Whether inputs must say which characters each id stands for; False lets an encoder save the time."""
+    prompt_date: str
+    """The moment (ISO 8601) that its prompts show where a chat template writes the date; empty where none does."""
 
     def encode(self, turns: Turns, images: Sequence[Any]) -> tuple[ModelInput, bool]:
         """The input, and whether text was cut off; ``images`` as :meth:`load` gives them. Renders and tokenises once.

@@ -18,6 +18,7 @@ class CacheTeacherConfig(Settings):
     images: str | None = shared.images()
     cache: str = setting(group="storage", help="Where the cache is written: a folder, or a URL such as s3://bucket/cache.")
     template: str | None = shared.template()
+    prompt_date: str | None = shared.prompt_date()
     max_length: int = setting(
         DEFAULT_MAX_LENGTH,
         group="data",

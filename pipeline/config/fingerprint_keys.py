@@ -1,6 +1,7 @@
 """Check the parts of a cache's fingerprint that jobs read: others may have written the ``cache.json`` they come from."""
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 from alignkd.errors import CacheError
@@ -10,10 +11,18 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
+def _is_date(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(datetime.fromisoformat(value))
+    except ValueError:
+        return False
+
+
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "a mapping": lambda value: isinstance(value, Mapping),
     "a mapping or null": lambda value: value is None or isinstance(value, Mapping),
     "text": lambda value: isinstance(value, str),
+    "a date": _is_date,
     "text or null": lambda value: value is None or isinstance(value, str),
     "true or false": lambda value: isinstance(value, bool),
     "an integer": lambda value: type(value) is int,
@@ -44,6 +53,7 @@ _OPTIONAL = {
     "teacher.no_place": "text",
     "chat_template": "text",
     "encoder": "a positive integer",
+    "prompt_date": "a date",
     "image_preprocessing": "text",
     "vision_tokens_per_image": "a positive integer or null",
     "alignment": "text",

@@ -26,6 +26,16 @@ def template() -> Any:
     return setting(None, group="data", default_text="the model's", help="Prompt template.")
 
 
+def prompt_date() -> Any:
+    """The moment that a chat template with a date is given."""
+    return setting(
+        None,
+        group="data",
+        default_text="the cache's, else now",
+        help="Date, such as 2024-07-26, for a chat template that writes one.",
+    )
+
+
 def dtype(words: str) -> Any:
     """A dtype, float32 by default."""
     return setting("float32", group="model", choices=DTYPES, help=words)

@@ -16,6 +16,7 @@ class ShowConfig(Settings):
     images: str | None = shared.images()
     id: str | None = setting(None, group="data", default_text="the first", help="Id of the sample.")
     template: str | None = shared.template()
+    prompt_date: str | None = shared.prompt_date()
     max_length: int = setting(DEFAULT_MAX_LENGTH, group="data", at_least=2, help="Most token ids of a sample.")
     save: str | None = setting(None, group="storage", help="Write the arrays to an .npz file.")
     plot: str | None = setting(None, group="storage", help="Draw the attention over the image to a .png file.")

@@ -18,6 +18,7 @@ from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.encoder import Encoder, Planned
 from alignkd.models.encoders.image_files import ImageError, image_size, open_image, read_image_bytes
 from alignkd.models.encoders.rgb import rgb_by_pillow, what_is_lost
+from alignkd.models.encoders.templates.chat_template import check_date
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.data.doubtful_images import DoubtfulImages
 from alignkd.pipeline.data.image_paths import image_path
@@ -46,11 +47,20 @@ class Preparer:
 
     @classmethod
     def of(
-        cls, vlm: Vlm, *, template: str, max_length: int, image_root: str | Path | None, with_spans: bool = True
+        cls,
+        vlm: Vlm,
+        *,
+        template: str,
+        max_length: int,
+        image_root: str | Path | None,
+        with_spans: bool = True,
+        prompt_date: str | None = None,
     ) -> "Preparer":
-        """The preparer of a loaded model; ``with_spans``: see :class:`alignkd.inputs.encoder.Encoder`."""
+        """The preparer of a loaded model; ``with_spans`` and ``prompt_date``: see :class:`alignkd.inputs.encoder.Encoder`."""
         encoder = vlm.encoder(template, max_length)
         encoder.with_spans = with_spans
+        if prompt_date and encoder.prompt_date:
+            encoder.prompt_date = check_date(prompt_date)
         return cls(encoder, Path(image_root or "."))
 
     def __call__(self, sample: Sample) -> Prepared:

@@ -61,7 +61,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     tower = Path(config.vision_tower) if config.vision_tower else None
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
     template = config.template or vlm.default_template
-    preparer = Preparer.of(vlm, template=template, max_length=DEFAULT_MAX_LENGTH, image_root=config.images)
+    preparer = Preparer.of(
+        vlm,
+        template=template,
+        max_length=DEFAULT_MAX_LENGTH,
+        image_root=config.images,
+        prompt_date=config.prompt_date,
+    )
     log_start(
         "evaluate",
         device=device_words(str(vlm.device)),

@@ -47,7 +47,9 @@ def show(config: ShowConfig) -> Shown:
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
     enable_capture(vlm)
     template = config.template or vlm.default_template
-    preparer = Preparer.of(vlm, template=template, max_length=config.max_length, image_root=config.images)
+    preparer = Preparer.of(
+        vlm, template=template, max_length=config.max_length, image_root=config.images, prompt_date=config.prompt_date
+    )
     try:
         prepared = preparer(sample)
     except SampleError as error:

@@ -38,6 +38,15 @@ def find_samples(config: CacheTeacherConfig) -> tuple[SampleFile, Plan]:
     return SampleFile.known(config.data, keys, starts, lengths, order), plan
 
 
+def cached_prompt_date(cache: str) -> str | None:
+    """The date that a cache's prompts show; None where there is no cache, or its prompts show none."""
+    storage = open_storage(cache)
+    if storage.size(MANIFEST) is None:
+        return None
+    found = read_manifest(storage).spec.fingerprint.get("prompt_date")
+    return found if isinstance(found, str) else None
+
+
 def _size(path: str) -> int:
     try:
         return with_retries(lambda: Path(path).stat().st_size, f"reading data file {path}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from alignkd.cache_store.errors import FingerprintMismatchError
 from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.cache_store.rows.row import Rejected
@@ -35,7 +36,7 @@ from alignkd.pipeline.stage_one.checks.place import check_writable
 from alignkd.pipeline.stage_one.checks.rejections import check_existing
 from alignkd.pipeline.stage_one.checks.student import check_recipe, check_student
 from alignkd.pipeline.stage_one.finite import advice
-from alignkd.pipeline.stage_one.planned_samples import find_samples
+from alignkd.pipeline.stage_one.planned_samples import cached_prompt_date, find_samples
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput, run_teacher
 from alignkd.pipeline.stage_one.shard_work import PlannedSample, ReadyBatch, ShardWork, batches
 from alignkd.pipeline.stage_one.target_settings import resolve_targets, settings_of_rows
@@ -93,6 +94,7 @@ class StageOne:
             max_length=config.max_length,
             image_root=config.images,
             with_spans=self.row_settings.cross_model,
+            prompt_date=config.prompt_date or cached_prompt_date(config.cache),
         )
 
     @cached_property
@@ -116,6 +118,7 @@ class StageOne:
             "alignment": config.alignment,
             **self._slice,
             **self._first_ids,
+            **self._prompt_date,
             "data": hashlib.sha256(self.plan.keys.tobytes()).hexdigest(),
         }
 
@@ -123,6 +126,20 @@ class StageOne:
     def _logit_scale(self) -> dict[str, float]:
         """The number that the teacher multiplies its head's logits by, where it does."""
         return {} if self.teacher.logit_scale == 1 else {"logit_scale": self.teacher.logit_scale}
+
+    @property
+    def _prompt_date(self) -> dict[str, str]:
+        """The one date of all prompts, decided when the cache is started: workers of other days or time zones go on with it."""
+        date = self.preparer.encoder.prompt_date
+        return {"prompt_date": date} if date else {}
+
+    def _take_date_of_cache(self) -> bool:
+        """Go on with the date of a worker that started the cache at the same time; whether there is such a date."""
+        date, encoder = cached_prompt_date(self.config.cache), self.preparer.encoder
+        if self.config.prompt_date or not date or not encoder.prompt_date or encoder.prompt_date == date:
+            return False
+        encoder.prompt_date = date
+        return True
 
     @property
     def _first_ids(self) -> dict[str, str]:
@@ -191,9 +208,17 @@ class StageOne:
             on_tensors(made)
             return made
 
-        store = CacheStore.create_or_open(
-            self.config.cache, self.spec(), self.plan, shard_format=self.config.shard_format, tensors=tensors
-        )
+        def started() -> CacheStore:
+            return CacheStore.create_or_open(
+                self.config.cache, self.spec(), self.plan, shard_format=self.config.shard_format, tensors=tensors
+            )
+
+        try:
+            store = started()
+        except FingerprintMismatchError:
+            if not self._take_date_of_cache():
+                raise
+            store = started()
         self.use_tensors(store.tensors)
         return store
 

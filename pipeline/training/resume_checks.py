@@ -43,6 +43,7 @@ def resolved_settings(inputs: RunInputs, data: TrainingSet, schedule: Schedule) 
         **asdict(config),
         "template": inputs.template,
         "max_length": inputs.max_length,
+        "prompt_date": data.preparer.encoder.prompt_date or None,
         "recipe": recipe_record(config.recipe),
         "plugin_sha256": [plugin.sha256 for plugin in loaded_plugins()],
         "step": step_record(config, schedule),

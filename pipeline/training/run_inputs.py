@@ -1,5 +1,6 @@
 """Open what a run of stage two needs, and check the parts against each other: cache, student, prompts, data."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +117,20 @@ def _prompt_settings(config: DistillConfig, student: Vlm, reader: CacheReader | 
     return config.template or template, config.max_length or max_length
 
 
+def _prompt_date(inputs: RunInputs) -> str | None:
+    """The date that prompts show where the template writes one: the cache's or, without one, that of the run which goes on."""
+    if inputs.reader is not None and "prompt_date" in inputs.reader.fingerprint:
+        return str(inputs.reader.fingerprint["prompt_date"])
+    record = Path(inputs.config.out) / "run.json"
+    if not inputs.config.resume or not record.is_file():
+        return None
+    try:
+        found = json.loads(record.read_text())["configuration"]["prompt_date"]
+    except (ValueError, KeyError, TypeError):  # of another version; or damaged, which is said when it is compared
+        return None
+    return found if isinstance(found, str) else None
+
+
 def open_data(inputs: RunInputs) -> TrainingSet:
     """Index the data file; with a cache, every sample must have its row.
 
@@ -132,6 +147,7 @@ def open_data(inputs: RunInputs) -> TrainingSet:
         max_length=inputs.max_length,
         image_root=config.images,
         with_spans=inputs.cross_model is not None,
+        prompt_date=_prompt_date(inputs),
     )
     layers = needed_layers(config.recipe, inputs.student, inputs.teacher_layers) if "attention" in needs else ()
     return TrainingSet(

@@ -49,9 +49,9 @@ def _message(speaker: str, text: str, images: list[Any], family: TinyFamily) -> 
     for position, part in enumerate(text.split("<image>")):
         if position:
             content.append({"type": "image", "image": images[position - 1]})
-        if part.strip():
+        if part:
             end = family.end if speaker == "gpt" and not family.template_ends else ""
-            content.append({"type": "text", "text": part.strip() + end})
+            content.append({"type": "text", "text": part + end})
     return {"role": ROLES[speaker], "content": content}
 
 

@@ -41,6 +41,7 @@ class PlaceholderEncoder:
     tokens_per_placeholder: int
     with_spans: bool = True
     needs_sizes = False
+    prompt_date = ""
 
     def plan(self, turns: Turns, images: int, sizes: Sequence[tuple[int, int]] = ()) -> Planned:
         """Ids, labels and spans; each image is one id until vision tokens replace it."""

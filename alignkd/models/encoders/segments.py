@@ -22,6 +22,7 @@ from alignkd.inputs.encoder import Planned
 from alignkd.inputs.prompts import IGNORE, IMAGE_TAG, Encoded, Part, PromptError, Turns
 from alignkd.inputs.regions import region_without_coordinates, stack
 from alignkd.inputs.spans import NO_SPANS, places
+from alignkd.models.encoders.templates.special_tokens import structure_tokens
 from alignkd.models.encoders.text_offsets import tokenise
 
 _TAG_AS_TEXT = "\ufdd2"
@@ -57,6 +58,7 @@ class SegmentEncoder(ABC):
     image_token_id: int
     vision_tokens: int
     needs_sizes = False
+    prompt_date = ""
     with_spans = True
     marks: ClassVar[tuple[str, ...]] = ()
     """What the model does not read as text, in addition to the special tokens."""
@@ -153,7 +155,7 @@ class SegmentEncoder(ABC):
         named = sum(text.count(IMAGE_TAG) for _, text in turns)
         if images and named != images:
             raise PromptError(f"its text names {named} images, the sample has {images}")
-        specials = {*map(str, self.tokenizer.all_special_tokens), *self.marks} - {IMAGE_TAG}
+        specials = {*structure_tokens(self.tokenizer), *self.marks} - {IMAGE_TAG}
         if not images and named and IMAGE_TAG in self.tokenizer.get_vocab():
             specials.add(IMAGE_TAG)
         for number, (speaker, text) in enumerate(turns):
@@ -179,5 +181,10 @@ class SegmentEncoder(ABC):
 
 
 def own_text(text: str) -> str:
-    """A turn's text without its image tags."""
+    """A question without its image tags and the line breaks that come with them."""
     return text.replace(IMAGE_TAG, "").strip()
+
+
+def own_answer(text: str) -> str:
+    """An answer without image tags, its white space as it stands."""
+    return text.replace(IMAGE_TAG, "")

@@ -21,9 +21,9 @@ class EncoderChange:
 CHANGES: tuple[EncoderChange, ...] = (
     EncoderChange(
         2,
-        "text goes into the chat template as it stands in the file (white space was stripped before), and an answer is what the"
-        " template renders of it",
-        lambda family, template: template == "chat",
+        "an answer's white space is kept as it stands in the file (it was stripped before), and with a chat template an answer"
+        " is what the template renders of it",
+        lambda family, template: template not in ("v1", "plain"),
     ),
     EncoderChange(
         3,

@@ -19,7 +19,7 @@ from alignkd.errors import CheckpointError
 from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.inputs.prompts import PromptError, Turns, check_template
 from alignkd.models.encoders.rgb import check_prepared, rgb_by_processor
-from alignkd.models.encoders.segments import Segment, SegmentEncoder, own_text
+from alignkd.models.encoders.segments import Segment, SegmentEncoder, own_answer, own_text
 from alignkd.models.modules.embedding import run_decoder
 from alignkd.models.transformers_vlm import TransformersVlm
 from alignkd.models.vlm import Vision
@@ -56,7 +56,7 @@ class InstructBlipEncoder(SegmentEncoder):
         made = [self.image] * images + [Segment(ids=self.start)]
         for speaker, text in turns:
             answer = speaker == "gpt"
-            made.append(Segment(((own_text(text), True),), supervised=answer))
+            made.append(Segment((((own_answer if answer else own_text)(text), True),), supervised=answer))
             if answer:
                 made.append(Segment(ids=(int(self.tokenizer.eos_token_id),), supervised=True))
         return made

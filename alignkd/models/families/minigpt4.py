@@ -17,7 +17,7 @@ from alignkd.models.checkpoints.minigpt4_layout import is_official, read_own, re
 from alignkd.models.checkpoints.preprocessor_files import clip_settings, read_settings, write_settings
 from alignkd.models.checkpoints.tokenizer_files import check_tokenizer, copy_tokenizer, load_tokenizer
 from alignkd.models.encoders.images import ImagePreprocessor
-from alignkd.models.encoders.segments import Segment, SegmentEncoder, own_text
+from alignkd.models.encoders.segments import Segment, SegmentEncoder, own_answer, own_text
 from alignkd.models.modules.embedding import run_decoder
 from alignkd.models.modules.minigpt4 import FrozenVision, MiniGpt4
 from alignkd.models.vlm import Vision, Vlm
@@ -53,7 +53,7 @@ class MiniGpt4Encoder(SegmentEncoder):
         made = [Segment(ids=(int(self.tokenizer.bos_token_id),))]
         for number, (speaker, text) in enumerate(turns):
             if speaker == "gpt":
-                made.append(Segment(((own_text(text), True), (_END, False)), supervised=True))
+                made.append(Segment(((own_answer(text), True), (_END, False)), supervised=True))
                 continue
             before: list[Part] = [(f"{_END if number == 0 else ''}Human: ", False)]
             for _ in range(text.count(IMAGE_TAG)):

@@ -16,54 +16,69 @@ from PIL import Image
 from alignkd.inputs.encoder import Planned
 from alignkd.inputs.prompts import IMAGE_TAG, PromptError, Turns
 from alignkd.inputs.regions import region
-from alignkd.models.encoders.chat import ChatEncoder, Processed, Rendered
+from alignkd.models.encoders.chat import ChatEncoder
+from alignkd.models.encoders.chat_processing import Processed, process
+from alignkd.models.encoders.rendered import Rendered
 from alignkd.models.transformers_vlm import TransformersVlm
 
 
 class PrefixEncoder(ChatEncoder):
     """Questions as prefixes, answers as suffixes; its rendered text is ``images + question + newline + answer + end``."""
 
-    def _find_closing(self) -> str:
-        return str(self.tokenizer.eos_token)
+    def render(self, turns: Turns, images: int) -> Rendered:
+        """See :class:`ChatEncoder`. Images go to the front: the model was trained with none elsewhere.
 
-    def render(self, turns: Turns, images: int, *, opened: bool = False) -> Rendered:
-        """See :class:`ChatEncoder`. Images go to the front: the model was trained with none elsewhere."""
+        An image's line break goes with it, and a question is stripped; an answer is the processor's suffix as it stands.
+        """
+        question, answer = self._texts(turns, images, 2)
+        text = f"{self.processor.image_token * images}{question}\n"
+        start, end = len(text), len(text) + len(answer)
+        text += f"{answer}{self.tokenizer.eos_token}"
+        return Rendered.of_parts(text, [(start - 1 - len(question), start - 1), (start, end)], [(start, len(text))])
+
+    def render_text(self, turns: Turns, images: int, *, opened: bool = False) -> str:
+        """See :class:`ChatEncoder`; ``opened``: up to the newline after the question."""
+        if not opened:
+            return self.render(turns, images).text
+        (question,) = self._texts(turns, images, 1)
+        return f"{self.processor.image_token * images}{question}\n"
+
+    def _texts(self, turns: Turns, images: int, count: int) -> list[str]:
         speakers = [speaker for speaker, _ in turns]
-        if speakers != ["human", "gpt"][: 1 if opened else 2]:
+        if speakers != ["human", "gpt"][:count]:
             raise PromptError(f"the prefix template takes one question and one answer, found turns from {speakers}")
         shown = sum(text.count(IMAGE_TAG) for _, text in turns)
         if shown != images:
             raise PromptError(f"its text names {shown} images, the sample has {images}")
         if not images:
             raise PromptError("it has no image, which PaliGemma's processor does not take")
-        texts = [" ".join(part.strip() for part in text.split(IMAGE_TAG)).strip() for _, text in turns]
+        texts = [" ".join(part.strip() for part in turns[0][1].split(IMAGE_TAG)).strip()]
+        texts += [text.replace(IMAGE_TAG, "") for _, text in turns[1:]]
         for text in texts:
-            self._check_part(text)
-        text, parts = self.processor.image_token * images, []
-        for turn, content in enumerate(texts):
-            content += ("\n", self._closing)[turn]
-            parts.append((turn, len(text), len(text) + len(content) - (turn == 0)))
-            text += content
-        return Rendered(text, parts)
+            self.check_part(text)
+        return texts
 
     def plan(self, turns: Turns, images: int, sizes: Sequence[tuple[int, int]] = ()) -> Planned:
         """See :class:`ChatEncoder`."""
         del sizes
-        rendered = self.render(turns, images)
-        question, answer = (rendered.text[start:end] for _, start, end in rendered.parts)
-        ids = self.tokenizer(f"{self.tokenizer.bos_token}{question}\n", answer, add_special_tokens=False).input_ids
+        question, answer = self._texts(turns, images, 2)
+        start, end = self.tokenizer.bos_token, self.tokenizer.eos_token
+        ids = self.tokenizer(f"{start}{question}\n", f"{answer}{end}", add_special_tokens=False).input_ids
         return Planned(len(ids) + images * int(self.processor.image_seq_length))
 
     def process(self, rendered: Rendered, images: Sequence[Image.Image]) -> Processed:
         """See :class:`ChatEncoder`; the processor itself adds start, newline and end."""
-        (_, _, end), *answers = rendered.parts
-        suffix = [rendered.text[first : last - len(self._closing)] for _, first, last in answers]
-        processed = self._process(rendered.text[:end], images, **({"suffix": suffix} if suffix else {}))
-        last, start = processed.moved[-1], len(self.tokenizer.bos_token)
+        text, start = rendered.text, len(self.tokenizer.bos_token)
+        begin = rendered.supervised[0][0] if rendered.supervised else len(text)
+        suffix = [text[begin:].removesuffix(self.tokenizer.eos_token)] if rendered.supervised else []
+        processed = process(
+            self.processor, self._image_token, text[: begin - 1], images, **({"suffix": suffix} if suffix else {})
+        )
+        last = processed.moved[-1]
         after_images = replace(last, new_span=(last.new_span[0], last.new_span[1] + start))
         moved = [*processed.moved[:-1], after_images]
         # The tokenizer counts the characters of the suffix from its own beginning.
-        prefix = end + 1 + after_images.new_span[1] - last.span[1]
+        prefix = begin + after_images.new_span[1] - last.span[1]
         in_suffix = np.asarray(processed.outputs["token_type_ids"][0])[:, None] == 1
         return replace(processed, moved=moved, offsets=processed.offsets + in_suffix * prefix)
 
