@@ -27,6 +27,17 @@ from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 from alignkd.pipeline.feeding.order import WINDOW_SHARDS, BatchOrder
 
 TEXT, VISION, ANSWERS, KEPT, VOCABULARY, BATCH = 200, 144, 100, 64, 32_000, 16
+IMAGE = -200
+FINGERPRINT = {
+    "teacher": {
+        "heads": 32,
+        "width": 2048,
+        "vocabulary": VOCABULARY,
+        "image_token_id": IMAGE,
+        "tokens_per_placeholder": VISION,
+    },
+    "targets": {"attention": "mean", "vision": False, "logits": {"kind": "topk", "top_k": KEPT}},
+}
 FIELDS = (
     FieldSpec("input_ids", ("L",), "int32", "exact"),
     FieldSpec("labels", ("L",), "int32", "exact"),
@@ -40,15 +51,19 @@ FIELDS = (
 def make_row(key: str, generator: np.random.Generator) -> Row:
     text, answers = TEXT + generator.integers(-40, 41), ANSWERS + generator.integers(-20, 21)
     attention = np.exp(generator.normal(0, 1.5, (1, text, VISION)).astype(np.float32))
-    ranks = np.sort(VOCABULARY ** generator.random((answers, KEPT)), axis=1).astype(np.uint16)
+    drawn = np.sort((VOCABULARY - KEPT) ** generator.random((answers, KEPT)), axis=1).astype(np.int64)
+    # Each rank once.
+    ranks = (np.maximum.accumulate(drawn - np.arange(KEPT), axis=1) + np.arange(KEPT)).clip(0).astype(np.uint16)
+    codes = np.clip(generator.normal(42, 2.5, (answers, KEPT)), 0, 58).astype(np.uint8)
     ids = (VOCABULARY ** generator.random(text + 1)).astype(np.int32)
+    ids[0] = IMAGE
     values = {
         "input_ids": ids,
         "labels": np.where(np.arange(text + 1) > text - answers, ids, -100).astype(np.int32),
         "attention": attention / (attention.sum(2, keepdims=True) * 1.5),
         "topk_rank_steps": np.diff(ranks, axis=1, prepend=np.uint16(0)),
-        "topk_logprob_codes": np.clip(generator.normal(42, 2.5, (answers, KEPT)), 0, 58).astype(np.uint8),
-        "tail_logmass": generator.normal(-3, 1, answers).astype(np.float32),
+        "topk_logprob_codes": codes,
+        "tail_logmass": np.log1p(-np.exp(0.3 * (1 - np.exp(codes / 12))).sum(axis=1)).astype(np.float32),
     }
     return Row(key, f"sample {key[:8]}", key + key, values)
 
@@ -57,7 +72,7 @@ def write_cache(url: str, shard_format: str, rows: int, shard_samples: int) -> C
     generator = np.random.default_rng(0)
     keys = generator.integers(0, 256, (rows, 16), dtype=np.uint8)
     plan = Plan(keys, shard_samples, {})
-    store = CacheStore.create_or_open(url, CacheSpec(FIELDS, {"teacher": "drawn"}), plan, shard_format=shard_format)
+    store = CacheStore.create_or_open(url, CacheSpec(FIELDS, FINGERPRINT), plan, shard_format=shard_format)
     for number in store.pending():
         store.commit_shard(number, [make_row(key, generator) for key in store.plan.keys_of(number)], [])
     return store

@@ -13,6 +13,7 @@ from alignkd.cache_store.errors import CorruptShardError, UnusableObjectError
 from alignkd.cache_store.formats.registry import format_of
 from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.protocol.record import CommitRecord
+from alignkd.cache_store.rows.checks import RowChecks
 from alignkd.cache_store.rows.shard import Shard
 from alignkd.cache_store.rows.spec import CacheSpec
 from alignkd.cache_store.storage import Storage
@@ -38,13 +39,24 @@ def row_keys(plan: Plan, record: CommitRecord) -> tuple[str, ...]:
     return keys
 
 
-def open_shard(storage: Storage, spec: CacheSpec, record: CommitRecord, keys: tuple[str, ...], *, audit: bool = False) -> Shard:
-    """Read a committed shard and compare it with its record.
+def open_shard(
+    storage: Storage,
+    spec: CacheSpec,
+    record: CommitRecord,
+    keys: tuple[str, ...],
+    *,
+    checks: RowChecks,
+    audit: bool = False,
+    done: dict[str, bytearray] | None = None,
+) -> Shard:
+    """Read a committed shard, compare it with its record, and its rows with what a teacher could have written.
 
-    ``audit`` also compares the sha256, and whatever the shard's format does not need for reading.
+    ``audit`` also compares the sha256, and whatever the shard's format does not need for reading. ``checks``: those of
+    ``spec``. ``done``: the values that were checked before in the same bytes.
 
     Raises:
-        CorruptShardError: the shard is missing or damaged; the message says what is lost and what to do.
+        CorruptShardError: the shard is missing or damaged, or holds what no teacher gives; the message says what is lost and
+            what to do. The shard raises it later where it finds that only when a row is read.
     """
     try:
         data = storage.read(record.object, record.bytes)
@@ -59,6 +71,7 @@ def open_shard(storage: Storage, spec: CacheSpec, record: CommitRecord, keys: tu
         raise unusable_shard(storage, record, keys, "it is missing") from error
     except (CorruptShardError, UnusableObjectError) as error:
         raise unusable_shard(storage, record, keys, str(error)) from error
+    checks.check(shard, {} if done is None else done, lambda why: unusable_shard(storage, record, keys, why))
     return shard
 
 

@@ -19,6 +19,7 @@ from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.protocol.record import CommitRecord
 from alignkd.cache_store.protocol.shard_cache import THREADS, ShardCache
 from alignkd.cache_store.protocol.tensors import Tensors
+from alignkd.cache_store.rows.checks import RowChecks
 from alignkd.cache_store.rows.row import EncodedField, Rejected, Row, is_key
 from alignkd.cache_store.rows.shard import Shard
 from alignkd.cache_store.rows.spec import CacheSpec
@@ -53,11 +54,18 @@ class CacheReader:
         self.max_shards = max_shards
         self.records = read_records(self.storage, committed_numbers(self.storage, self.plan.shards))
         self.rejected = {sample.key: sample for record in self.records.values() for sample in record.rejected}
+        self._checks = RowChecks(self.spec)
+        self._checked: dict[int, dict[str, bytearray]] = {}
         self._shards = ShardCache(self._fetch, max_shards)
 
     def _fetch(self, number: int) -> Shard:
         record = self.records[number]
-        return open_shard(self.storage, self.spec, record, row_keys(self.plan, record))
+        # Bytes with the same checksum need not be checked again in the next epoch.
+        done = self._checked.setdefault(number, {})
+        return open_shard(self.storage, self.spec, record, row_keys(self.plan, record), checks=self._checks, done=done)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_checked": {}}
 
     @property
     def url(self) -> str:

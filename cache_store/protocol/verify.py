@@ -29,6 +29,7 @@ from alignkd.cache_store.protocol.plan import plan_objects
 from alignkd.cache_store.protocol.record import CommitRecord
 from alignkd.cache_store.protocol.store import CacheStore, open_store
 from alignkd.cache_store.protocol.tensors import check_size, is_orphan, read_tensor, unlisted
+from alignkd.cache_store.rows.checks import RowChecks
 from alignkd.cache_store.rows.shard import Shard
 
 _SHOWN = 3
@@ -86,6 +87,7 @@ def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None]
         CacheError: there is no cache, or its manifest or plan is damaged, which everything else is compared with.
     """
     store = open_store(url)
+    checks = RowChecks(store.spec, thorough=True)
     objects = object_names(store.storage)
     numbers = committed_numbers(store.storage, store.plan.shards)
     orphans = [name for name in unlisted(store.storage, store.manifest.tensors) if is_orphan(store.storage, name)]
@@ -97,7 +99,7 @@ def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None]
         try:
             record = read_record(store.storage, number)
             recorded[number] = record.object
-            digests.extend(_audit(store, record, quick))
+            digests.extend(_audit(store, record, None if quick else checks))
             sound.append(record)
         except (CorruptRecordError, CorruptShardError, FileNotFoundError) as error:
             # Which object a damaged record named is unknown.
@@ -137,16 +139,19 @@ def _tensor_digests(store: CacheStore) -> Iterator[bytes]:
         yield hashlib.sha256(json.dumps([name, entry.to_dict()], sort_keys=True).encode()).digest()
 
 
-def _audit(store: CacheStore, record: CommitRecord, quick: bool) -> list[bytes]:
-    """Digests of a shard's rows (none if ``quick``); CorruptShardError if it does not match its record and the plan."""
+def _audit(store: CacheStore, record: CommitRecord, checks: RowChecks | None) -> list[bytes]:
+    """Digests of a shard's rows; CorruptShardError if it does not match its record and the plan, or a row is impossible.
+
+    Without ``checks`` only sizes are compared, and there are no digests.
+    """
     keys = row_keys(store.plan, record)
-    if quick:
+    if checks is None:
         found = store.storage.size(record.object)
         if found != record.bytes:
             has = "nothing" if found is None else f"{found} bytes"
             raise CorruptShardError(f"shard {record.number}: {record.object}: found {has}, expected {record.bytes} bytes")
         return []
-    return list(_audit_rows(open_shard(store.storage, store.spec, record, keys, audit=True)))
+    return list(_audit_rows(open_shard(store.storage, store.spec, record, keys, audit=True, checks=checks)))
 
 
 def _audit_rows(shard: Shard) -> Iterator[bytes]:

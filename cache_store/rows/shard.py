@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,8 @@ class Shard(ABC):
         self._fields = {field.name: field for field in spec.fields}
         # Looked up once per shard instead of once per row: rows are small, and thousands are read per second.
         self._codecs = {field.name: (get_codec(field.codec), tuple(empty_layout(field))) for field in spec.fields}
+        self.on_read: Callable[[Shard, str, int, dict[str, Array]], None] | None = None
+        """Called with the shard, field, row and parts whenever a row is read."""
         self._shape_of = {name: [tuple(shape) for shape in shape_array.tolist()] for name, shape_array in shapes.items()}
 
     def __len__(self) -> int:
@@ -63,13 +65,13 @@ class Shard(ABC):
 
     def encoded(self, i: int) -> dict[str, dict[str, Array]]:
         """Stored parts of row ``i``: field -> part -> flat array."""
-        return {field: {part: self.part(field, part, i) for part in parts} for field, (_, parts) in self._codecs.items()}
+        return {field: self._parts(field, i) for field in self._codecs}
 
     def row(self, i: int, fields: Container[str] | None = None) -> Row:
         """Row ``i``, decoded into new arrays: all fields, or only ``fields``."""
         values = {
-            field: codec.decode({part: self.part(field, part, i) for part in parts}, self.shape(field, i))
-            for field, (codec, parts) in self._codecs.items()
+            field: codec.decode(self._parts(field, i), self.shape(field, i))
+            for field, (codec, _) in self._codecs.items()
             if fields is None or field in fields
         }
         return Row(*self.ids[i], values)
@@ -80,9 +82,15 @@ class Shard(ABC):
 
     def _encoded_field(self, field: FieldSpec, i: int) -> EncodedField:
         shape = self.shape(field.name, i)
-        layout = layout_of(field, shape)
-        parts = {part: self.part(field.name, part, i).reshape(part_shape) for part, (part_shape, _) in layout.items()}
+        flat = self._parts(field.name, i)
+        parts = {part: flat[part].reshape(part_shape) for part, (part_shape, _) in layout_of(field, shape).items()}
         return EncodedField(field, shape, parts)
+
+    def _parts(self, field: str, i: int) -> dict[str, Array]:
+        parts = {part: self.part(field, part, i) for part in self._codecs[field][1]}
+        if self.on_read is not None:
+            self.on_read(self, field, i, parts)
+        return parts
 
 
 class ColumnShard(Shard):

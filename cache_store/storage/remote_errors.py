@@ -34,10 +34,11 @@ class Cause(Enum):
 
 def cause_of(error: BaseException) -> tuple[Cause, str]:
     """The cause of an error, and what the user can do about one that does not pass."""
-    for one in _chain(error):
+    chain = list(_chain(error))
+    if any(_code(one) in _EXPIRED_CODES or "token has expired" in str(one).lower() for one in chain):
+        return Cause.EXPIRED, "The keys have expired: renew them, then run the same command again"
+    for one in chain:
         name, code = type(one).__name__, _code(one)
-        if code in _EXPIRED_CODES or "expired token" in str(one).lower() or "token has expired" in str(one).lower():
-            return Cause.EXPIRED, "The keys have expired: renew them, then run the same command again"
         if name in _WITHOUT_KEYS:
             return Cause.REFUSED, "Set credentials (for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
         if isinstance(one, NotImplementedError):
