@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 from contextlib import contextmanager
@@ -197,3 +198,21 @@ def test_samples_without_images_stall_no_process(door, monkeypatch, data, cache,
     arguments = distill_arguments(chosen, None, tmp_path / "out", "--recipe", "sft", "--max-length", 512, *sharding)
     finished = run_job(door, monkeypatch, *arguments[:-2], *arguments[-2:], "--batch-size", 1)
     assert [one.code for one in finished] == [0, 0], finished[0].stderr
+
+
+def test_a_sample_that_one_process_rejects_is_counted_by_all_of_them(door, data, cache, tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    shutil.copytree(IMAGES, images)
+    (images / "1.png").unlink()
+    arguments = distill_arguments(data, cache, tmp_path / "out")
+    arguments[arguments.index("--images") + 1] = images
+    ended = run_job(door, monkeypatch, *arguments, "--json")
+    assert [one.code for one in ended] == [0, 0], ended[0].stderr
+    figures = json.loads((tmp_path / "out" / "result.json").read_text())
+    # It comes in each of three epochs, whichever process has it then.
+    assert (figures["rejected"], list(figures["rejected_samples"])) == (1, ["vqa1"])
+    (images / "0.png").unlink()
+    arguments[arguments.index("--out") + 1] = tmp_path / "other"
+    stopped = run_job(door, monkeypatch, *arguments, "--max-rejected", 1)
+    assert [one.code for one in stopped] == [2, 2], stopped[0].stderr
+    assert all("2 samples cannot be used, more than --max-rejected 1 allows: 2 image missing" in one.stderr for one in stopped)
