@@ -1,6 +1,6 @@
 """The processes of a training run, and small sums over them on the host, while the devices work."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from alignkd.errors import TransientError
+from alignkd.errors import AlignkdError, TransientError
 from alignkd.pipeline.runtime.out_of_memory import is_out_of_memory
 from alignkd.pipeline.runtime.ranks import Worker
 
@@ -55,6 +55,20 @@ class Processes:
         with lost_processes(self.world_size):
             dist.broadcast_object_list(holder, src=0, group=self._group)
         return holder[0]
+
+    def by_first(self, call: Callable[[], T]) -> T:
+        """What a call gives to the first process, which alone makes it. Its error is raised in all of them."""
+        outcome: tuple[Any, Exception | None] = None, None
+        if self.first:
+            try:
+                outcome = call(), None
+            except (AlignkdError, OSError) as error:
+                outcome = None, error
+        found, failed = self.from_first(outcome)
+        if failed is not None:
+            raise failed
+        result: T = found
+        return result
 
     def gather(self, values: Sequence[T]) -> list[T]:
         """The values of all processes, in the order of their ranks; they must be small, and can be pickled."""

@@ -1,138 +1,191 @@
-"""Which checkpoints a run may resume from: the complete ones.
+"""Which checkpoints a run may resume from: those that are complete, and hold what was written.
 
-When all processes have written their parts and everything is on the disk, a record with the size of every file is written
-last. A folder without that record, or whose files have other sizes, was cut short.
+When all processes have written their parts, the files are brought to the disk and their SHA-256 is computed at the same time,
+from the pages that the system still holds. A record with the size and the digest of every file, and with a digest of its own,
+is written last. A folder without that record was cut short; one that differs from it is damaged.
 """
 
+import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import Trainer
-
 from alignkd.cache_store.storage.local import LocalStorage
-from alignkd.errors import AlignkdError, CheckpointError
-from alignkd.pipeline.runtime.out_of_memory import is_out_of_memory
+from alignkd.errors import CheckpointError
+from alignkd.pipeline.runtime.out_folder.write_faults import explained_write_faults
 
 RECORD = "complete.json"
+
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+_THREADS = 8
+_RECORD_BYTES = 2**26
 
 _logger = logging.getLogger(__name__)
 
 
 def mark_complete(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint's record, with the ``state`` that a resumed run needs besides what Trainer saves."""
-    sizes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != RECORD:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            sizes[str(path.relative_to(folder))] = path.stat().st_size
+    """Seal a checkpoint: write its record, with the ``state`` that a resumed run needs besides what Trainer saves."""
+    paths = {
+        str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RECORD
+    }
+    with ThreadPoolExecutor(_THREADS) as threads:
+        written = [threads.submit(_to_disk, path) for path in paths.values()]
+        digests = dict(zip(paths, threads.map(_sha256, paths.values()), strict=True))
+        for each in written:
+            each.result()
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    content = {"files": sizes, "sha256": digests, "state": dict(state)}
     storage = LocalStorage(folder)
     storage.delete(RECORD)
-    storage.write(RECORD, json.dumps({"files": sizes, "state": dict(state)}).encode())
+    storage.write(RECORD, json.dumps({**content, "seal": _seal(content)}).encode())
     _logger.info("checkpoint written: %s (%d bytes)", folder, sum(sizes.values()))
 
 
 def find_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The complete checkpoint of the highest step, and its state; None where there is none."""
-    found = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
-    for checkpoint in found:
-        state = _state(checkpoint)
+    """The whole checkpoint of the highest step, and its state; None where none was ever completed.
+
+    Raises:
+        CheckpointError: there are checkpoints that were complete once, and all of them are damaged.
+    """
+    damaged = []
+    for checkpoint in sorted(own_checkpoints(folder), key=step_of, reverse=True):
+        try:
+            state = _state(checkpoint)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            _logger.warning("checkpoint skipped: %s", error)
+            continue
         if state is not None:
-            _logger.info("resume point found: %s", checkpoint)
+            _logger.log(logging.WARNING if damaged else logging.INFO, "resume point found: %s", checkpoint)
             return checkpoint, state
         _logger.warning("checkpoint skipped, as it is not complete: %s", checkpoint)
+    if damaged:
+        raise CheckpointError(
+            f"--resume: no checkpoint in {folder} is whole: {'; '.join(damaged)}. Restore one from a copy, or begin again in"
+            " another --out"
+        )
     return None
 
 
-def remove_incomplete(folder: Path) -> None:
-    """Remove what is not complete: Trainer counts folders, and would keep an incomplete one in place of a complete one."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if _state(checkpoint) is None:
-            shutil.rmtree(checkpoint)
+def remove_incomplete(folder: Path, good: Path | None = None) -> None:
+    """Remove checkpoints that are not whole, which no run can use. ``good``: one that is known to be whole."""
+    for checkpoint in own_checkpoints(folder):
+        if checkpoint != good and not _is_whole(checkpoint):
+            remove(checkpoint)
             _logger.info("incomplete checkpoint removed: %s", checkpoint)
+
+
+def remove_oldest(folder: Path, keep: int) -> None:
+    """Remove all but the ``keep`` checkpoints of the highest steps. Folders with other names are the user's own."""
+    for checkpoint in sorted(own_checkpoints(folder), key=step_of)[:-keep]:
+        remove(checkpoint)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, its record first: a kill half-way leaves one that is incomplete, not one that is damaged."""
+    (checkpoint / RECORD).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+@contextmanager
+def sealed_or_removed(folder: Path, *, first: bool) -> Iterator[None]:
+    """Write a checkpoint. What is left of one that fails is removed, since on a full disk its space is needed.
+
+    Raises:
+        TransientError: the disk is full, read-only or forbidden.
+        CheckpointError: the run's folder is gone.
+    """
+
+    def kept() -> str:
+        whole = [path for path in own_checkpoints(folder.parent) if (path / RECORD).is_file()]
+        last = max(whole, key=step_of, default=None)
+        return f"Everything up to step {step_of(last)} is kept in {last}." if last else ""
+
+    try:
+        with explained_write_faults(folder.parent, folder.name, kept):
+            yield
+    except BaseException:
+        if first and not (folder / RECORD).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def own_checkpoints(folder: Path) -> list[Path]:
+    """The folders that have exactly the name of a checkpoint, links left out."""
+    found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a checkpoint's folder; -1 for a name without one."""
-    text = checkpoint.name.rpartition("-")[2]
-    return int(text) if text.isdecimal() else -1
+    found = _NAME.fullmatch(checkpoint.name)
+    return int(found[1]) if found else -1
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return _state(checkpoint) is not None
+    except CheckpointError:
+        return False
 
 
 def _state(checkpoint: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads((checkpoint / RECORD).read_text())
-        complete = all((checkpoint / name).stat().st_size == size for name, size in record["files"].items())
-        state: dict[str, Any] = {**record["state"]}  # a TypeError where it is not a mapping
-        int(state.get("processes", 1))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return state if complete else None
-
-
-@contextmanager
-def loading_checkpoint(folder: str | Path | None) -> Iterator[None]:
-    """Turn what torch, safetensors and transformers raise on damaged files into one message.
+    """What a checkpoint's record says; None where it has none, and so was cut short.
 
     Raises:
-        CheckpointError: names the checkpoint and what to do. Errors of storage and of memory pass unchanged.
+        CheckpointError: something differs from the record, or the record from its own digest.
     """
     try:
-        yield
-    except Exception as error:
-        if isinstance(error, AlignkdError | OSError) or is_out_of_memory(error):
+        path = checkpoint / RECORD
+        if path.stat().st_size > _RECORD_BYTES:
+            raise CheckpointError(f"{path} is {path.stat().st_size} bytes long, expected at most {_RECORD_BYTES}")
+        record = json.loads(path.read_bytes())
+        seal = record.pop("seal")
+        files, digests, state = record["files"], record["sha256"], record["state"]
+        if seal != _seal(record) or files.keys() != digests.keys():
+            raise CheckpointError(f"{path} was changed after it was written")
+        int(state.get("processes", 1))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
             raise
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise CheckpointError(
-            f"--resume: the checkpoint {folder} is damaged or is not of this run ({cause}). Remove this folder, and --resume"
-            " starts from the checkpoint before it"
-        ) from error
+        raise CheckpointError(f"{path} is damaged, or of another version of alignkd") from error
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = [threads.submit(_problem, checkpoint, name, files[name], digests[name]) for name in files]
+        problems = [problem for each in found if (problem := each.result())]
+    if problems:
+        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems[:4])}")
+    return dict(state)
 
 
-def deduplicated_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict that holds each tensor once, under its first name: safetensors refuses tensors that share memory."""
-    kept: dict[Any, str] = {}
-    for name, tensor in state.items():
-        kept.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name, name)
-    return {name: state[name] for name in kept.values()}
+def _problem(checkpoint: Path, name: str, size: int, digest: str) -> str:
+    path = checkpoint / name
+    if not path.resolve().is_relative_to(checkpoint.resolve()):
+        return f"{name} lies outside of it"
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes, expected {size}"
+    return "" if _sha256(path) == digest else f"{name} differs from its SHA-256"
 
 
-class CheckpointingTrainer(Trainer):  # type: ignore[misc]
-    """Trainer that saves shared tensors once, and explains a checkpoint that cannot be loaded."""
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
-        """Save tensors that two modules share, such as a tied output head, once."""
-        super()._save(output_dir, deduplicated_state(self.model.state_dict() if state_dict is None else state_dict))
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Accept the names that :meth:`_save` left out: their tensors were loaded under another name.
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-        Raises:
-            CheckpointError: other weights are missing, or are not known.
-        """
-        saved = set(deduplicated_state(self.model.state_dict()))
-        differing = [*(set(load_result.missing_keys) & saved), *load_result.unexpected_keys]
-        if differing:
-            names = ", ".join(sorted(differing)[:4])
-            raise CheckpointError(
-                f"--resume: the checkpoint does not hold this student's weights: {names}; choose another --out"
-            )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with loading_checkpoint(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with loading_checkpoint(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with loading_checkpoint(checkpoint):
-            super()._load_rng_state(checkpoint)
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

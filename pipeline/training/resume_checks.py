@@ -6,12 +6,16 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState
+
 from alignkd.errors import CheckpointError, ConfigError, wrap_errors
 from alignkd.losses.recipes import recipe_record
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.runtime.files import check_out_folder
+from alignkd.pipeline.runtime.printable import printable
 from alignkd.pipeline.runtime.redact import redacted
+from alignkd.pipeline.training.checkpoints import own_checkpoints
 from alignkd.pipeline.training.run_inputs import RunInputs
 from alignkd.pipeline.training.schedule import Schedule, check_same_order, step_record
 from alignkd.plugins import loaded_plugins
@@ -25,15 +29,31 @@ _MAY_CHANGE = (
 content, batches by the samples that a step takes."""
 
 
+_WRITTEN = ("checkpoints", "student", "student-official", "adapter", "tensorboard", "metrics.jsonl", "run.json", "result.json")
+
+
 def check_out(out: Path, *, resume: bool) -> None:
     """Refuse to write over a run.
 
     Raises:
-        ConfigError: the folder holds one, or cannot be a folder.
+        ConfigError: the folder holds one, cannot be a folder, or a part of it lies elsewhere.
+        CheckpointError: the run to resume has no record of its settings.
     """
     check_out_folder(out)
+    for name in _WRITTEN:
+        if not (out / name).resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"--out {out}: {name} leads to {(out / name).resolve()}, outside of this folder, where nothing is written"
+                " or removed; remove the link, or choose another folder"
+            )
     if not resume and (out / "metrics.jsonl").exists():
         raise ConfigError(f"--out {out} already holds a run; continue it with --resume, or choose another folder")
+    begun = (out / "metrics.jsonl").exists() or own_checkpoints(out / "checkpoints")
+    if resume and begun and not (out / "run.json").is_file():
+        raise CheckpointError(
+            f"--resume: {out / 'run.json'} is missing, so the settings of the run are not known: restore the file, or choose"
+            " another --out"
+        )
 
 
 def resolved_settings(inputs: RunInputs, data: TrainingSet, schedule: Schedule) -> dict[str, Any]:
@@ -62,7 +82,7 @@ def check_same_run(path: Path, resolved: Mapping[str, Any]) -> None:
         ConfigError: names each setting that differs, with both values.
     """
     if not path.is_file():
-        return
+        return  # nothing was begun: check_out has looked
     unreadable = (
         f"--resume: {path} is damaged, so the settings of the run are not known: restore the file, or choose another --out"
     )
@@ -82,6 +102,50 @@ def check_same_run(path: Path, resolved: Mapping[str, Any]) -> None:
             f"--resume: {path.parent} was run with other settings: {'; '.join(differing)}. Resume with the same settings, or"
             " choose another --out"
         )
+
+
+_STATE_BYTES = 2**28
+_COUNTS = ("global_step", "max_steps", "num_train_epochs", "train_batch_size", "num_input_tokens_seen", "save_steps")
+_MOST = 2**53
+
+
+def check_trainer_state(path: Path, step: int) -> None:
+    """Refuse a state of Trainer that no run can have written. ``step``: the checkpoint's.
+
+    Raises:
+        CheckpointError: names what was found.
+    """
+    damaged = f"--resume: {path} is damaged or was made by hand; remove its folder to resume from the checkpoint before it"
+    try:
+        size = path.stat().st_size
+        if size > _STATE_BYTES:
+            raise CheckpointError(f"{damaged}: {size} bytes, expected at most {_STATE_BYTES}")
+        state = json.loads(path.read_text())
+        unknown = sorted(state.keys() - {field.name for field in fields(TrainerState)})
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{damaged} ({error})") from error
+    problems = [f"an unknown field {name!r}" for name in unknown[:2]]
+    problems += [f"{name} {state.get(name)!r}" for name in _COUNTS if not _is_count(state.get(name, 0))]
+    if not problems and not state.get("global_step") == step <= state.get("max_steps", step):
+        problems.append(f"step {state.get('global_step')!r} of {state.get('max_steps')!r}, expected step {step}")
+    for name, kind in (("log_history", list), ("stateful_callbacks", dict)):
+        if not isinstance(state.get(name), kind | None):
+            problems.append(f"{name} is no {kind.__name__}")
+    if any(not isinstance(entry, dict) for entry in state.get("log_history") or ()):
+        problems.append("log_history with entries that are no objects")
+    problems += [f"{name} {state[name]!r}" for name in ("epoch", "total_flos") if not _is_number(state.get(name, 0))]
+    problems += [f"{name} is set" for name in ("best_model_checkpoint", "best_global_step") if state.get(name)]
+    if problems:
+        raise CheckpointError(f"{damaged}: {printable('; '.join(problems))[:300]}")
+
+
+def _is_number(value: Any) -> bool:
+    usual = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (usual and -_MOST <= value <= 2.0**100)
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST)
 
 
 def _defaults() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from alignkd.losses.recipes import term_weights
@@ -19,8 +19,10 @@ from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.feature_cache import cache_tower_features
 from alignkd.pipeline.feeding.loader_processes import lost_loader
 from alignkd.pipeline.runtime.devices import device_words, peak_memory_bytes, pick_device
-from alignkd.pipeline.runtime.files import replace_text
+from alignkd.pipeline.runtime.files import check_out_folder, replace_text
 from alignkd.pipeline.runtime.logs import log_start
+from alignkd.pipeline.runtime.out_folder.lock import RunLock, hold_by_first
+from alignkd.pipeline.runtime.out_folder.write_faults import explained_write_faults
 from alignkd.pipeline.runtime.processes import Processes, lost_processes
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.ranks import Worker, find_process
@@ -28,12 +30,18 @@ from alignkd.pipeline.runtime.rendezvous import joined_processes
 from alignkd.pipeline.runtime.run_record import write_run_record
 from alignkd.pipeline.runtime.signals import Interrupted, StopFlag, stop_on_signals
 from alignkd.pipeline.training.callbacks import RunCallback
-from alignkd.pipeline.training.checkpoints import find_latest, loading_checkpoint, remove_incomplete, step_of
+from alignkd.pipeline.training.checkpoints import find_latest, remove_incomplete, step_of
 from alignkd.pipeline.training.monitoring.metrics import Metrics
 from alignkd.pipeline.training.monitoring.summary import final_terms, folders, image_warnings, next_command, rejection_warnings
 from alignkd.pipeline.training.monitoring.tensorboard import TensorBoard
 from alignkd.pipeline.training.optimizers import OptimizerSettings
-from alignkd.pipeline.training.resume_checks import check_out, check_processes, check_same_run, resolved_settings
+from alignkd.pipeline.training.resume_checks import (
+    check_out,
+    check_processes,
+    check_same_run,
+    check_trainer_state,
+    resolved_settings,
+)
 from alignkd.pipeline.training.run_inputs import check_options, open_data, open_inputs
 from alignkd.pipeline.training.schedule import Schedule, make_schedule
 from alignkd.pipeline.training.student import build_objective, save_student
@@ -56,11 +64,20 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     device = pick_device(config.device, process.local_rank)
     deepspeed = config.deepspeed is not None
     joined = joined_processes(process, device=device, longest_wait_s=config.max_wait, deepspeed=deepspeed)
-    with stop_on_signals() as stop, joined as processes, lost_processes(processes.world_size):
-        return _distill(config, process, processes, stop)
+    out = Path(config.out)
+    check_out_folder(out)
+    with (
+        stop_on_signals() as stop,
+        joined as processes,
+        lost_processes(processes.world_size),
+        hold_by_first(out, processes, stop) as lock,
+    ):
+        return _distill(config, process, processes, stop, lock)
 
 
-def _distill(config: DistillConfig, process: Worker, processes: Processes, stop: StopFlag) -> dict[str, Any]:
+def _distill(
+    config: DistillConfig, process: Worker, processes: Processes, stop: StopFlag, lock: RunLock | None
+) -> dict[str, Any]:
     out = Path(config.out)
     check_out(out, resume=config.resume)
     set_seed(config.seed)
@@ -74,7 +91,8 @@ def _distill(config: DistillConfig, process: Worker, processes: Processes, stop:
         check_same_run(out / "run.json", settings)
     processes.wait()  # nobody writes before all have read
     if processes.first:
-        write_run_record(out / "run.json", "distill", settings)
+        with explained_write_faults(out, "run.json"):
+            write_run_record(out / "run.json", "distill", settings)
     if config.cache_tower_features:
         cache_tower_features(inputs.student, data, limit_bytes=config.feature_bytes)
     stop.check()
@@ -90,11 +108,14 @@ def _distill(config: DistillConfig, process: Worker, processes: Processes, stop:
         out=config.out,
         template=inputs.template,
     )
-    figures = _train(config, objective, arguments, data, schedule, processes, stop)
-    folder = save_student(inputs.student, peft_model, out, deepspeed=config.deepspeed, first=processes.first)
-    if processes.first:
-        figures |= {"student": str(folder), "out": str(out), "folders": folders(out), "next": next_command(config, folder)}
-        replace_text(out / "result.json", json.dumps(figures, indent=2) + "\n")
+    figures = _train(config, objective, arguments, data, schedule, processes, stop, lock)
+    with explained_write_faults(out, "the student", lambda: "The last checkpoint holds all that was learned."):
+        if lock is not None:
+            lock.check()
+        folder = save_student(inputs.student, peft_model, out, deepspeed=config.deepspeed, first=processes.first)
+        if processes.first:
+            figures |= {"student": str(folder), "out": str(out), "folders": folders(out), "next": next_command(config, folder)}
+            replace_text(out / "result.json", json.dumps(figures, indent=2) + "\n")
     processes.wait()
     return figures if processes.first else {}
 
@@ -107,6 +128,7 @@ def _train(
     schedule: Schedule,
     processes: Processes,
     stop: StopFlag,
+    lock: RunLock | None,
 ) -> dict[str, Any]:
     """Train from the latest complete checkpoint, or from the start. Returns the run's figures.
 
@@ -132,6 +154,8 @@ def _train(
             metrics=metrics,
             stop=stop,
             longest_wait_s=config.max_wait,
+            save_total_limit=config.save_total_limit,
+            lock=lock,
             term_gradients=config.term_gradients,
             callbacks=[callback, *([TensorBoard(out / "tensorboard")] if "tensorboard" in config.report_to else [])],
         )
@@ -176,15 +200,15 @@ def _train(
 
 
 def _resume_point(config: DistillConfig, processes: Processes) -> tuple[Path | None, dict[str, Any]]:
-    """The latest complete checkpoint and its state, None and {} for a new start. Incomplete checkpoints are removed."""
+    """The latest whole checkpoint and its state, None and {} for a new start. Checkpoints that are not whole are removed."""
     folder = Path(config.out) / "checkpoints"
-    found = find_latest(folder) if config.resume else None
+    found = processes.by_first(lambda: find_latest(folder)) if config.resume else None
     checkpoint, state = found if found is not None else (None, {})
     check_processes(config, state.get("processes", processes.world_size), processes.world_size)
     if checkpoint is not None:
-        with loading_checkpoint(checkpoint):
-            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        check_trainer_state(checkpoint / "trainer_state.json", step_of(checkpoint))
     processes.wait()  # nobody removes before all have read
     if processes.first:
-        remove_incomplete(folder)
+        with explained_write_faults(folder, "checkpoints"):
+            remove_incomplete(folder, checkpoint)
     return checkpoint, state

@@ -21,9 +21,12 @@ from alignkd.pipeline.feeding.batch_loader import TrainingLoader
 from alignkd.pipeline.feeding.dataset import TrainingExample, TrainingSet
 from alignkd.pipeline.feeding.order import StepSampler
 from alignkd.pipeline.feeding.row_checks import MisalignedRowError
+from alignkd.pipeline.runtime.out_folder.lock import RunLock
+from alignkd.pipeline.runtime.out_folder.write_faults import explained_write_faults
 from alignkd.pipeline.runtime.processes import Processes
 from alignkd.pipeline.runtime.signals import StopFlag
-from alignkd.pipeline.training.checkpoints import CheckpointingTrainer, mark_complete
+from alignkd.pipeline.training.checkpointing_trainer import CheckpointingTrainer
+from alignkd.pipeline.training.checkpoints import mark_complete, remove_oldest, sealed_or_removed
 from alignkd.pipeline.training.monitoring.health_checks import FiniteCheck, HealthChecks
 from alignkd.pipeline.training.monitoring.metrics import PRECISION, Metrics
 from alignkd.pipeline.training.optimizers import OptimizerSettings, optimizer_of
@@ -52,11 +55,14 @@ class DistillTrainer(CheckpointingTrainer):
         metrics: Metrics,
         stop: StopFlag,
         longest_wait_s: float,
+        save_total_limit: int,
+        lock: RunLock | None = None,
         term_gradients: bool = False,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.objective, self.data, self.processes = objective, data, processes
         self.schedule, self.done, self.longest_wait_s = schedule, done, longest_wait_s
+        self.save_total_limit, self.lock = save_total_limit, lock
         self.optimizer_settings = optimizer
         self.metrics, self.finite = metrics, FiniteCheck()
         self.health_checks = HealthChecks(objective.recipe, max_length=data.preparer.encoder.max_length)
@@ -240,18 +246,24 @@ class DistillTrainer(CheckpointingTrainer):
             self._gradient_norms = {}
             step = self.state.global_step
             reduce = self.processes.reduce if self.processes.world_size > 1 else None
-            logs = self.metrics.line({**logs, **norms}, step=step, epoch=self.schedule.epoch(step), reduce=reduce)
+            with explained_write_faults(self.metrics.path.parent, "a log line"):
+                logs = self.metrics.line({**logs, **norms}, step=step, epoch=self.schedule.epoch(step), reduce=reduce)
             for warning in self.health_checks(logs) if self.processes.first else ():
                 _log.warning("%s", warning)
-        super().log(logs, start_time)
+        with explained_write_faults(self.metrics.path.parent, "a log line"):
+            super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save once all losses so far are known to be finite; mark the checkpoint complete when every process has written."""
         self.finite.check(wait=True)
-        super()._save_checkpoint(model, trial)
-        totals = self.metrics.state_dict(self.processes.reduce if self.processes.world_size > 1 else None)
-        self.processes.wait()
-        if self.processes.first:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            warnings = self.health_checks.reported
-            mark_complete(folder, {"metrics": totals, "processes": self.processes.world_size, "warnings": warnings})
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with sealed_or_removed(folder, first=self.processes.first):
+            if self.lock is not None:
+                self.lock.check()
+            super()._save_checkpoint(model, trial)
+            totals = self.metrics.state_dict(self.processes.reduce if self.processes.world_size > 1 else None)
+            self.processes.wait()
+            if self.processes.first:
+                state = {"metrics": totals, "processes": self.processes.world_size, "warnings": self.health_checks.reported}
+                mark_complete(folder, state)
+                remove_oldest(folder.parent, keep=self.save_total_limit)

@@ -46,7 +46,7 @@ def training_arguments(config: DistillConfig, out: Path, device: str, *, steps: 
             logging_first_step=True,
             logging_nan_inf_filter=False,  # it waits for the device every step; FiniteCheck finds such losses without
             save_steps=config.save_steps,
-            save_total_limit=config.save_total_limit,
+            save_total_limit=None,  # Trainer would count, and remove, folders of the user whose names begin alike
             dataloader_num_workers=config.workers if config.workers is not None else (4 if device != "cpu" else 0),
             remove_unused_columns=False,
             ignore_data_skip=True,  # our sampler starts where the checkpoint ends

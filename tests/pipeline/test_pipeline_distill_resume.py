@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from contextlib import suppress
@@ -162,6 +163,7 @@ def test_resume_without_a_checkpoint_begins_again(run, data, cache, tmp_path):
     out.mkdir()
     first = (run / "metrics.jsonl").read_text().splitlines()[0]
     (out / "metrics.jsonl").write_text(first + "\n" + first[:40])
+    shutil.copy(run / "run.json", out)
     train(data, cache, out, resume=True)
     assert student_sha256(out) == student_sha256(run)
     assert without_time(metrics(out)) == without_time(metrics(run))

@@ -50,7 +50,7 @@ def test_processes_that_cannot_find_each_other_are_told_which_variable_is_missin
     for variable, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ConfigError, match=r"these settings cannot be used for training here .*MASTER_ADDR"):
+    with pytest.raises(ConfigError, match=r"not where they meet: export MASTER_ADDR"):
         train(data, cache, tmp_path / "out")
 
 
@@ -100,11 +100,12 @@ def test_a_damaged_log_is_named(stopped):
 
 
 @pytest.mark.parametrize("state", [[], {"processes": "two"}])
-def test_a_checkpoint_whose_record_makes_no_sense_is_skipped(stopped, state):
+def test_a_run_whose_only_checkpoint_has_a_record_without_sense_is_not_begun_again_in_silence(stopped, state):
     out, resume = stopped
     path = out / "checkpoints" / "checkpoint-2" / "complete.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "state": state}))
-    assert resume()["samples"] == 24
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: .*complete\.json .*begin again in another --out"):
+        resume()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"])
@@ -112,7 +113,9 @@ def test_a_damaged_file_of_a_checkpoint_is_named_with_the_way_out(stopped, name)
     out, resume = stopped
     folder = out / "checkpoints" / "checkpoint-2"
     (folder / name).write_bytes(b"\xff" * (folder / name).stat().st_size)  # of the size that the record tells
-    with pytest.raises(CheckpointError, match=rf"--resume: the checkpoint {folder} is damaged.*Remove this folder, and"):
+    with pytest.raises(
+        CheckpointError, match=rf"is whole: {folder} is damaged: {name} .*SHA-256\. Restore one from a copy, or"
+    ):
         resume()
 
 

@@ -1,5 +1,6 @@
 """Log lines for TensorBoard, with terms, weighted terms and shares in separate groups."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ class TensorBoard(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             from torch.utils.tensorboard import SummaryWriter
 
+            _keep_writer_threads_quiet()
             self.writer = SummaryWriter(str(self.folder), purge_step=state.global_step + 1)
 
     def on_log(
@@ -44,3 +46,17 @@ class TensorBoard(TrainerCallback):  # type: ignore[misc]
         if self.writer is not None:
             self.writer.close()
             self.writer = None
+
+
+def _keep_writer_threads_quiet() -> None:
+    """TensorBoard raises what its thread could not write in the training process too: a traceback beside it helps nobody."""
+    shown = threading.excepthook
+    if getattr(shown, "is_quiet", False):
+        return
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if type(arguments.thread).__name__ != "_AsyncWriterThread":
+            shown(arguments)
+
+    hook.is_quiet = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
