@@ -172,6 +172,46 @@ def test_a_run_of_two_processes_resumes_on_one(door, monkeypatch, data, cache, a
     assert_same_student(out, alone)
 
 
+@pytest.mark.slow
+def test_a_run_of_one_process_resumes_on_two(door, monkeypatch, data, cache, alone, tmp_path):
+    out = tmp_path / "out"
+    arguments = distill_arguments(data, cache, out, "--save-steps", 1)
+    running = door.start(*arguments, "--gradient-accumulation", 2)
+    wait_until(lambda: list(out.glob(f"checkpoints/checkpoint-*/{RECORD}")), seconds=120)
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.finish().code == 75
+    assert 1 <= metrics(out)[-1]["step"] < 6
+    resumed = run_job(door, monkeypatch, *arguments, "--resume")
+    assert [one.code for one in resumed] == [0, 0], resumed[0].stderr
+    assert [line["step"] for line in metrics(out)] == list(range(1, 7))
+    assert_same_student(out, alone)
+
+
+def test_an_error_of_one_process_ends_the_others(door, monkeypatch, data, cache, tmp_path):
+    """The second one is killed: the first must neither wait for it nor end well."""
+    arguments = distill_arguments(data, cache, tmp_path / "out", "--epochs", 5000)
+    with launched(door, monkeypatch, *arguments) as running:
+        wait_until(lambda: (tmp_path / "out" / "metrics.jsonl").exists() and metrics(tmp_path / "out"), seconds=120)
+        os.kill(running[1].pid, signal.SIGKILL)
+        first = running[0].finish()
+        running[1].finish()
+    assert first.code == 75, first.stderr
+    assert "another process of this run has ended" in first.stderr
+    assert "Traceback" not in first.stderr
+
+
+def test_a_stopped_process_is_not_awaited_for_ever(door, monkeypatch, data, cache, tmp_path):
+    arguments = distill_arguments(data, cache, tmp_path / "out", "--epochs", 5000, "--max-wait", 5)
+    with launched(door, monkeypatch, *arguments) as running:
+        wait_until(lambda: (tmp_path / "out" / "metrics.jsonl").exists() and metrics(tmp_path / "out"), seconds=120)
+        os.kill(running[1].pid, signal.SIGSTOP)
+        first = running[0].finish()
+        os.kill(running[1].pid, signal.SIGKILL)
+        running[1].finish()
+    assert first.code == 75, first.stderr
+    assert "does not answer" in first.stderr
+
+
 def test_another_number_of_samples_a_step_is_no_resumption(data, cache, tmp_path, alone):
     with pytest.raises(ValueError, match=r"step: .*samples.*4.* before, .*2.* now"):
         train(data, cache, alone, epochs=3.0, batch_size=2, projector_learning_rate=3e-3, resume=True)

@@ -143,6 +143,23 @@ def test_a_straggler_that_finishes_after_its_replacement_harms_nobody(tmp_path, 
 
 
 @pytest.mark.processes
+def test_a_stopped_worker_that_wakes_after_its_shards_were_taken_harms_nobody(tmp_path, door, twelve, expected):
+    arguments = ["cache-teacher", "--teacher", TEACHER, "--data", twelve, "--images", IMAGES, "--device", "cpu"]
+    arguments += ["--shard-samples", 2, "--cache", tmp_path / "cache", "--world-size", 2]
+    stopped = door.start(*arguments, "--rank", 0)
+    wait_until(lambda: list((tmp_path / "cache" / "commits").glob("0*.json")))
+    os.kill(stopped.pid, signal.SIGSTOP)
+    thief = door(*arguments, "--rank", 1, "--steal")
+    assert thief.code == 0, thief.stderr
+    assert content(tmp_path / "cache") == expected
+    os.kill(stopped.pid, signal.SIGCONT)
+    woken = stopped.finish()
+    assert woken.code == 0, woken.stderr
+    assert "Traceback" not in woken.stderr
+    assert content(tmp_path / "cache") == expected
+
+
+@pytest.mark.processes
 def test_identical_workers_at_once_harm_nobody(tmp_path, door, twelve, expected):
     arguments = ["cache-teacher", "--teacher", TEACHER, "--data", twelve, "--images", IMAGES, "--device", "cpu"]
     arguments += ["--shard-samples", 2, "--cache", tmp_path / "cache", "--rank", 0, "--world-size", 1]
