@@ -284,6 +284,32 @@ def test_a_fault_of_storage_is_tried_again_and_is_never_the_files(tmp_path, monk
             file[1]
 
 
+@pytest.mark.parametrize("times", [2, 99])
+def test_a_fault_of_storage_while_a_file_is_indexed_begins_it_again(tmp_path, monkeypatch, times):
+    path = write_data(tmp_path / "d.json", SAMPLES)
+    real, failed = records_module.read_records, []
+
+    def read(*arguments):
+        records = real(*arguments)
+        yield next(records)
+        if len(failed) < times:
+            failed.append(arguments)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        yield from records
+
+    monkeypatch.setattr(records_module, "read_records", read)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.0)
+    if times == 2:
+        assert [sample.id for sample in read_all(SampleFile(path))] == [r["id"] for r in SAMPLES]
+    else:
+        with pytest.raises(TransientError, match=r"d\.json failed 5 times"):
+            SampleFile(path)
+
+
+def read_all(file):
+    return [file[i] for i in range(len(file))]
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3, len(GOOD), len(GOOD) + 1, len(GOOD) + 2])
 @pytest.mark.parametrize("name", ["missing comma", "two commas", "comma before the end", "text after the list", "second list"])
 def test_what_is_no_json_list_is_refused_over_any_chunk_border(tmp_path, monkeypatch, name, chunk):
