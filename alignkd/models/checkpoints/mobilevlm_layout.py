@@ -89,6 +89,11 @@ def official_config(
         raise CheckpointError(
             f"{where}: mm_projector_type is {short(projector)}; known are 'ldpnet' (MobileVLM) and 'ldpnetv2' (MobileVLM V2)"
         )
+    if official.get("mm_use_im_start_end"):
+        raise CheckpointError(
+            f"{where}: mm_use_im_start_end is true, so it was trained with <im_start> and <im_end> around each image, which is"
+            " not supported: use a checkpoint that was trained without them, as the released ones are"
+        )
     tower_name = official.get("mm_vision_tower") or official.get("vision_tower")
     if not isinstance(tower_name, str):
         raise CheckpointError(f"{where} names no mm_vision_tower; is this a text-only checkpoint?")

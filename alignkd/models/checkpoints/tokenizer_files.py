@@ -26,7 +26,8 @@ def load_tokenizer(folder: Path) -> Any:
             tokenizer = LlamaSentencePieceTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if tokenizer.pad_token_id is None:
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+            # As the training code of LLaVA and MobileVLM: it counts a prompt's ids without those that pad.
             tokenizer.pad_token = tokenizer.unk_token
         tokenizer("a")
     return tokenizer
@@ -38,6 +39,12 @@ def check_tokenizer(folder: Path, tokenizer: Any, vocabulary: int) -> None:
     Raises:
         CheckpointError: it has more tokens, or no start or end token.
     """
+    beyond = sorted(token for token, number in tokenizer.get_vocab().items() if number >= vocabulary)
+    if beyond and len(tokenizer) <= vocabulary:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {beyond[0]!r} beside the model's vocabulary of {vocabulary} tokens, so its id has no"
+            " embedding: correct added_tokens.json, or resize the model's embeddings"
+        )
     if len(tokenizer) > vocabulary:
         raise CheckpointError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens but the model {vocabulary}; they do not belong together"
