@@ -103,6 +103,8 @@ def captured_arrays(vlm: Vlm, prepared: Prepared) -> dict[str, np.ndarray]:
         "input_ids": given.input_ids,
         "labels": given.labels,
         "pixel_values": given.images.float().numpy(),
+        **{name: value.numpy() for name, value in given.image_inputs.items()},
+        **given.token_inputs,
         "attention_HTV": captured.attention[0][0].cpu().numpy(),
         "vision_tokens_VD": captured.vision_BVD[0].float().cpu().numpy(),
         "answer_logits_AN": logits_AN.cpu().numpy(),

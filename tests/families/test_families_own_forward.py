@@ -31,6 +31,8 @@ from alignkd.errors import CheckpointError
 from alignkd.losses.recipes import get_recipe
 from alignkd.models.loading import load_vlm
 from alignkd.objective import Objective
+from alignkd.pipeline.data.preparer import Prepared
+from alignkd.pipeline.evaluate.show_sample import captured_arrays
 from alignkd.pipeline.stage_one.calibrate import calibrate
 from alignkd.targets.batch_targets import DecodedTargets
 
@@ -230,3 +232,11 @@ def test_a_cap_of_logits_is_refused_by_name(tmp_path):
     make_gemma3.write(tmp_path, final_logit_softcapping=30.0)
     with pytest.raises(CheckpointError, match=r"capped at 30\.0 \(final_logit_softcapping\)"):
         enable_capture(load_vlm(tmp_path))
+
+
+def test_what_show_saves_is_all_that_the_model_alone_needs(built):
+    vlm = load_vlm(built("sparse"))
+    given = prepared(vlm, LONG)
+    with torch.no_grad():
+        arrays = captured_arrays(vlm, Prepared(given, "", truncated=False))
+    assert {"image_grid_thw", *given.image_inputs, *given.token_inputs} <= arrays.keys()
