@@ -67,7 +67,10 @@ def check_shapes(field: FieldSpec, shapes: NDArray[np.int32]) -> None:
         raise CorruptShardError(f"field {field.name!r} has a negative size")
     values = float(np.maximum(shapes, 1).prod(axis=1, dtype=np.float64).max(initial=0))
     if values > (limit := max_decoded_bytes()):
-        raise CorruptShardError(f"field {field.name!r} has a shape of {values:.0f} values, more than {limit}")
+        raise CorruptShardError(
+            f"field {field.name!r} has a shape of {values:.0f} values, at most {limit} are read:"
+            f" {raise_limit_hint(int(values))}"
+        )
 
 
 def check_budget(nbytes: int) -> None:
