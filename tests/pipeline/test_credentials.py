@@ -118,12 +118,16 @@ def test_no_file_that_a_run_writes_holds_a_credential(door, data, tmp_path, monk
     cache = f"file://{folder}"
     common = ["--images", IMAGES, "--device", "cpu", "--data", data]
     out = tmp_path / "out"
-    first = door("cache-teacher", "--teacher", TEACHER, "--cache", cache, *common, "--shard-samples", 2)
+    logs = tmp_path / "logs"
+    words = ["cache-teacher", "--teacher", TEACHER, "--cache", cache, *common, "--shard-samples", 2]
+    first = door(*words, "--log-file", logs / "one.log", "--log-level", "debug")
     words = ["distill", "--student", STUDENT, "--cache", cache, *common, "--out", out, "--max-steps", 2, "--batch-size", 2]
-    second = door(*words, "--save-steps", 1, "--workers", 0)
+    second = door(*words, "--save-steps", 1, "--workers", 0, "--log-file", logs / "two.jsonl", "--log-json")
     assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
     assert files_with(folder, signature, SECRET) == []
     assert files_with(out, signature, SECRET) == []
+    assert files_with(logs, signature, SECRET) == []
+    assert "cache?REDACTED" in (logs / "one.log").read_text()
     for finished in (first, second):
         assert signature not in finished.stdout + finished.stderr
     refused = door(*words, "--save-steps", 1, "--workers", 0)
