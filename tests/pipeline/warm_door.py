@@ -32,6 +32,8 @@ _PASSED_ON = (
     "AWS_",
     "FSSPEC_",
     "NO_PROXY",
+    "OMPI_",
+    "PMI_",
     "SLURM_",
     "JOB_COMPLETION_INDEX",
     "RANK",
