@@ -173,7 +173,7 @@ def test_lora_updates_every_linear_layer_of_the_decoder_and_nothing_else(name, w
     updated = [module for module, _ in vlm.decoder.layers.named_modules() if module.endswith("lora_A")]
     assert len(updated) == 7 * vlm.layers
     assert not [module for module, _ in vlm.tower.named_modules() if "lora" in module]
-    merge_lora(model, tmp_path)
+    merge_lora(model, vlm, tmp_path)
     assert vlm.model.state_dict().keys() == before
 
 
