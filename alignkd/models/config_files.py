@@ -37,7 +37,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a folder; give the local folder of a checkpoint")
     path = folder / "config.json"
     if not path.exists():
-        raise CheckpointError(f"{folder} is not a checkpoint: it holds no config.json")
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: it holds no config.json; give the folder that holds it beside the weights"
+        )
     _check_plain_files(folder)
     return read_json(path)
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from alignkd.pipeline.evaluate.metrics import Metric, get_metric, is_empty
 from alignkd.pipeline.runtime.devices import device_words, parse_dtype, pick_device
 from alignkd.pipeline.runtime.files import check_out_folder, replace_text
 from alignkd.pipeline.runtime.logs import log_start
+from alignkd.pipeline.runtime.out_folder.write_faults import explained_write_faults
 from alignkd.pipeline.runtime.printable import json_text
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.run_record import write_run_record
@@ -103,7 +104,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "rejected_samples": rejects.reasons,
     }
     if config.out is not None:
-        replace_text(Path(config.out) / "result.json", json.dumps(result, indent=2) + "\n")
+        with _explained(Path(config.out), "result.json"):
+            replace_text(Path(config.out) / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -114,15 +116,23 @@ def _predictions(config: EvaluateConfig) -> Iterator[Callable[[Sequence[Mapping[
         yield lambda _: None
         return
     out = Path(config.out)
-    write_run_record(out / "run.json", "evaluate", asdict(config))
-    (out / "result.json").unlink(missing_ok=True)  # of an earlier run, whose predictions are written over
-    with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
+    with _explained(out, "run.json"):
+        write_run_record(out / "run.json", "evaluate", asdict(config))
+        (out / "result.json").unlink(missing_ok=True)  # of an earlier run, whose predictions are written over
+        file = (out / "predictions.jsonl").open("wb", buffering=0)  # a buffer's rest would fail once more when it is closed
+    with file:
 
         def write(lines: Sequence[Mapping[str, Any]]) -> None:
-            file.writelines(json_text(line) + "\n" for line in lines)
-            file.flush()
+            left = memoryview("".join(json_text(line) + "\n" for line in lines).encode())
+            with _explained(out, "predictions.jsonl"):
+                while left:
+                    left = left[file.write(left) :]
 
         yield write
+
+
+def _explained(out: Path, what: str) -> AbstractContextManager[None]:
+    return explained_write_faults(out, what, again="run the same command again")
 
 
 def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects: RejectedSamples) -> list[_Question]:

@@ -1,5 +1,6 @@
 """Output folders, checked before a job begins, and files that a kill leaves whole: the one of before, or the new one."""
 
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +14,13 @@ def check_out_folder(out: Path) -> None:
     """Refuse an output folder that cannot be made, before the work whose results it should hold.
 
     Raises:
-        ConfigError: it is a file, or lies below one.
+        ConfigError: it is a file, lies below one, or may not be written.
     """
     existing = next((path for path in (out, *out.parents) if path.exists()), None)
     if existing is not None and not existing.is_dir():
         raise ConfigError(f"--out {out} cannot be a folder: {existing} is a file; choose another folder, or remove the file")
+    if existing is not None and not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out}: the folder {existing} cannot be written: change its rights, or choose another --out")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -54,7 +54,7 @@ def _join(process: Worker, device: str, longest_wait_s: float, place: str) -> No
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=longest_wait_s))
     except (RuntimeError, ValueError) as error:
-        cause = " ".join(str(error).split())[:300]
+        cause = " ".join(str(error).split())[:300].rstrip(".")
         if "EADDRINUSE" in cause:
             raise ConfigError(
                 f"{place}, where the processes of this run are to meet, is in use by another program: set MASTER_PORT to a free"

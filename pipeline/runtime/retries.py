@@ -32,7 +32,10 @@ def with_retries(
             if not is_transient(error):
                 raise
             if attempt == attempts:
-                raise TransientError(f"{what} failed {attempts} times, the last time with: {error}") from error
+                raise TransientError(
+                    f"{what} failed {attempts} times, the last time with: {error}. When it can be read again, run the same"
+                    " command again (distill: with --resume)"
+                ) from error
             _log.warning("%s failed and is tried again (%d of %d): %s", what, attempt + 1, attempts, error)
             # Workers that lost the same server should not come back to it at the same instant.
             sleep(FIRST_PAUSE_S * 3 ** (attempt - 1) * random.uniform(0.75, 1.25))

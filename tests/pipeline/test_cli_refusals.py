@@ -82,7 +82,7 @@ CASES = {
         ["vocabulary: 512 in the cache, 520 here", "is incompatible with this run", "alignkd cache-teacher"],
     ),
     "a student of another tokenizer": (
-        lambda t: {"--student": with_pad_token(t / "s", "</s>")},
+        lambda t: {"--student": with_pad_token(t / "s", "<s>")},
         ["tokenizer: ", "logits need the same tokenizer", "--set reverse_kl=0"],
     ),
     "a cache of another template": (lambda t: {"--template": "plain"}, ["template: v1 in the cache, plain here"]),

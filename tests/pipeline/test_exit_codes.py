@@ -64,7 +64,7 @@ def test_the_last_attempt_names_the_cause() -> None:
         calls.append(1)
         raise os_error(errno.ESTALE)
 
-    with pytest.raises(TransientError, match=r"reading a file failed 5 times.*Stale"):
+    with pytest.raises(TransientError, match=r"reading a file failed 5 times.*Stale.*run the same command again"):
         with_retries(call, "reading a file", sleep=lambda _: None)
     assert len(calls) == ATTEMPTS
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+from pathlib import Path
 
 import pytest
 from tiny_runs import IMAGES, SAMPLES, STUDENT, record, write_data
 
-from alignkd.errors import DataError
+from alignkd.errors import ConfigError, DataError, TransientError
 from alignkd.pipeline.config.evaluate import EvaluateConfig
 from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
 from alignkd.pipeline.evaluate import runner
@@ -170,3 +174,30 @@ def test_a_prediction_says_what_was_asked_about_which_image_and_what_was_expecte
     assert [line["question"] for line in lines[:2]] == ["<image>\nWhat is it?", "And then?"]
     assert [line["reference"] for line in lines[:2]] == ["A thing.", "No\u2029."]
     assert all(line["answer"] == line["reference"] for line in lines)
+
+
+@pytest.mark.parametrize("part", ["predictions.jsonl", "result.json"])
+def test_a_full_disk_is_one_message_that_names_the_file_and_what_to_do(tmp_path, monkeypatch, part):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if part == "result.json":
+        monkeypatch.setattr(runner, "replace_text", full)
+    else:
+        real = Path.open
+
+        class Full(io.RawIOBase):
+            write = full
+
+        monkeypatch.setattr(Path, "open", lambda path, *a, **k: Full() if path.name == part else real(path, *a, **k))
+    with pytest.raises(
+        TransientError, match=rf"{part} cannot be written to .*No space left on device\. Free space there, then run"
+    ):
+        run(tmp_path, QUESTIONS[:1])
+
+
+def test_a_folder_without_rights_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "load_vlm", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(os, "access", lambda path, mode: (Path(path), mode) != (tmp_path, os.W_OK | os.X_OK))
+    with pytest.raises(ConfigError, match="cannot be written: change its rights"):
+        run(tmp_path, QUESTIONS[:1])

@@ -23,10 +23,12 @@ _TORCH = ("PytorchStreamWriter", "file write failed", "inline_container", "basic
 
 
 @contextmanager
-def explained_write_faults(folder: Path, what: str, kept: Callable[[], str] = lambda: "") -> Iterator[None]:
+def explained_write_faults(
+    folder: Path, what: str, kept: Callable[[], str] = lambda: "", *, again: str = "run the same command again with --resume"
+) -> Iterator[None]:
     """Turn the many errors of a disk that is full, read-only, forbidden or gone into one.
 
-    ``kept``: a sentence about what is safe, asked for when it is needed.
+    ``kept``: a sentence about what is safe, asked for when it is needed. ``again``: how to go on once the cause is mended.
 
     Raises:
         TransientError: the same command can go on once the cause is mended.
@@ -41,12 +43,12 @@ def explained_write_faults(folder: Path, what: str, kept: Callable[[], str] = la
         cause = f"{what} cannot be written to {folder}: {os.strerror(number)}"
         if number in _GONE:
             raise CheckpointError(
-                f"{cause}. The folder, or a part of it, was removed while the run was writing there: restore it and run the"
-                " same command again with --resume, or begin again in another --out"
+                f"{cause}. The folder, or a part of it, was removed while the run was writing there: restore it and"
+                f" {again}, or begin again in another --out"
             ) from error
         advice = _ADVICE.get(number, "see that the storage answers")
         safe = f" {kept()}" if kept() else ""
-        raise TransientError(f"{cause}.{safe} {advice.capitalize()}, then run the same command again with --resume") from error
+        raise TransientError(f"{cause}.{safe} {advice.capitalize()}, then {again}") from error
 
 
 def _errno_of(error: Exception, folder: Path) -> int | None:
