@@ -167,6 +167,15 @@ def test_a_student_that_would_not_fit_is_refused(tmp_path, data, name):
     refused(config, rf"--student .* could not be trained with recipe 'align-kd': .*{words}")
 
 
+@pytest.mark.usefixtures("no_teacher")
+def test_a_hint_that_names_an_option_of_stage_two_says_how_to_follow_it_here(tmp_path, data):
+    student = with_file(STUDENT, tmp_path / "student", "tokenizer_config.json", pad_token="<s>")
+    refused(
+        stage_one_config(data, tmp_path / "cache", student=str(student)),
+        "--set reverse_kl=0.*a FILE.yaml given as --recipe changes here",
+    )
+
+
 def test_the_golden_student_fits_the_golden_teacher(tmp_path, data):
     assert write_cache(data, tmp_path / "cache", student=str(STUDENT), recipe="align-kd")["complete"]
 

@@ -71,7 +71,10 @@ def check_student(config: CacheTeacherConfig, recipe: Recipe | None, teacher: Vl
         if "attention" in recipe.needs:
             check_attention_layers(student, fingerprint, recipe)
     except AlignkdError as error:
-        raise ConfigError(f"--student {config.student} could not be trained with recipe {recipe.name!r}: {error}") from error
+        where = ". What --set changes in distill, a FILE.yaml given as --recipe changes here" if "--set " in str(error) else ""
+        raise ConfigError(
+            f"--student {config.student} could not be trained with recipe {recipe.name!r}: {error}{where}"
+        ) from error
     return True
 
 
