@@ -38,7 +38,7 @@ _LOGGED = (
         "tokens_per_second",
         "samples_per_second",
     ),
-    *("data_wait_share", "attention_contrast", "peak_memory_bytes", "learning_rate", "grad_norm"),
+    *("padding", "padding_share", "data_wait_share", "attention_contrast", "peak_memory_bytes", "learning_rate", "grad_norm"),
 )
 """Keys of a line of metrics.jsonl, where each term stands under its name."""
 

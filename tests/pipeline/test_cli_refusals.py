@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -18,6 +17,9 @@ from tiny_runs import (
     with_vocabulary,
     write_data,
 )
+from tiny_runs import (
+    with_file as changed_file,
+)
 
 
 def without_tokenizer(folder):
@@ -30,13 +32,6 @@ def without_tokenizer(folder):
 def without_weights(folder):
     copy_checkpoint(STUDENT, folder)
     (folder / "pytorch_model.bin").unlink()
-    return folder
-
-
-def with_pad_token(folder, token):
-    copy_checkpoint(STUDENT, folder)
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token": token}))
     return folder
 
 
@@ -82,7 +77,7 @@ CASES = {
         ["vocabulary: 512 in the cache, 520 here", "is incompatible with this run", "alignkd cache-teacher"],
     ),
     "a student of another tokenizer": (
-        lambda t: {"--student": with_pad_token(t / "s", "<s>")},
+        lambda t: {"--student": changed_file(STUDENT, t / "s", "tokenizer_config.json", legacy=False)},
         ["tokenizer: ", "logits need the same tokenizer", "--set reverse_kl=0"],
     ),
     "a cache of another template": (lambda t: {"--template": "plain"}, ["template: v1 in the cache, plain here"]),
