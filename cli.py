@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from alignkd.errors import AlignkdError, is_resumable
-from alignkd.pipeline.commands.messages import log_end, make_streams_safe, shown_escaped
+from alignkd.pipeline.commands.output.messages import log_end, make_streams_safe, shown_escaped
 from alignkd.version import __version__
 
 _COMMANDS = {

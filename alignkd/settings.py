@@ -1,7 +1,7 @@
 """Settings declared once: a dataclass field with its default, its range and its help text.
 
 The dataclass checks itself when it is made, and the command line reads the same declarations
-(:mod:`alignkd.pipeline.commands.from_config`). Needs no torch.
+(:mod:`alignkd.pipeline.commands.options.from_config`). Needs no torch.
 """
 
 import dataclasses

@@ -9,9 +9,9 @@ import click
 
 from alignkd.errors import ConfigError, DataError
 from alignkd.extras import require
-from alignkd.pipeline.commands import options
-from alignkd.pipeline.commands.messages import message_text
-from alignkd.pipeline.commands.printing import print_figures, say, say_json, without_credentials
+from alignkd.pipeline.commands.options import job_command as options
+from alignkd.pipeline.commands.output.messages import message_text
+from alignkd.pipeline.commands.output.printing import print_figures, say, say_json, without_credentials
 from alignkd.pipeline.config.shared import SHARD_FORMATS
 from alignkd.pipeline.runtime.printable import json_text
 
@@ -65,7 +65,7 @@ def _show_status(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_figures(figures, as_json)
     else:
-        from alignkd.pipeline.commands.status_table import print_status
+        from alignkd.pipeline.commands.output.status_table import print_status
 
         print_status(without_credentials(figures))
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
-from alignkd.pipeline.commands import options
-from alignkd.pipeline.commands.from_config import from_options, options_of
-from alignkd.pipeline.commands.grouped_help import GroupedOption
-from alignkd.pipeline.commands.printing import print_figures
+from alignkd.pipeline.commands.options import job_command as options
+from alignkd.pipeline.commands.options.from_config import from_options, options_of
+from alignkd.pipeline.commands.options.grouped_help import GroupedOption
+from alignkd.pipeline.commands.output.printing import print_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 
 _of_cluster = partial(click.option, cls=GroupedOption, group="many machines")

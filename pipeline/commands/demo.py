@@ -4,9 +4,9 @@ from typing import Any
 
 import click
 
-from alignkd.pipeline.commands import options
-from alignkd.pipeline.commands.from_config import from_options, options_of
-from alignkd.pipeline.commands.printing import say, say_json
+from alignkd.pipeline.commands.options import job_command as options
+from alignkd.pipeline.commands.options.from_config import from_options, options_of
+from alignkd.pipeline.commands.output.printing import say, say_json
 from alignkd.pipeline.config.demo import DemoConfig
 
 

@@ -8,10 +8,10 @@ import click
 
 from alignkd.errors import ConfigError
 from alignkd.losses.recipes import RECIPES, get_recipe
-from alignkd.pipeline.commands import options
-from alignkd.pipeline.commands.from_config import from_options, options_of
-from alignkd.pipeline.commands.grouped_help import GroupedOption
-from alignkd.pipeline.commands.printing import say, say_json
+from alignkd.pipeline.commands.options import job_command as options
+from alignkd.pipeline.commands.options.from_config import from_options, options_of
+from alignkd.pipeline.commands.options.grouped_help import GroupedOption
+from alignkd.pipeline.commands.output.printing import say, say_json
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.runtime.signals import resumable_from_the_start
 from alignkd.plugins import load_plugins

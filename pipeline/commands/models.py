@@ -2,8 +2,8 @@
 
 import click
 
-from alignkd.pipeline.commands import options
-from alignkd.pipeline.commands.printing import say, say_json
+from alignkd.pipeline.commands.options import job_command as options
+from alignkd.pipeline.commands.output.printing import say, say_json
 
 
 @click.command("models", cls=options.CommandWithSettings)
@@ -15,7 +15,7 @@ def models_command(as_json: bool) -> None:
     Example:
       alignkd models
     """
-    from alignkd.pipeline.commands.models_table import OTHERS, list_models, models_text
+    from alignkd.pipeline.commands.output.models_table import OTHERS, list_models, models_text
 
     found = list_models()
     if as_json:

@@ -12,7 +12,7 @@ from alignkd.models import registry
 from alignkd.models.families.llava import Llava
 from alignkd.models.loading import load_vlm
 from alignkd.models.registry import REFUSED, UNLISTED, FamilyRecord, family_class, family_records, find_record, register_family
-from alignkd.pipeline.commands.models_table import list_models
+from alignkd.pipeline.commands.output.models_table import list_models
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def records(monkeypatch):
 
 def test_the_table_of_models_needs_neither_torch_nor_transformers():
     code = (
-        "import sys; from alignkd.pipeline.commands.models_table import list_models, models_text\n"
+        "import sys; from alignkd.pipeline.commands.output.models_table import list_models, models_text\n"
         "assert 'qwen3_vl' in models_text(list_models())\n"
         "print(*{'torch', 'transformers', 'numpy'} & sys.modules.keys())"
     )

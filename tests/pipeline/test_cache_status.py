@@ -20,7 +20,7 @@ from alignkd.errors import CacheError
 from alignkd.pipeline.cache_admin import status as status_module
 from alignkd.pipeline.cache_admin.status import figures_at
 from alignkd.pipeline.cache_admin.workers import SILENT_S, worker_figures
-from alignkd.pipeline.commands.status_table import duration
+from alignkd.pipeline.commands.output.status_table import duration
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.stage_one.heartbeat import heartbeat
 

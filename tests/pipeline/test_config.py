@@ -10,7 +10,7 @@ import pytest
 
 from alignkd.cli import main
 from alignkd.errors import AlignkdError, ConfigError
-from alignkd.pipeline.commands.from_config import from_options
+from alignkd.pipeline.commands.options.from_config import from_options
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.demo import DemoConfig
 from alignkd.pipeline.config.distill import DistillConfig

@@ -4,9 +4,9 @@ from typing import Any
 
 import click
 
-from alignkd.pipeline.commands.from_config import from_options, parameters_of
-from alignkd.pipeline.commands.grouped_help import GroupedOption, write_sections
-from alignkd.pipeline.commands.settings_file import use_settings
+from alignkd.pipeline.commands.options.from_config import from_options, parameters_of
+from alignkd.pipeline.commands.options.grouped_help import GroupedOption, write_sections
+from alignkd.pipeline.commands.options.settings_file import use_settings
 from alignkd.pipeline.config.log import LogConfig
 from alignkd.pipeline.config.presets import SHIPPED
 

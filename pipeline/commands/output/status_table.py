@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignkd.cache_store.protocol.worker_reports import AT_WORK
-from alignkd.pipeline.commands.printing import size_words
+from alignkd.pipeline.commands.output.printing import size_words
 from alignkd.pipeline.config.cache_layout import attention_layer
 from alignkd.pipeline.runtime.printable import printable, printable_lines
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from alignkd.pipeline.commands.grouped_help import GroupedOption
+from alignkd.pipeline.commands.options.grouped_help import GroupedOption
 from alignkd.settings import Setting, Settings, flag_of, setting_of, types_of
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

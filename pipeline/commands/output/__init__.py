@@ -1,0 +1,1 @@
+"""What commands print: figures, tables and messages, with text from others escaped."""
