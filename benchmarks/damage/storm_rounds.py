@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in found.split()]
 
 
-class Rounds:
+class Rounds(ABC):
     """What both stages share: draw faults, disturb, continue, audit."""
 
     stage: str
@@ -80,21 +81,21 @@ class Rounds:
         self.door, self.data, self.folder, self.s3, self.patience = door, data, folder, s3, patience
         self.undisturbed()
 
+    @abstractmethod
     def undisturbed(self) -> None:
         """Learn what the end of every round must be."""
-        raise NotImplementedError
 
+    @abstractmethod
     def disturb(self, chance: random.Random, kind: str, found: Round) -> None:
         """Start the command, and let the fault meet it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, found: Round) -> None:
         """Run the command undisturbed, and compare."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self, chance: random.Random, number: int) -> str:
         """Choose the format and the place of a round; returns them in words."""
-        raise NotImplementedError
 
     def run(self, chance: random.Random, number: int, only: str | None) -> Round:
         """One round with one or two faults, one after the other."""

@@ -1,8 +1,8 @@
 """Commands that read a whole cache, each with a progress bar."""
 
-from alignkd.cache_store.protocol.convert import convert
+from alignkd.cache_store.protocol.maintenance.convert import convert
+from alignkd.cache_store.protocol.maintenance.verify import VerifyReport, verify
 from alignkd.cache_store.protocol.store import CacheStore, open_store
-from alignkd.cache_store.protocol.verify import VerifyReport, verify
 from alignkd.pipeline.runtime.progress import progress_bar
 
 

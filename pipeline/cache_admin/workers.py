@@ -1,13 +1,19 @@
 """The workers of a cache: who is at work, who has gone, and what each has committed."""
 
+import os
+import platform
 from collections.abc import Sequence
 from typing import Any
 
 from alignkd.cache_store.protocol.record import CommitRecord
-from alignkd.cache_store.protocol.worker_reports import AT_WORK, Heard
+from alignkd.cache_store.protocol.worker_reports import AT_WORK, Heard, WorkerReport
 
 SILENT_S = 120.0
 """A worker at work that has not reported for this many seconds is taken for gone: it reports every half minute."""
+
+MISSED_S = 45.0
+"""After a report that is missed, a worker of this host is taken for gone where its process is: not before, since a container
+may share the host's name and count its processes by itself."""
 
 
 def worker_figures(
@@ -52,7 +58,21 @@ def _who(worker: str) -> tuple[str, str, int]:
 def _state(heard: Heard | None) -> str:
     if heard is None:
         return "unknown"
-    return "gone" if heard.report.state in AT_WORK and heard.age_s > SILENT_S else heard.report.state
+    gone = heard.age_s > SILENT_S or (heard.age_s > MISSED_S and _has_ended(heard.report))
+    return "gone" if heard.report.state in AT_WORK and gone else heard.report.state
+
+
+def _has_ended(report: WorkerReport) -> bool:
+    """Whether a worker of this host has no process any more; of other hosts nothing is known."""
+    if report.host != platform.node() or not report.pid:
+        return False
+    try:
+        os.kill(report.pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):  # another user's process; no process has such a number
+        return False
+    return False
 
 
 def _rate(records: Sequence[CommitRecord]) -> float | None:

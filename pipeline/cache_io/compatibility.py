@@ -45,7 +45,7 @@ def check_student_compatible(
         check_encoder(fingerprint, student.family, cache)
     mismatch = _differences(_model_pairs(student, template, fingerprint), "in the cache")
     if mismatch and needs:
-        prefix = f"the cache {cache} was written by a teacher that does not match the student ({mismatch})"
+        prefix = f"the teacher of the cache {cache} does not match the student ({mismatch})"
         _check_cross_model(student, fingerprint, needs, fields, prefix)
         return CrossModelMap.of(student, fingerprint)
     width = logit_width(fingerprint) if "logits" in needs else fingerprint["teacher"]["vocabulary"]

@@ -126,7 +126,7 @@ def cache_repair(url: str, min_age: float, retry: str | None, as_json: bool) -> 
       alignkd cache repair cache
       alignkd cache repair cache --retry-rejected "image missing"
     """
-    from alignkd.cache_store.protocol.repair import repair
+    from alignkd.cache_store.protocol.maintenance.repair import repair
     from alignkd.cache_store.rows.reasons import in_words
 
     report = repair(url, min_age_s=min_age, retry=_reasons(retry))

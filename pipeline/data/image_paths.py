@@ -6,7 +6,7 @@ Links are followed, since who made them owns the folder; references come with th
 import os
 from pathlib import Path
 
-from alignkd.errors import SampleError
+from alignkd.errors import ConfigError, SampleError
 
 
 def image_path(root: Path, reference: str) -> Path:
@@ -23,3 +23,14 @@ def image_path(root: Path, reference: str) -> Path:
     if not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in inside):
         raise SampleError(f"image {reference!r} lies outside the image folder {root}")
     return Path(path)
+
+
+def check_image_folder(folder: str | None) -> None:
+    """Refuse an image folder that is not there, before a model is loaded and every sample is rejected for it.
+
+    Raises:
+        ConfigError: names the folder.
+    """
+    if folder is not None and not Path(folder).is_dir():
+        found = "is not a folder" if Path(folder).exists() else "does not exist"
+        raise ConfigError(f"--images {folder} {found}; give the folder that the image paths of the data file are relative to")

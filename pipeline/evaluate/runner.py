@@ -16,6 +16,7 @@ from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.evaluate import EvaluateConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
+from alignkd.pipeline.data.image_paths import check_image_folder
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.data.sample import Sample
@@ -56,6 +57,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     if config.out is not None:
         check_out_folder(Path(config.out))
+    check_image_folder(config.images)
     load_plugins(config.plugins)
     metric = get_metric(config.metric)
     samples = SampleFile(config.data)

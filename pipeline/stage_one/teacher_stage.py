@@ -26,6 +26,7 @@ from alignkd.pipeline.cache_io.teacher_fingerprint import model_fingerprint
 from alignkd.pipeline.cache_io.teacher_slice import check_slice_options, slice_arrays, slice_fingerprint
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.data.image_paths import check_image_folder
 from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
@@ -67,6 +68,7 @@ class StageOne:
         """
         check_slice_options(config.alignment, set(config.settings.targets), without_tower=config.slice_without_tower)
         recipe = check_recipe(config)
+        check_image_folder(config.images)
         check_writable(config.cache)
         samples, plan = find_samples(config)
         check_existing(config)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from alignkd.cache_store.protocol.repair import MIN_AGE_S
+from alignkd.cache_store.protocol.maintenance.repair import MIN_AGE_S
 from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.cache_store.rows.encode import EncodedRow, encode_row
 from alignkd.cache_store.rows.row import Rejected

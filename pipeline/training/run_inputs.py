@@ -16,6 +16,7 @@ from alignkd.pipeline.cache_io.cross_model import CrossModelMap
 from alignkd.pipeline.config.cache_layout import SLICED, is_slice
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
+from alignkd.pipeline.data.image_paths import check_image_folder
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding.dataset import TrainingSet
@@ -69,6 +70,7 @@ def open_inputs(config: DistillConfig, process: Worker) -> RunInputs:
     Raises:
         AlignkdError: an input that cannot be read, or two that do not belong together.
     """
+    check_image_folder(config.images)
     needs = config.recipe.needs if config.online_teacher is None else frozenset[str]()
     reader = _open_cache(config, needs)
     device = pick_device(config.device, process.local_rank)

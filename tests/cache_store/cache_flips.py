@@ -9,9 +9,9 @@ import numpy as np
 from cache_samples import TENSORS, all_names, fill, key_of, make_store
 
 from alignkd.cache_store.errors import CorruptShardError, DamagedTensorError
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.names import shard_number
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.protocol.verify import verify
 from alignkd.cache_store.storage import open_storage
 
 

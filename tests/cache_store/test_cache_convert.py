@@ -7,11 +7,11 @@ from cache_samples import all_names, commit, contents, flip, full_cache, key_of,
 
 from alignkd.cache_store.codecs import get_codec
 from alignkd.cache_store.errors import CorruptShardError, FingerprintMismatchError
-from alignkd.cache_store.protocol.convert import convert, other_format
+from alignkd.cache_store.protocol.maintenance.convert import convert, other_format
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.names import object_names
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import open_store
-from alignkd.cache_store.protocol.verify import verify
 
 
 def data_of(storage) -> dict[str, bytes]:

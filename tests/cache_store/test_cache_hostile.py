@@ -15,10 +15,10 @@ from cache_samples import contents, full_cache, overwrite
 
 from alignkd.cache_store.errors import CorruptRecordError, StorageAccessError, StorageError
 from alignkd.cache_store.protocol.commit import read_record
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.names import record_name
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import open_store
-from alignkd.cache_store.protocol.verify import verify
 from alignkd.cache_store.storage import open_storage
 from alignkd.errors import AlignkdError, CacheError, ConfigError
 

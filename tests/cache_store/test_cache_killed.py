@@ -11,10 +11,10 @@ import pytest
 from cache_samples import all_names, fill, flip, full_cache
 from damages import DAMAGES
 
-from alignkd.cache_store.protocol.convert import convert
-from alignkd.cache_store.protocol.repair import repair
+from alignkd.cache_store.protocol.maintenance.convert import convert
+from alignkd.cache_store.protocol.maintenance.repair import repair
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.store import open_store
-from alignkd.cache_store.protocol.verify import verify
 from alignkd.cache_store.storage.local import LocalStorage
 
 pytestmark = pytest.mark.processes

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from alignkd.cache_store import limits
 from alignkd.cache_store.errors import CorruptShardError
 from alignkd.cache_store.limits import load_json, max_decoded_bytes
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.protocol.verify import verify
 from alignkd.errors import CacheError, ConfigError
 
 TREES = st.recursive(

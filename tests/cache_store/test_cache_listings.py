@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from cache_samples import commit, fill, full_cache, make_store
 
+from alignkd.cache_store.protocol.maintenance.repair import repair
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.names import record_name
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.protocol.repair import repair
 from alignkd.cache_store.protocol.store import open_store
-from alignkd.cache_store.protocol.verify import verify
 from alignkd.cache_store.storage.local import LocalStorage
 
 LISTINGS = {

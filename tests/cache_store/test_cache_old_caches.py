@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignkd.cache_store.protocol.convert import convert
+from alignkd.cache_store.protocol.maintenance.convert import convert
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.protocol.verify import verify
 
 DATA = Path(__file__).parents[1] / "data"
 EXPECTED = json.loads((DATA / "cache_v3" / "expected.json").read_text())

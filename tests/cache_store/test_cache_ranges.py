@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from teacher_rows import PER_IMAGE, VOCABULARY, spec_of, teacher_cache
 
 from alignkd.cache_store.errors import CorruptShardError
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.names import record_name
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.protocol.verify import verify
 from alignkd.cache_store.rows import ranges
 from alignkd.cache_store.rows.shard import ColumnShard
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec

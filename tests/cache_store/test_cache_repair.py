@@ -10,11 +10,11 @@ from cache_samples import all_names, contents, fill, flip, full_cache, make_stor
 from damages import DAMAGES, NOTES
 
 from alignkd.cache_store.errors import CorruptRecordError, StorageAccessError, StorageError
+from alignkd.cache_store.protocol.maintenance.repair import MIN_AGE_S, repair
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.names import object_names, record_name
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.protocol.repair import MIN_AGE_S, repair
 from alignkd.cache_store.protocol.store import open_store
-from alignkd.cache_store.protocol.verify import verify
 from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.storage.local import LocalStorage
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from cache_samples import TENSORS, contents, fill, full_cache, key_of, make_row, make_store
 
+from alignkd.cache_store.protocol.maintenance.repair import repair
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.names import object_names, record_name, retry_name
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.protocol.repair import repair
 from alignkd.cache_store.protocol.store import open_store
-from alignkd.cache_store.protocol.verify import verify
 from alignkd.cache_store.rows.reasons import REASONS, count_reasons, reason_class
 from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.storage.local import LocalStorage

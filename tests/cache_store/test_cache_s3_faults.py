@@ -6,9 +6,9 @@ import pytest
 from cache_samples import TENSORS, all_names, commit, fill, full_cache, make_store
 
 from alignkd.cache_store.errors import StorageAccessError, StorageError
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import open_store
-from alignkd.cache_store.protocol.verify import verify
 from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.storage import remote as storage_module
 from alignkd.cache_store.storage.remote import RemoteStorage

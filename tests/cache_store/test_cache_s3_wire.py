@@ -9,10 +9,10 @@ from cache_samples import TENSORS, all_names, commit, fill, full_cache, make_sto
 from s3_proxy import proxying
 
 from alignkd.cache_store.errors import StorageAccessError, StorageError
-from alignkd.cache_store.protocol.convert import convert
+from alignkd.cache_store.protocol.maintenance.convert import convert
+from alignkd.cache_store.protocol.maintenance.repair import repair
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.protocol.repair import repair
-from alignkd.cache_store.protocol.verify import verify
 from alignkd.cache_store.storage import open_storage
 from alignkd.errors import is_transient
 

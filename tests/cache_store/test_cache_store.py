@@ -26,10 +26,10 @@ from cache_samples import (
 
 from alignkd.cache_store.errors import CorruptRecordError, FingerprintMismatchError
 from alignkd.cache_store.protocol.commit import read_records
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.names import object_names, record_name
 from alignkd.cache_store.protocol.record import CommitRecord
 from alignkd.cache_store.protocol.store import CacheStore, open_store
-from alignkd.cache_store.protocol.verify import verify
 from alignkd.cache_store.rows.encode import encode_row
 from alignkd.cache_store.rows.row import Rejected
 from alignkd.cache_store.rows.spec import CacheSpec

@@ -13,9 +13,9 @@ import pytest
 from cache_samples import full_cache, overwrite
 
 from alignkd.cache_store.errors import CorruptShardError
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.names import object_name, record_name
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.protocol.verify import verify
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, content: bytes = b"", **fields) -> bytes:

@@ -28,12 +28,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from alignkd.cache_store.errors import DamagedTensorError, FingerprintMismatchError, MissingTensorError
-from alignkd.cache_store.protocol.convert import convert
+from alignkd.cache_store.protocol.maintenance.convert import convert
+from alignkd.cache_store.protocol.maintenance.repair import repair
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.protocol.repair import repair
 from alignkd.cache_store.protocol.store import CacheStore, open_store
 from alignkd.cache_store.protocol.tensors import DTYPES, Tensors, read_tensor, write_tensors
-from alignkd.cache_store.protocol.verify import verify
 from alignkd.cache_store.rows.spec import CacheSpec
 from alignkd.cache_store.storage import Storage, open_storage
 from alignkd.cache_store.storage.local import LocalStorage

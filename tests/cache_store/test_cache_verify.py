@@ -23,10 +23,10 @@ from damages import DAMAGES, NOTES
 
 from alignkd.cache_store.errors import CorruptShardError
 from alignkd.cache_store.formats import webdataset_shard
+from alignkd.cache_store.protocol.maintenance.verify import Problem, verify
 from alignkd.cache_store.protocol.names import object_name, object_names, record_name
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import CacheStore, open_store
-from alignkd.cache_store.protocol.verify import Problem, verify
 from alignkd.cache_store.storage.local import LocalStorage
 
 # Another value means that caches written before can no longer be compared: raise FORMAT_VERSION.

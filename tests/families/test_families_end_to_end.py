@@ -9,7 +9,7 @@ import pytest
 from checkpoints import FAMILIES
 from conversations import suiting
 
-from alignkd.cache_store.protocol.verify import verify
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.losses.recipes import get_recipe
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig

@@ -14,9 +14,9 @@ from tiny_runs import IMAGES, TEACHER
 from warm_door import Running, WarmDoor
 
 from alignkd.cache_store.errors import CorruptRecordError, CorruptShardError
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import open_store
-from alignkd.cache_store.protocol.verify import verify
 
 _START = 0.5
 """Share of an undisturbed run's time before the first shard."""

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -19,7 +21,7 @@ from alignkd.cli import main
 from alignkd.errors import CacheError
 from alignkd.pipeline.cache_admin import status as status_module
 from alignkd.pipeline.cache_admin.status import figures_at
-from alignkd.pipeline.cache_admin.workers import SILENT_S, worker_figures
+from alignkd.pipeline.cache_admin.workers import MISSED_S, SILENT_S, worker_figures
 from alignkd.pipeline.commands.output.status_table import duration
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.stage_one.heartbeat import heartbeat
@@ -66,6 +68,21 @@ def test_a_worker_that_falls_silent_at_work_is_gone(tmp_path, age_s, state):
     silence(tmp_path, age_s)
     (worker,) = worker_figures([], read_reports(open_storage(tmp_path)), now=time.time(), recent_s=600)
     assert (worker["worker"], worker["host"], worker["state"]) == ("3/8", "node-7", state)
+
+
+def test_a_worker_of_this_host_without_a_process_is_gone_after_one_missed_report(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid, age_s, state in [
+        (ended.pid, 0, "writing"),
+        (ended.pid, MISSED_S + 5, "gone"),
+        (os.getpid(), MISSED_S + 5, "writing"),
+    ]:
+        folder = tmp_path / f"{pid}-{age_s}"
+        new_reporter(open_storage(folder), "0/1", platform.node(), pid).write("writing", 12)
+        silence(folder, age_s)
+        (worker,) = worker_figures([], read_reports(open_storage(folder)), now=time.time(), recent_s=600)
+        assert worker["state"] == state, (pid, age_s)
 
 
 @pytest.mark.parametrize("state", ["done", "stopped", "failed"])

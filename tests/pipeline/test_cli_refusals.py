@@ -106,8 +106,9 @@ CASES = {
         ["temperature 1.0, but recipe 'align-kd' has temperature 2.0"],
     ),
     "an unknown option": (lambda t: {"--best": "yes"}, ["--best"]),
-    "no image folder": (
-        lambda t: {"--images": t / "none", "--max-rejected": 2, "--batch-size": 6},
+    "no image folder": (lambda t: {"--images": t / "none"}, ["none does not exist", "give the folder"]),
+    "an image folder without the images": (
+        lambda t: {"--images": t, "--max-rejected": 2, "--batch-size": 6},
         ["3 samples cannot be used, more than --max-rejected 2 allows", "No such file", "Check --images"],
     ),
     "a device that is not there": (lambda t: {"--device": "warp"}, ["--device warp cannot be used here"]),

@@ -22,7 +22,7 @@ from tiny_runs import (
     without_time,
 )
 
-from alignkd.cache_store.protocol.convert import convert
+from alignkd.cache_store.protocol.maintenance.convert import convert
 from alignkd.pipeline.runtime.signals import Interrupted
 from alignkd.pipeline.training.callbacks import RunCallback
 from alignkd.pipeline.training.checkpoints import RECORD, find_latest, mark_complete, remove_incomplete

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_runs import TEACHER, copy_checkpoint, record, stage_one_config, write_cache, write_data
 
+from alignkd.cache_store.protocol.maintenance.repair import repair
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.cache_store.protocol.repair import repair
 from alignkd.models.checkpoints.tokenizer_files import load_tokenizer
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.rejected_samples import NoUsableSampleError

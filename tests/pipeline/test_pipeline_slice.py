@@ -26,7 +26,7 @@ from tiny_runs import (
 )
 
 from alignkd.cache_store.errors import FingerprintMismatchError
-from alignkd.cache_store.protocol.convert import convert
+from alignkd.cache_store.protocol.maintenance.convert import convert
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import open_store
 from alignkd.capture.attention import capture

@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 from tiny_runs import IMAGES, TEACHER, content, numbered, write_cache, write_data
 
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.cache_store.protocol.store import open_store
-from alignkd.cache_store.protocol.verify import verify
 from alignkd.cache_store.storage import local as storage_module
 from alignkd.cache_store.storage.local import LocalStorage
 from alignkd.cache_store.storage.remote import RemoteStorage

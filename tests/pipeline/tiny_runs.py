@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from alignkd.cache_store.protocol.verify import verify
+from alignkd.cache_store.protocol.maintenance.verify import verify
 from alignkd.losses.recipes import get_recipe
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.distill import DistillConfig

@@ -7,10 +7,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignkd.cache_store.protocol.maintenance.verify import Problem, verify
 from alignkd.cache_store.protocol.names import require_own_folders
 from alignkd.cache_store.protocol.retries import mark_rejected
 from alignkd.cache_store.protocol.store import open_store
-from alignkd.cache_store.protocol.verify import Problem, verify
 from alignkd.cache_store.rows.reasons import count_reasons
 from alignkd.cache_store.storage import open_storage
 from alignkd.errors import CacheError
