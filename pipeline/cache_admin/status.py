@@ -48,14 +48,16 @@ def status_figures(store: CacheStore) -> dict[str, Any]:
     """
     status, fingerprint = store.status(), store.spec.fingerprint
     check_fingerprint_keys(fingerprint, "teacher", "targets", cache=store.url)
+    retrying = sorted(store.retrying())
     dense = dense_bytes(status.decoded_bytes_by_field, logit_width(fingerprint), fingerprint["teacher"]["width"])
     return {
         "cache": store.url,
         "format": store.manifest.shard_format,
-        "complete": status.complete,
+        "complete": status.complete and not retrying,
         "shards_done": status.shards_done,
         "shards": status.shards,
         "shards_missing": list(status.missing),
+        "shards_to_retry": retrying,
         "samples_done": status.samples_done,
         "samples_rejected": len(status.rejected),
         "samples": status.samples,

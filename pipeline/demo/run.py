@@ -41,6 +41,7 @@ from alignkd.pipeline.report.demo_page import write_report
 from alignkd.pipeline.runtime.devices import device_words, peak_memory_bytes, pick_device
 from alignkd.pipeline.runtime.files import check_out_folder, replace_text
 from alignkd.pipeline.runtime.logs import log_start
+from alignkd.pipeline.runtime.out_folder.lock import held
 from alignkd.pipeline.runtime.run_record import collect_versions, write_run_record
 from alignkd.pipeline.stage_one.worker import cache_teacher
 from alignkd.pipeline.training.run import distill
@@ -78,13 +79,18 @@ def demo(config: DemoConfig) -> DemoResult:
     """Run everything and write the report.
 
     Raises:
-        ConfigError: easy-vqa is not installed, or ``out`` already holds a demo.
+        ConfigError: easy-vqa is not installed, or ``out`` already holds a demo or is in use.
     """
     require("easy_vqa", "alignkd demo")
     paths = Paths(Path(config.out))
     check_out_folder(paths.out)
     if (paths.out / "result.json").exists() or paths.teacher_run.exists():
         raise ConfigError(f"--out {config.out} already holds a demo; choose another folder, or remove it")
+    with held(paths.out):
+        return _demo(config, paths)
+
+
+def _demo(config: DemoConfig, paths: Paths) -> DemoResult:
     device = pick_device(config.device)
     write_run_record(paths.out / "run.json", "demo", asdict(config))
     log_start("demo", device=device_words(device), plan=f"{len(config.arms)} students, seed {config.seed}", out=config.out)

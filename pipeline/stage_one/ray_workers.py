@@ -4,6 +4,7 @@ A shard is one task. When an actor or its node is lost, Ray starts another actor
 working on goes back into the queue. What is committed stays, as with any other worker.
 """
 
+import logging
 import shlex
 import sys
 import time
@@ -19,7 +20,9 @@ from alignkd.cache_store.protocol.store import open_store
 from alignkd.errors import AlignkdError, ConfigError, TransientError, wrap_errors
 from alignkd.pipeline.cache_admin.status import status_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.config.log import LogConfig
 from alignkd.pipeline.data.rejected_samples import TooManyRejectedError, allowed_rejections
+from alignkd.pipeline.runtime.logs import log_start, start_logging
 from alignkd.pipeline.runtime.out_of_memory import out_of_memory_is_transient
 from alignkd.pipeline.runtime.progress import ProgressBar, progress_bar
 from alignkd.pipeline.runtime.ranks import Worker
@@ -28,8 +31,10 @@ from alignkd.pipeline.stage_one.checks.rejections import CommittedRejections
 from alignkd.pipeline.stage_one.dry_run import check_room_for_plan
 from alignkd.pipeline.stage_one.heartbeat import Heartbeat
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
-from alignkd.pipeline.stage_one.worker import WorkerJob, check_done, warn_of_truncated
+from alignkd.pipeline.stage_one.worker import WorkerJob, check_done, log_stage_one, warn_of_truncated
 from alignkd.plugins import load_plugins
+
+_log = logging.getLogger(__name__)
 
 _WAIT_S = 1.0
 _MAX_LOSSES = 100
@@ -52,9 +57,11 @@ class ShardActor:
     @cached_property
     def job(self) -> WorkerJob:
         """Opened by the first task: Ray reports an error in ``__init__`` as a lost actor."""
+        start_logging(LogConfig(), Worker())  # to the standard error of its process, of which Ray keeps a file on its node
         load_plugins(self.config.plugins)
         stage, beat = StageOne.open(self.config), Heartbeat(self.config.cache, Worker())
         store = stage.open_store(lambda: beat.enter("calibrating"), partial(check_room_for_plan, stage))
+        log_stage_one(stage, store, Worker())
         job = WorkerJob(stage, store, Worker(), StopFlag())
         beat.enter("writing", lambda: job.samples)
         return job
@@ -119,7 +126,17 @@ def _run(ray: Any, config: CacheTeacherConfig, workers: int | None, stop: StopFl
     gpus = int(ray.cluster_resources().get("GPU", 0))
     remote = ray.remote(ShardActor).options(num_gpus=min(gpus, 1), num_cpus=1, max_restarts=_MAX_LOSSES)
     actors = [remote.remote(config) for _ in range(workers or max(gpus, 1))]
-    shards = _Shards(ray, actors, config, stop, _wait(ray, actors, stop))
+    pending = _wait(ray, actors, stop)
+    log_start(
+        "cache-teacher",
+        engine=f"ray, {len(actors):,} actors",
+        teacher=config.teacher,
+        data=config.data,
+        images=config.images,
+        cache=f"{config.cache} ({config.shard_format})",
+        plan=f"{len(pending):,} shards are left",
+    )
+    shards = _Shards(ray, actors, config, stop, pending)
     shards.run()
     return shards
 
@@ -204,6 +221,7 @@ class _Shards:
                 f"{self.losses} times a Ray actor was lost; the last time: {error}. What is committed stays; run the same"
                 " command again to continue"
             ) from error
+        _log.warning("a Ray actor was lost; shard %d goes back into the queue: %s", shard, error)
         self.queue.append(shard)
         # Ray answers when the actor is restarted and has loaded its teacher; until then the others may take the shard.
         self.running[actor.pending.options(max_task_retries=-1).remote()] = (actor, None)

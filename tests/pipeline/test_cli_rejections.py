@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -64,8 +65,13 @@ def test_an_image_that_arrives_later_is_in_the_cache_as_if_it_had_always_been_th
             repaired.stdout
             == "rejected samples to try again: 1 image missing\nshards to do: 1; run alignkd cache-teacher again\n"
         )
+    assert "1 shard to be made again" in door("cache", "status", tmp_path / "cache").stdout
+    figures = json.loads(door("cache", "status", tmp_path / "cache", "--json").stdout)
+    assert (figures["complete"], len(figures["shards_to_retry"])) == (False, 1)
     shutil.copyfile(IMAGES / "1.png", images / "1.png")
     assert door(*command).code == 0
+    figures = json.loads(door("cache", "status", tmp_path / "cache", "--json").stdout)
+    assert (figures["complete"], figures["shards_to_retry"]) == (True, [])
     write_cache(data, tmp_path / "whole", settings=TargetSettings(targets=("attention", "vision")))
     assert content(tmp_path / "cache") == content(tmp_path / "whole")
 

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
+from alignkd.errors import ConfigError
 from alignkd.models.checkpoints.tokenizer_files import load_tokenizer
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import module_fingerprint
@@ -27,6 +28,7 @@ from alignkd.pipeline.demo import DemoConfig, demo
 from alignkd.pipeline.demo import run as run_module
 from alignkd.pipeline.demo.checkpoints import new_checkpoint, train_tokenizer
 from alignkd.pipeline.demo.tower import train_tower
+from alignkd.pipeline.runtime.out_folder.lock import held
 
 SMALL = TowerTraining(hidden_size=16, layers=2, heads=2, intermediate_size=16, epochs=1, batch_size=16)
 TINY = LanguageModelSize(hidden_size=16, layers=1, heads=2, intermediate_size=16)
@@ -118,6 +120,11 @@ def test_a_new_checkpoint_loads_again_with_its_tower_and_shape(few, tokenizer_fo
     assert (vlm.vision_tokens_per_image, vlm.hidden_size, vlm.heads, vlm.default_template) == (16, 16, 2, "v1")
     assert module_fingerprint(vlm.tower) == module_fingerprint(tower)
     assert vlm.vocabulary == len(load_tokenizer(tokenizer_folder))
+
+
+def test_a_folder_in_use_by_another_run_is_refused(tmp_path):
+    with held(tmp_path), pytest.raises(ConfigError, match="is in use by another run"):
+        demo(DemoConfig(out=str(tmp_path)))
 
 
 @pytest.mark.slow

@@ -225,6 +225,8 @@ def test_a_cluster_of_which_an_actor_is_killed_writes_the_same_cache(door, tmp_p
     figures = json.loads(finished.stdout)
     assert (figures["engine"], figures["actors"], figures["new_shards"], figures["complete"]) == ("ray", 2, 12, True)
     assert figures["actors_lost"] == 1
+    assert "engine ray, 2 actors" in finished.stderr
+    assert "goes back into the queue" in finished.stderr
     write_cache(data, tmp_path / "undisturbed", shard_samples=1)
     assert content(tmp_path / "cache") == content(tmp_path / "undisturbed")
     assert psutil.wait_procs(everyone, timeout=100)[1] == []

@@ -31,6 +31,8 @@ def status_table(figures: Mapping[str, Any]) -> Group:
         parts += ["", _progress(figures), Text(rate_words(figures))]
         if figures["shards_missing"]:
             parts += [Text(printable_lines(_missing_words(figures)))]
+        if figures["shards_to_retry"]:
+            parts += [Text(_retry_words(figures["shards_to_retry"]))]
         if figures["samples_rejected"]:
             parts += ["", _rejected(figures)]
     if figures["workers"]:
@@ -99,6 +101,10 @@ def _missing_words(figures: Mapping[str, Any]) -> str:
         f"{len(missing)} committed {_plural('shard', len(missing))} missing ({named}): the file was deleted.\n"
         f"To make it again, run cache-teacher after: alignkd cache repair {shlex.quote(figures['cache'])}"
     )
+
+
+def _retry_words(shards: Sequence[int]) -> str:
+    return f"{len(shards)} {_plural('shard', len(shards))} to be made again, for rejected samples of theirs: run cache-teacher"
 
 
 def _rejected(figures: Mapping[str, Any]) -> Table:

@@ -15,6 +15,7 @@ _FOLDERS = {
     "metrics.jsonl": "the log lines",
     "tensorboard": "the log lines for TensorBoard",
     "checkpoints": "the last checkpoints",
+    "lengths-*.npy": "the lengths of the samples, for the next run into this folder",
     "run.json": "the settings and versions",
     "result.json": "these figures",
 }
@@ -50,7 +51,7 @@ def image_warnings(references: Collection[str]) -> list[str]:
 
 def folders(out: Path) -> dict[str, str]:
     """What lies in a run's folder, by name, with what it is."""
-    return {name: about for name, about in _FOLDERS.items() if name == "result.json" or (out / name).exists()}
+    return {name: about for name, about in _FOLDERS.items() if name == "result.json" or next(out.glob(name), None)}
 
 
 def next_command(config: DistillConfig, student: Path) -> str:
