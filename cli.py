@@ -16,6 +16,7 @@ _COMMANDS = {
     "show": "show:show_command",
     "models": "models:models_command",
     "evaluate": "evaluate:evaluate_command",
+    "benchmark": "benchmark:benchmark",
     "demo": "demo:demo_command",
 }
 """``module:function`` in :mod:`alignkd.pipeline.commands`, in the order that ``--help`` shows."""

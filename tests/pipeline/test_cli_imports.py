@@ -46,7 +46,18 @@ def loaded(*commands):
 
 
 def test_help_of_every_command_and_the_list_of_models_load_no_torch():
-    commands = ["", "cache-teacher", "distill", "show", "evaluate", "demo", "cache", "cache status"]
+    commands = [
+        "",
+        "cache-teacher",
+        "distill",
+        "show",
+        "evaluate",
+        "demo",
+        "cache",
+        "cache status",
+        "benchmark",
+        "benchmark score",
+    ]
     found = loaded(["models"], ["models", "--json"], ["--version"], *([*name.split(), "--help"] for name in commands))
     assert set(map(tuple, found.values())) == {()}, found
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from alignkd.pipeline.config import benchmark as config
 from alignkd.pipeline.evaluate.benchmarks.pictures import missing_pictures, read_picture
 
-PROTOCOLS = ("mobilevlm", "lmms-eval")
-"""Whose prompts, numbers of new tokens and scoring are followed: MobileVLM's (LLaVA's, and the official scorers'), or
-those of lmms-eval."""
+PROTOCOLS = config.PROTOCOLS
 
 ImageTreatment = Literal["pad", "crop", "pad-own-mode"]
 """What MobileVLM's loaders do to a picture before CLIP's resize and centre crop: lay it on a square of the mean colour in RGB;
@@ -95,6 +94,7 @@ class Score:
 
     ``score``: the figure that papers print, in ``unit``. ``metrics``: all others by name, nested where they are by category.
     ``readings``: one for each question, in order. ``notes``: what a reader must know, such as a presumed aggregation.
+    ``settings``: what the answers themselves show of how they were made; they replace those of the benchmark.
     """
 
     score: float
@@ -102,6 +102,7 @@ class Score:
     metrics: Mapping[str, Any]
     readings: tuple[Reading, ...]
     notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Benchmark(ABC):

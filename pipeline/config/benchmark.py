@@ -1,0 +1,36 @@
+"""Settings of the ``alignkd benchmark`` commands."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from alignkd.settings import Settings, setting
+
+PROTOCOLS = ("mobilevlm", "lmms-eval")
+"""Whose prompts, numbers of new tokens and scoring are followed: MobileVLM's (LLaVA's, and the official scorers'), or
+those of lmms-eval."""
+
+
+def root() -> Any:
+    """The folder of the official files."""
+    return setting(
+        group="data",
+        help="Folder of the official files: one folder a benchmark, as docs/benchmarks.md shows; or the benchmark's own.",
+    )
+
+
+def protocol() -> Any:
+    """Whose evaluation is followed."""
+    return setting(
+        "mobilevlm", group="data", choices=PROTOCOLS, help="Whose prompts and scoring are followed where the tools differ."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkScoreConfig(Settings):
+    """What ``alignkd benchmark score`` is asked to do."""
+
+    benchmark: str = setting(group="data", help="gqa, sqa, textvqa, mme, mmbench, pope, vqav2 or llava.")
+    root: str = root()
+    answers: str = setting(group="data", help="Answer file in LLaVA's format: a JSON object with question_id and text a line.")
+    protocol: str = protocol()
+    out: str | None = setting(None, group="storage", help="Write the result, with a line on each question, to this JSON file.")
