@@ -10,17 +10,19 @@ import numpy as np
 from alignkd.errors import ConfigError
 
 
-def check_out_folder(out: Path) -> None:
-    """Refuse an output folder that cannot be made, before the work whose results it should hold.
+def check_out_folder(out: Path, option: str = "--out") -> None:
+    """Refuse an output folder that cannot be made, before the work whose results it should hold. ``option`` names it.
 
     Raises:
         ConfigError: it is a file, lies below one, or may not be written.
     """
     existing = next((path for path in (out, *out.parents) if path.exists()), None)
     if existing is not None and not existing.is_dir():
-        raise ConfigError(f"--out {out} cannot be a folder: {existing} is a file; choose another folder, or remove the file")
+        raise ConfigError(f"{option} {out} cannot be a folder: {existing} is a file; choose another folder, or remove the file")
     if existing is not None and not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out {out}: the folder {existing} cannot be written: change its rights, or choose another --out")
+        raise ConfigError(
+            f"{option} {out}: the folder {existing} cannot be written: change its rights, or choose another {option}"
+        )
 
 
 def replace_text(path: Path, text: str) -> None:
