@@ -37,7 +37,7 @@ def result_object(benchmark: Benchmark, score: Score, notes: Iterable[str] = ())
         "questions": len(benchmark.questions),
         "answered": sum(reading.prediction is not None for reading in score.readings),
         "notes": [*benchmark.notes, *score.notes, *notes],
-        "settings": {"max_new_tokens": benchmark.max_new_tokens, **benchmark.settings, **score.settings},
+        "settings": {**benchmark.settings, **score.settings},
     }
 
 
