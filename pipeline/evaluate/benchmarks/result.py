@@ -8,7 +8,6 @@ from alignkd.errors import DataError
 from alignkd.pipeline.evaluate.benchmarks.contract import Answer, Benchmark, Reading, Score
 from alignkd.pipeline.evaluate.benchmarks.files import read_answers
 from alignkd.pipeline.evaluate.benchmarks.registry import open_benchmark
-from alignkd.pipeline.runtime.files import replace_text
 from alignkd.pipeline.runtime.printable import json_text
 
 
@@ -73,6 +72,8 @@ def write_result(path: str, result: dict[str, Any], readings: Iterable[Reading])
     Raises:
         DataError: the file cannot be written.
     """
+    from alignkd.pipeline.runtime.files import replace_text  # numpy takes as long to import as everything else here
+
     try:
         lines = [prediction_line(reading) for reading in readings]
         replace_text(Path(path), json_text({**result, "predictions": lines}, indent=1) + "\n")
