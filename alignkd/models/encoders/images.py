@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from alignkd.errors import CheckpointError, wrap_errors
 from alignkd.inputs.regions import SquareMode
 from alignkd.models.encoders.rgb import check_after_padding, check_prepared, rgb_by_pillow
+
+PAD_OWN_MODE = "pad-own-mode"
+"""An ``aspect_ratio``: padded in the mode of the file, then converted, as MobileVLM's loader for MMBench does."""
 
 _MAX_SIDE = 4096
 """The largest size that preprocessing may give an image; CLIP's is 336."""
@@ -63,11 +67,26 @@ class ImagePreprocessor:
         Raises:
             ImageError: it is damaged, or would be too large when it is padded or resized.
         """
-        if self.aspect_ratio == "pad":
+        if self.square_mode == "pad":
             check_after_padding(image.size)
         else:
             check_prepared(image.size, self._processor)  # type: ignore[attr-defined]
         return rgb_by_pillow(image)
+
+    def squared(self, image: Image.Image) -> Image.Image:
+        """An opened file as CLIP's processor is given it: laid on a square, or as it is.
+
+        Raises:
+            ImageError: as :meth:`decode`.
+        """
+        if self.square_mode != "pad":
+            return image
+        colour = tuple(int(mean * 255) for mean in self._processor.image_mean)  # type: ignore[attr-defined]
+        rgb = self.decode(image)
+        if self.aspect_ratio == PAD_OWN_MODE:
+            with suppress(TypeError, ValueError):  # a mode that has no such colour; the reference ends there
+                return _pad_to_square(image, colour)
+        return _pad_to_square(rgb, colour)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Pixel values ``[3, h, w]``, float32.
@@ -75,9 +94,7 @@ class ImagePreprocessor:
         Raises:
             ImageError: as :meth:`decode`.
         """
-        image, processor = self.decode(image), self._processor  # type: ignore[attr-defined]
-        if self.aspect_ratio == "pad":
-            image = _pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))
+        image, processor = self.decode(self.squared(image)), self._processor  # type: ignore[attr-defined]
         shaped = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
         assert shaped.dtype == np.uint8, "a resized image has levels, not numbers"
         table_CL: np.ndarray = self._table_CL  # type: ignore[attr-defined]
@@ -89,7 +106,7 @@ class ImagePreprocessor:
     @property
     def square_mode(self) -> SquareMode:
         """How an image becomes square."""
-        return "pad" if self.aspect_ratio == "pad" else "crop"
+        return "pad" if self.aspect_ratio in ("pad", PAD_OWN_MODE) else "crop"
 
     def fingerprint(self) -> str:
         """Digest of everything that changes pixel values."""

@@ -1,0 +1,72 @@
+"""Answers to a batch of questions, by greedy decoding."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from alignkd.inputs.batch import ModelInput
+from alignkd.models.vlm import Vlm
+from alignkd.pipeline.runtime.out_of_memory import is_out_of_memory, out_of_memory_is_transient
+
+_log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
+    """Answers to a batch of questions: greedy, one beam, up to an end token or ``max_new_tokens``.
+
+    Tensors made here may stay with a model that is trained afterwards, so they are not those of torch's inference mode.
+    """
+    # Padded on the left, so that generation continues the prompt.
+    batch = vlm.collate(questions, pad_left=True).to(vlm.device)
+    output = vlm.model.generate(
+        input_ids=batch.input_ids_BS,
+        attention_mask=batch.attention_mask_BS.long(),
+        **vlm.generation_inputs(batch),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=vlm.end_token_ids,
+        pad_token_id=vlm.pad_token_id,
+    )
+    new_ids = output[:, batch.input_ids_BS.shape[1] :].tolist()
+    return [vlm.answer_text(ids) for ids in new_ids]
+
+
+def answer_halving(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
+    """As :func:`answer`; a batch for which memory does not suffice is halved.
+
+    Raises:
+        TransientError: memory does not suffice for one question.
+    """
+    if len(questions) == 1:
+        with out_of_memory_is_transient():
+            return answer(vlm, questions, max_new_tokens)
+    try:
+        return answer(vlm, questions, max_new_tokens)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside of the handler, whose error would keep the tensors of the call.
+    _log.warning("memory ran out for %d questions at a time: they are answered in two halves", len(questions))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(questions) // 2
+    halves = questions[:middle], questions[middle:]
+    return [text for half in halves for text in answer_halving(vlm, half, max_new_tokens)]
+
+
+@contextmanager
+def undisturbed(vlm: Vlm) -> Iterator[None]:
+    """Evaluation mode for the duration of a block; modes and the states of torch's generators are afterwards as before."""
+    modes = [(module, module.training) for module in vlm.model.modules()]
+    devices = [vlm.device] if vlm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        vlm.model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
