@@ -5,6 +5,7 @@ Text is escaped where it enters: what is no :class:`Html` is text from others (:
 
 import base64
 import io
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,12 +26,15 @@ h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin: 2.
 h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; } td, th { padding: .3rem 1rem .3rem 0; text-align: left; vertical-align: top;
-border-bottom: 1px solid #d4d4d4; overflow-wrap: normal; } td.number, th.number { text-align: right;
-font-variant-numeric: tabular-nums; white-space: nowrap; } td.long { overflow-wrap: anywhere; min-width: 12rem; }
+border-bottom: 1px solid #d4d4d4; min-width: 7rem; max-width: 26rem; } td.number, th.number { text-align: right;
+font-variant-numeric: tabular-nums; white-space: nowrap; min-width: 0; }
 tr.chosen td, tr.total td { font-weight: 600; } tr.total td { border-top: 2px solid #6b6b6b; }
 img { max-width: 100%; height: auto; vertical-align: top; } p.small, figcaption, .legend { color: #565656; font-size: .9rem; }
 figure { margin: 0; } .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr));
-gap: 1rem; margin: .8rem 0; } .legend { list-style: none; padding: 0; margin: .6rem 0; display: flex; flex-wrap: wrap;
+gap: 1rem; margin: .8rem 0; }
+.tiles { display: grid; gap: .7rem; margin: .5rem 0 1.2rem;
+grid-template-columns: repeat(auto-fill, minmax(6.4rem, 10rem)); } .tiles img { width: 100%; }
+.legend { list-style: none; padding: 0; margin: .6rem 0; display: flex; flex-wrap: wrap;
 gap: .2rem 1.2rem; } .legend i { display: inline-block; width: 1.8rem; vertical-align: .25rem; margin-right: .4rem;
 border-top: 3px solid; }
 .card { border: 1px solid #d4d4d4; border-radius: 4px; padding: .7rem; } .card p { margin: .3rem 0; }
@@ -78,9 +82,14 @@ def write_page(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def heading(title: Text, level: int = 1) -> Html:
+    """A heading of the page, or below one of a section."""
+    return Html(f"<h{level}>{shown(title)}</h{level}>")
+
+
 def section(title: Text, *parts: Text) -> Html:
     """A section with its heading."""
-    return Html(f"<h2>{shown(title)}</h2>{joined(parts)}")
+    return joined([heading(title, 2), *parts])
 
 
 def paragraph(text: Text, kind: str = "") -> Html:
@@ -138,9 +147,19 @@ def preformatted(text: Text) -> Html:
     return Html(f"<pre>{shown(text)}</pre>")
 
 
-def panels(parts: Iterable[Text]) -> Html:
-    """Parts side by side, as many as the screen is wide for; one below the other on a phone."""
-    return Html("<div class='panels'>" + "".join(f"<div>{shown(part)}</div>" for part in parts) + "</div>")
+def panels(parts: Iterable[Text], kind: str = "panels") -> Html:
+    """Parts side by side, as many as the screen is wide for. ``kind``: ``tiles`` are smaller than ``panels``."""
+    return Html(f"<div class='{kind}'>" + "".join(f"<div>{shown(part)}</div>" for part in parts) + "</div>")
+
+
+def captioned(picture: Html, caption: Text) -> Html:
+    """A picture with its caption."""
+    return Html(f"<figure>{picture}<figcaption>{shown(caption)}</figcaption></figure>")
+
+
+def card(*parts: Text) -> Html:
+    """Parts with a border around them."""
+    return Html(f"<div class='card'>{joined(parts)}</div>")
 
 
 def figure_section(title: Text, figure: Figure, caption: Text) -> Html:
@@ -151,9 +170,11 @@ def figure_section(title: Text, figure: Figure, caption: Text) -> Html:
 def embed(figure: Figure, alt: str) -> Html:
     """A figure as a picture inside the page; the figure is freed. Screens of twice the usual density show it sharp."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144, bbox_inches="tight")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # such a character is drawn as a box
+        figure.savefig(buffer, format="png", dpi=144, bbox_inches="tight")
     plt.close(figure)
-    return _data_image("png", buffer.getvalue(), alt)
+    return _data_image("png", buffer.getvalue(), alt, scale=1.5)
 
 
 def thumbnail(picture: Image.Image, alt: str, *, most: int = 448) -> Html:
@@ -165,5 +186,9 @@ def thumbnail(picture: Image.Image, alt: str, *, most: int = 448) -> Html:
     return _data_image("jpeg", buffer.getvalue(), alt)
 
 
-def _data_image(kind: str, content: bytes, alt: str) -> Html:
-    return Html(f"<img alt='{shown(alt)}' src='data:image/{kind};base64,{base64.b64encode(content).decode()}'>")
+def _data_image(kind: str, content: bytes, alt: str, scale: float = 1.0) -> Html:
+    """``scale``: pixels of the picture for each of the page."""
+    with Image.open(io.BytesIO(content)) as picture:
+        width = round(picture.width / scale)
+    data = base64.b64encode(content).decode()
+    return Html(f"<img alt='{shown(alt)}' width='{width}' src='data:image/{kind};base64,{data}'>")

@@ -146,7 +146,7 @@ def test_the_whole_demo_ends_with_one_self_contained_report(shard_format, few, t
     result = demo(config)
     page = (tmp_path / "demo" / "report.html").read_text()
     assert not re.findall(r"https?://|<script|<link|src=['\"](?!data:)", page)
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") > 30  # charts, and the panels of five samples
     for words in ("Accuracy", "Loss, term by term", "Where the text looks", "The cache", "Time and memory", "Seed 0"):
         assert words in page
     assert set(result.figures["accuracy"]) == {"teacher", "student sft", "student align-kd"}

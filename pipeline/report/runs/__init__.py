@@ -1,0 +1,1 @@
+"""Training runs as their folders tell them: settings, log lines and results."""
