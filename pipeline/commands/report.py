@@ -15,11 +15,11 @@ from alignkd.pipeline.config.report import ReportConfig
 @options_of(ReportConfig)
 @options.as_json
 def report_command(runs: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """A training run, or several side by side, as one HTML page: report.html in --to.
+    """A training run, or several side by side, as one HTML page, report.html, that fetches nothing.
 
-    RUN is the --out folder of an alignkd distill, which may still be training. The page has the loss term by term, shares,
+    RUN is a folder that alignkd distill writes to; it may still be training. The page has the loss term by term, shares,
     warnings, figures on held-out samples, throughput, memory, where the text looks before and after, sample predictions, the
-    size of the cache, all settings and the command that repeats the run. It is one file that fetches nothing.
+    size of the cache, all settings and the command that repeats the run. What cannot be shown is named, with the reason.
 
     \b
     Example:

@@ -26,7 +26,8 @@ h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin: 2.
 h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; } td, th { padding: .3rem 1rem .3rem 0; text-align: left; vertical-align: top;
-border-bottom: 1px solid #d4d4d4; min-width: 7rem; max-width: 26rem; } td.number, th.number { text-align: right;
+border-bottom: 1px solid #d4d4d4; min-width: 7rem; max-width: 26rem; }
+td:first-child, th:first-child { min-width: 8.5rem; } td.number, th.number { text-align: right;
 font-variant-numeric: tabular-nums; white-space: nowrap; min-width: 0; }
 tr.chosen td, tr.total td { font-weight: 600; } tr.total td { border-top: 2px solid #6b6b6b; }
 img { max-width: 100%; height: auto; vertical-align: top; } p.small, figcaption, .legend { color: #565656; font-size: .9rem; }

@@ -52,6 +52,7 @@ def test_help_of_every_command_and_the_list_of_models_load_no_torch():
         "distill",
         "show",
         "evaluate",
+        "report",
         "demo",
         "cache",
         "cache status",
