@@ -7,6 +7,7 @@ import click
 from alignkd.pipeline.commands.options import job_command as options
 
 _COMMANDS = {
+    "run": "benchmark_run:benchmark_run_command",
     "score": "benchmark_score:benchmark_score_command",
 }
 """``module:function`` in :mod:`alignkd.pipeline.commands`, in the order that ``--help`` shows."""

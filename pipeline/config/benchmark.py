@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from alignkd.pipeline.config import shared
 from alignkd.settings import Settings, setting
 
 PROTOCOLS = ("mobilevlm", "lmms-eval")
@@ -38,3 +39,28 @@ class BenchmarkScoreConfig(Settings):
     answers: str = setting(group="data", help="Answer file in LLaVA's format: a JSON object with question_id and text a line.")
     protocol: str = protocol()
     out: str | None = setting(None, group="storage", help="Write the result, with a line on each question, to this JSON file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRunConfig(Settings):
+    """What ``alignkd benchmark run`` is asked to do."""
+
+    model: str = setting(group="model", help="Folder of a checkpoint: a student, a teacher, or one as released.")
+    benchmark: str = setting(group="data", help="One or more of gqa, sqa, textvqa, mme, mmbench, pope, vqav2, llava: gqa,pope.")
+    root: str = root()
+    out: str = setting(group="storage", aliases=("output-dir",), help="Folder for answers, results; a rerun continues in it.")
+    protocol: str = protocol()
+    limit: int | None = setting(
+        None, group="data", at_least=1, default_text="all", help="The first questions alone, of each benchmark."
+    )
+    template: str | None = shared.template()
+    prompt_date: str | None = shared.prompt_date()
+    batch_tokens: int = setting(
+        BATCH_TOKENS, group="model", at_least=1, help="Positions of a batch: its longest question times its questions."
+    )
+    dtype: str | None = setting(
+        None, group="model", choices=shared.DTYPES, default_text="float16 on a GPU, else float32", help="Dtype of the model."
+    )
+    device: str | None = shared.device()
+    vision_tower: str | None = shared.vision_tower()
+    plugins: tuple[str, ...] = shared.plugins()
