@@ -41,6 +41,7 @@ COMMANDS = [
     "show",
     "evaluate",
     "benchmark",
+    "benchmark run",
     "benchmark score",
     "demo",
 ]

@@ -57,6 +57,7 @@ def test_help_of_every_command_and_the_list_of_models_load_no_torch():
         "cache",
         "cache status",
         "benchmark",
+        "benchmark run",
         "benchmark score",
     ]
     found = loaded(["models"], ["models", "--json"], ["--version"], *([*name.split(), "--help"] for name in commands))

@@ -103,7 +103,7 @@ class _Run:
         if left := len(benchmark.questions) - len(answers):
             _log.info("%s: this process is done; %d questions are left to others", benchmark.about.title, left)
             return None
-        settings = self._about(prompts)
+        settings = self._about(benchmark, prompts)
         try:
             result = write_results(folder.parent, benchmark, answers, self.config.model, settings)
         except DataError as error:
@@ -134,9 +134,10 @@ class _Run:
         date = self.config.prompt_date or identity.stored(folder).get("prompt_date") or datetime.now(UTC).date().isoformat()
         return RunSettings(self.config.template, self.config.batch_tokens, date)
 
-    def _about(self, prompts: Mapping[str, Any]) -> dict[str, Any]:
-        about = {"dtype": self.dtype, **{name: value for name, value in prompts.items() if value}}
-        about |= {"decoding": "greedy, one beam", "weights_sha256": self.model["weights_sha256"]}
+    def _about(self, benchmark: Benchmark, prompts: Mapping[str, Any]) -> dict[str, Any]:
+        about = {"max_new_tokens": benchmark.max_new_tokens, "dtype": self.dtype, "decoding": "greedy, one beam"}
+        about |= {name: value for name, value in prompts.items() if value}
+        about["weights_sha256"] = self.model["weights_sha256"]
         return about | ({"limit": self.config.limit} if self.config.limit else {})
 
 
