@@ -1,14 +1,13 @@
 """Accuracy of a model on a question file: generate the last answer of each sample, and compare it with the file's."""
 
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from alignkd.errors import SampleError
 from alignkd.inputs.batch import ModelInput
@@ -23,14 +22,17 @@ from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.data.tower_features import tower_features
 from alignkd.pipeline.evaluate.metrics import Metric, get_metric, is_empty
+from alignkd.pipeline.evaluate.running.generation import answer
+from alignkd.pipeline.evaluate.running.predictions import Predictions, explained, open_predictions, prompt_date_of
 from alignkd.pipeline.runtime.devices import device_words, parse_dtype, pick_device
 from alignkd.pipeline.runtime.files import check_out_folder, replace_text
 from alignkd.pipeline.runtime.logs import log_start
-from alignkd.pipeline.runtime.out_folder.write_faults import explained_write_faults
-from alignkd.pipeline.runtime.printable import json_text
+from alignkd.pipeline.runtime.out_folder.lock import held
 from alignkd.pipeline.runtime.progress import progress_bar
-from alignkd.pipeline.runtime.run_record import write_run_record
+from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
 from alignkd.plugins import load_plugins
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,26 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Generate and score. With ``out``, write ``predictions.jsonl`` there as it goes, and ``result.json`` at the end.
+    """Generate and score. With ``out``, write ``predictions.jsonl`` there as it goes, and ``result.json`` at the end; a run
+    that was interrupted is continued with the questions that have no prediction yet.
 
     Raises:
         AlignkdError: bad input, too many rejected samples, or no question that could be answered.
+        Interrupted: a signal came; the same command continues.
     """
     if config.out is not None:
         check_out_folder(Path(config.out))
     check_image_folder(config.images)
     load_plugins(config.plugins)
-    metric = get_metric(config.metric)
+    get_metric(config.metric)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        if config.out is not None:
+            stack.enter_context(held(Path(config.out), stop.check))
+        return _evaluate(config, stop)
+
+
+def _evaluate(config: EvaluateConfig, stop: StopFlag) -> dict[str, Any]:
     samples = SampleFile(config.data)
     tower = Path(config.vision_tower) if config.vision_tower else None
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
@@ -69,7 +81,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         template=template,
         max_length=DEFAULT_MAX_LENGTH,
         image_root=config.images,
-        prompt_date=config.prompt_date,
+        prompt_date=prompt_date_of(config),
     )
     log_start(
         "evaluate",
@@ -82,59 +94,57 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         template=template,
     )
     rejects = RejectedSamples(config.max_rejected, len(samples))
-    correct = answered = 0
-    with _predictions(config) as write, progress_bar("evaluate", len(samples), "samples") as progress:
-        for start in range(0, len(samples), config.batch_size):
-            indices = range(start, min(start + config.batch_size, len(samples)))
-            questions = _questions(vlm, [samples[i] for i in indices], preparer, rejects)
-            if questions:
-                predictions = answer(vlm, [question.input for question in questions], config.max_new_tokens)
-                lines = [_line(q.sample, p, metric) for q, p in zip(questions, predictions, strict=True)]
-                write(lines)
-                answered += len(lines)
-                correct += sum(line["correct"] for line in lines)
-            progress.advance(len(indices))
-    assert answered, "where every sample is rejected, the last of them ended the run"
-    low, high = wilson_interval(correct, answered)
-    result = {
-        "metric": config.metric,
-        "accuracy": correct / answered,
-        "interval_95": [low, high],
-        "correct": correct,
-        "answered": answered,
-        "rejected": rejects.count,
-        "rejected_samples": rejects.reasons,
-    }
-    if config.out is not None:
-        with _explained(Path(config.out), "result.json"):
-            replace_text(Path(config.out) / "result.json", json.dumps(result, indent=2) + "\n")
+    with open_predictions(config, vlm, template, preparer.encoder.prompt_date) as predictions:
+        correct, answered = _answer_all(config, vlm, preparer, samples, rejects, predictions, stop)
+        assert answered, "where every sample is rejected, the last of them ended the run"
+        low, high = wilson_interval(correct, answered)
+        result = {
+            "metric": config.metric,
+            "accuracy": correct / answered,
+            "interval_95": [low, high],
+            "correct": correct,
+            "answered": answered,
+            "rejected": rejects.count,
+            "rejected_samples": rejects.reasons,
+        }
+        if config.out is not None:
+            with explained(Path(config.out), "result.json"):
+                replace_text(Path(config.out) / "result.json", json.dumps(result, indent=2) + "\n")
+        predictions.end()
     return result
 
 
-@contextmanager
-def _predictions(config: EvaluateConfig) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
-    """What writes lines of ``predictions.jsonl``; each batch is in the file before the next one is generated."""
-    if config.out is None:
-        yield lambda _: None
-        return
-    out = Path(config.out)
-    with _explained(out, "run.json"):
-        write_run_record(out / "run.json", "evaluate", asdict(config))
-        (out / "result.json").unlink(missing_ok=True)  # of an earlier run, whose predictions are written over
-        file = (out / "predictions.jsonl").open("wb", buffering=0)  # a buffer's rest would fail once more when it is closed
-    with file:
-
-        def write(lines: Sequence[Mapping[str, Any]]) -> None:
-            left = memoryview("".join(json_text(line) + "\n" for line in lines).encode())
-            with _explained(out, "predictions.jsonl"):
-                while left:
-                    left = left[file.write(left) :]
-
-        yield write
-
-
-def _explained(out: Path, what: str) -> AbstractContextManager[None]:
-    return explained_write_faults(out, what, again="run the same command again")
+def _answer_all(
+    config: EvaluateConfig,
+    vlm: Vlm,
+    preparer: Preparer,
+    samples: SampleFile,
+    rejects: RejectedSamples,
+    predictions: Predictions,
+    stop: StopFlag,
+) -> tuple[int, int]:
+    """Predict what has no prediction yet; how many are right, and how many there are, those of before included."""
+    metric = get_metric(config.metric)
+    correct = answered = 0
+    if predictions.kept:
+        _log.info("evaluate: %d of %d samples are answered already", len(predictions.kept), len(samples))
+    with progress_bar("evaluate", len(samples), "samples") as progress:
+        for start in range(0, len(samples), config.batch_size):
+            stop.check()
+            batch = [samples[i] for i in range(start, min(start + config.batch_size, len(samples)))]
+            there = [(sample, predictions.take(_about(sample)) if not sample.fault else None) for sample in batch]
+            lines = [line for _, line in there if line is not None]
+            questions = _questions(vlm, [sample for sample, line in there if line is None], preparer, rejects)
+            if questions:
+                texts = answer(vlm, [question.input for question in questions], config.max_new_tokens)
+                made = [_line(q.sample, text, metric) for q, text in zip(questions, texts, strict=True)]
+                predictions.write(made)
+                lines += made
+            answered += len(lines)
+            correct += sum(line["correct"] for line in lines)
+            progress.advance(len(batch))
+    predictions.check_all_taken()
+    return correct, answered
 
 
 def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects: RejectedSamples) -> list[_Question]:
@@ -158,36 +168,28 @@ def _check_reference(sample: Sample) -> None:
         raise SampleError(f"its last answer is {reference!r}: there is nothing to compare a prediction with")
 
 
-@torch.inference_mode()
-def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
-    """Answers to a batch of questions, by greedy decoding."""
-    # Padded on the left, so that generation continues the prompt.
-    batch = vlm.collate(questions, pad_left=True).to(vlm.device)
-    output = vlm.model.generate(
-        input_ids=batch.input_ids_BS,
-        attention_mask=batch.attention_mask_BS.long(),
-        **vlm.generation_inputs(batch),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=vlm.end_token_ids,
-        pad_token_id=vlm.pad_token_id,
-    )
-    new_ids = output[:, batch.input_ids_BS.shape[1] :].tolist()
-    return [vlm.answer_text(ids) for ids in new_ids]
-
-
 def _line(sample: Sample, prediction: str, metric: Metric) -> dict[str, Any]:
     """One line of ``predictions.jsonl``: what was asked, with which image, what was said, and what was expected."""
-    reference = sample.turns[-1][1]
+    about = _about(sample)
+    reference = about["reference"]
+    return {
+        "id": about["id"],
+        "question": about["question"],
+        "image": about["image"],
+        "prediction": prediction,
+        "reference": reference,
+        "answer": reference,  # its name in files of 0.1.0
+        "correct": metric(prediction, reference),
+    }
+
+
+def _about(sample: Sample) -> dict[str, Any]:
+    """The fields of a line that its sample determines."""
     asked = [text for speaker, text in sample.turns[:-1] if speaker == "human"]
     images = list(sample.images)
     return {
         "id": sample.id,
         "question": asked[-1] if asked else "",
         "image": None if not images else images[0] if len(images) == 1 else images,
-        "prediction": prediction,
-        "reference": reference,
-        "answer": reference,  # its name in files of 0.1.0
-        "correct": metric(prediction, reference),
+        "reference": sample.turns[-1][1] if sample.turns else "",
     }

@@ -17,6 +17,7 @@ from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
 from alignkd.pipeline.evaluate import runner
 from alignkd.pipeline.evaluate.metrics import contains, exact
 from alignkd.pipeline.evaluate.runner import evaluate, wilson_interval
+from alignkd.pipeline.runtime.out_folder.lock import held
 
 
 def question(name, image, text="<image>\nWhat is it?"):
@@ -200,4 +201,61 @@ def test_a_folder_without_rights_is_refused_before_the_model_is_loaded(tmp_path,
     monkeypatch.setattr(runner, "load_vlm", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setattr(os, "access", lambda path, mode: (Path(path), mode) != (tmp_path, os.W_OK | os.X_OK))
     with pytest.raises(ConfigError, match="cannot be written: change its rights"):
+        run(tmp_path, QUESTIONS[:1])
+
+
+def interrupted(tmp_path, monkeypatch, batches=2, **changes):
+    """A run that ends by force once some batches are answered, in the middle of a line."""
+    calls, real = [], runner.answer
+
+    def answer(*arguments):
+        calls.append(arguments)
+        if len(calls) > batches:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "answer", answer)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, RECORDS, batch_size=2, **changes)
+    with (tmp_path / "out" / "predictions.jsonl").open("ab") as file:
+        file.write(b'{"id": "torn')
+
+
+RECORDS = [QUESTIONS[0], question("gone", "none.png"), *QUESTIONS[1:]]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 64])
+def test_an_interrupted_evaluation_continues_to_the_same_figures(tmp_path, monkeypatch, encoded, batch_size):
+    whole = run(tmp_path, RECORDS, "whole")
+    interrupted(tmp_path, monkeypatch)
+    asked, real = [], runner.answer
+    monkeypatch.setattr(runner, "answer", lambda vlm, questions, n: asked.extend(questions) or real(vlm, questions, n))
+    again = run(tmp_path, RECORDS, batch_size=batch_size)
+    assert again == whole
+    assert len(asked) == 4  # three were there: the second batch has one that cannot be read
+    assert set(again[0]["rejected_samples"]) == {"gone"}
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("out", "whole")]
+    assert names == [["predictions.jsonl", "result.json", "run.json"]] * 2
+
+
+@pytest.mark.parametrize("changes", [{"max_new_tokens": 3}, {"dtype": "bfloat16"}, {"metric": "contains"}])
+def test_predictions_of_other_settings_are_never_continued(tmp_path, monkeypatch, changes):
+    interrupted(tmp_path, monkeypatch, **changes)
+    asked, real = [], runner.answer
+    monkeypatch.setattr(runner, "answer", lambda vlm, questions, n: asked.extend(questions) or real(vlm, questions, n))
+    run(tmp_path, RECORDS)
+    assert len(asked) == 7
+
+
+def test_predictions_that_are_not_of_these_questions_are_named(tmp_path, monkeypatch):
+    interrupted(tmp_path, monkeypatch)
+    path = tmp_path / "out" / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"id": "a0"', '"id": "z9"'))
+    with pytest.raises(ConfigError, match=r"predictions\.jsonl holds predictions that are not of these questions .*'z9'"):
+        run(tmp_path, RECORDS)
+
+
+def test_one_folder_is_evaluated_into_by_one_run(tmp_path):
+    with held(tmp_path / "out"), pytest.raises(ConfigError, match="is in use by another run"):
         run(tmp_path, QUESTIONS[:1])

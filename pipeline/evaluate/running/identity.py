@@ -88,7 +88,12 @@ def claim(folder: Path, given: Mapping[str, Any]) -> None:
     """
     check_same(folder, given)
     if not stored(folder):
-        put_text(folder / NAME, json.dumps(dict(given), indent=1) + "\n")
+        put(folder, given)
+
+
+def put(folder: Path, given: Mapping[str, Any]) -> None:
+    """What the next answers are given with."""
+    put_text(folder / NAME, json.dumps(dict(given), indent=1) + "\n")
 
 
 def _short(name: str, value: Any) -> str:
