@@ -114,6 +114,7 @@ class Benchmark(ABC):
         assert protocol in PROTOCOLS
         self.folder, self.protocol = folder, protocol
         self.questions = tuple(questions)
+        self._whole = len(self.questions)
         self.notes = tuple(notes)
         """What the files alone say of the result: OCR tokens or not, which version of the data."""
 
@@ -153,6 +154,11 @@ class Benchmark(ABC):
     def missing_images(self) -> list[str]:
         """References of pictures that are not there, each once; nothing is decoded."""
         return missing_pictures(self.folder, (reference for question in self.questions for reference in question.images))
+
+    @property
+    def sampled(self) -> bool:
+        """Whether these are some of the questions alone (:meth:`only`), so that no official scorer would be given them."""
+        return len(self.questions) < self._whole
 
     def units(self) -> list[tuple[int, ...]]:
         """Indices of questions that only count together, such as the two about a picture of MME; every index is in one."""

@@ -1,7 +1,5 @@
 """Official files, read without trust: plain files of limited size, with one message that names what is missing or wrong."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,8 +11,6 @@ from alignkd.plain_files import read_plain
 
 LARGEST_FILE = 4 * 2**30
 """The question files of the six have less than 1 GiB."""
-LARGEST_FIELD = 256 * 2**20
-"""Of a table: pictures stand in some as base64."""
 
 
 def require_files(folder: Path, about: About, names: Sequence[str]) -> list[Path]:
@@ -39,7 +35,7 @@ def read_json(path: Path) -> Any:
         DataError: it cannot be read, or is not JSON.
     """
     try:
-        return json.loads(_text(path))
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}): download it again") from error
 
@@ -50,7 +46,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         DataError: it cannot be read, or a line is not a JSON object.
     """
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -60,31 +56,6 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(value, dict):
             raise DataError(f"{path}, line {number}: found {value!r:.80}, expected an object")
         yield number, value
-
-
-def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a tab-separated file, every value as the text that stands there.
-
-    Raises:
-        DataError: it cannot be read, lacks a column, or a row has another number of fields.
-    """
-    limit = csv.field_size_limit(LARGEST_FIELD)
-    try:
-        reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t", restkey="", strict=True)
-        if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
-            raise DataError(
-                f"{path} lacks the columns {', '.join(missing)}; found {', '.join(map(str, reader.fieldnames or ()))[:300]}"
-            )
-        rows = []
-        for row in reader:
-            if None in row.values() or "" in row:
-                raise DataError(f"{path}, line {reader.line_num}: not as many fields as columns; download it again")
-            rows.append(row)
-        return rows
-    except csv.Error as error:
-        raise DataError(f"{path} is not a tab-separated table ({error}); download it again") from error
-    finally:
-        csv.field_size_limit(limit)
 
 
 def read_answers(path: Path) -> list[Answer]:
@@ -107,9 +78,14 @@ def read_answers(path: Path) -> list[Answer]:
     return answers
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path, limit: int = LARGEST_FILE) -> str:
+    """The text of a plain file of at most ``limit`` bytes.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
     try:
-        return read_plain(path, LARGEST_FILE).decode("utf-8-sig")
+        return read_plain(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error}); download it again") from error
     except (OSError, ValueError) as error:

@@ -31,8 +31,8 @@ def none_matches(about: About, questions: Sequence[Question], answers: Sequence[
     return DataError(f"the answer file answers none of the {len(questions):,} questions: {reason}; give the answers to these")
 
 
-def require_all(about: About, questions: Sequence[Question], matched: Sequence[Answer | None]) -> None:
-    """Refuse an answer file that leaves a question out.
+def require_all(about: About, questions: Sequence[Question], matched: Sequence[Answer | None], why: str = "") -> None:
+    """Refuse an answer file that leaves a question out; ``why``, if not that the official scorer does.
 
     Raises:
         DataError: says how many are left out, and which is the first.
@@ -41,5 +41,40 @@ def require_all(about: About, questions: Sequence[Question], matched: Sequence[A
     if missing:
         raise DataError(
             f"{len(missing):,} of the {len(questions):,} questions of {about.title} have no answer (the first:"
-            f" {missing[0].question_id!r:.80}); its official scorer refuses that too: answer all of them"
+            f" {missing[0].question_id!r:.80}); {why or 'its official scorer refuses that too'}: answer all of them"
+        )
+
+
+def one_each(about: About, questions: Sequence[Question], answers: Sequence[Answer], why: str) -> list[Answer]:
+    """The line with the id of each question, where the scorer takes no other lines and no second ones; ``why``, in words.
+
+    Raises:
+        DataError: a line is about another question or answers one again, or a question has no line.
+    """
+    known = {question.question_id for question in questions}
+    if not any(answer.question_id in known for answer in answers):
+        raise none_matches(about, questions, answers)
+    found: dict[str | int, Answer] = {}
+    for answer in answers:
+        if answer.question_id not in known:
+            raise DataError(
+                f"line {answer.line} of the answer file is about {answer.question_id!r:.80}, which is no question of"
+                f" {about.title} here; give the answers to its {len(questions):,} questions alone"
+            )
+        refuse_twice(found.setdefault(answer.question_id, answer), answer)
+    matched = [found.get(question.question_id) for question in questions]
+    require_all(about, questions, matched, why)
+    return [answer for answer in matched if answer is not None]
+
+
+def refuse_twice(first: Answer, answer: Answer) -> None:
+    """Refuse a second line about a question, unless it is the first itself.
+
+    Raises:
+        DataError: names both lines.
+    """
+    if first is not answer:
+        raise DataError(
+            f"lines {first.line} and {answer.line} of the answer file answer the same question"
+            f" ({answer.question_id!r:.80}); leave one of them"
         )
