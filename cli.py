@@ -13,6 +13,7 @@ _COMMANDS = {
     "cache-teacher": "cache_teacher:cache_teacher_command",
     "cache": "cache:cache",
     "distill": "distill:distill_command",
+    "chat": "chat:chat_command",
     "show": "show:show_command",
     "models": "models:models_command",
     "evaluate": "evaluate:evaluate_command",

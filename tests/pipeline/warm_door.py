@@ -3,8 +3,8 @@
 Importing torch and transformers takes seconds of CPU time, and the tests of the command line start dozens of processes.
 What runs is the real script, with real arguments, output, signals and exit codes; any number of them at once.
 
-Line by line on standard input: ``{"arguments", "stdout", "stderr", "environment"}`` starts a command and answers its process
-id; a process id waits for that command and answers its exit code.
+Line by line on standard input: ``{"arguments", "streams", "at_terminal", "environment"}`` starts a command and answers its
+process id; a process id waits for that command and answers its exit code.
 """
 
 from __future__ import annotations
@@ -91,20 +91,26 @@ class WarmDoor:
         print(json.dumps(request), file=self.server.stdin, flush=True)
         return int(self.server.stdout.readline())
 
-    def start(self, *arguments: object) -> Running:
-        """Start a command in the launcher's and the storage's environment of this process."""
+    def start(self, *arguments: object, stdin: object = None, terminal: object = None, **given: str) -> Running:
+        """Start a command in the launcher's and the storage's environment of this process, and what is ``given`` of it.
+
+        ``stdin``: the file that it reads, nothing by default. ``terminal``: a device that it is at, with all of its streams; an
+        interrupt typed there reaches it.
+        """
         number = next(self.numbers)
         stdout, stderr = self.folder / f"{number}.stdout", self.folder / f"{number}.stderr"
         for path in (stdout, stderr):  # a command may be killed before it can
             path.touch()
-        environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-        request = {"arguments": [str(a) for a in arguments], "stdout": str(stdout), "stderr": str(stderr)}
+        environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)} | given
+        streams = {0: stdin or os.devnull, 1: stdout, 2: stderr} if terminal is None else dict.fromkeys(range(3), terminal)
+        request = {"arguments": [str(a) for a in arguments], "streams": [str(streams[number]) for number in range(3)]}
+        request["at_terminal"] = terminal is not None
         running = Running(self, self.ask({**request, "environment": environment}), stdout, stderr)
         self.unfinished.add(running.pid)
         return running
 
-    def __call__(self, *arguments: object) -> Finished:
-        return self.start(*arguments).finish()
+    def __call__(self, *arguments: object, **given: Any) -> Finished:
+        return self.start(*arguments, **given).finish()
 
     def close(self) -> None:
         for pid in self.unfinished:  # of tests that failed
@@ -114,6 +120,7 @@ class WarmDoor:
 
 
 def serve(run: Callable[[dict[str, Any]], None]) -> None:
+    import alignkd.pipeline.evaluate.chat.session
     import alignkd.pipeline.evaluate.runner
     import alignkd.pipeline.evaluate.show_sample
     import alignkd.pipeline.stage_one.worker
@@ -146,10 +153,18 @@ def run(request: dict[str, Any]) -> None:
     """Become the command, in a process that was forked for it."""
     from fsspec.config import conf, set_conf_env
 
-    os.setpgid(0, 0)
-    for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
+    if request["at_terminal"]:
+        os.setsid()  # the terminal that the leader of a session opens first is its own
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    else:
+        os.setpgid(0, 0)
+    for number, name in enumerate(request["streams"]):
         flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         os.dup2(os.open(name, flags, 0o600), number)
+    # The server has read from its own, and what it knows of the others (whether they can be sought) is not true of a terminal.
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    if request["at_terminal"]:
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
     os.environ.update(request["environment"])
     set_conf_env(conf)
     sys.argv = [str(DOOR), *request["arguments"]]

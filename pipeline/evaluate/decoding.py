@@ -1,0 +1,53 @@
+"""One batch of questions to ids of answers: greedy or sampled, and handed on token by token where that is asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alignkd.inputs.batch import ModelInput
+from alignkd.models.vlm import Vlm
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated. ``temperature`` 0: greedily; else sampled from the likeliest tokens that make ``top_p``."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For ``model.generate``. What a checkpoint's own generation settings say of sampling does not count."""
+        about: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "num_beams": 1, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            about |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return about
+
+
+@torch.inference_mode()
+def generate_ids(vlm: Vlm, questions: Sequence[ModelInput], decoding: Decoding, streamer: Any = None) -> list[list[int]]:
+    """Ids of each answer, up to and with what ends it. ``streamer``: gets the ids of a single question as they come.
+
+    Random numbers are those of torch's own generator.
+    """
+    # Padded on the left, so that generation continues the prompt.
+    batch = vlm.collate(questions, pad_left=True).to(vlm.device)
+    output = vlm.model.generate(
+        input_ids=batch.input_ids_BS,
+        attention_mask=batch.attention_mask_BS.long(),
+        **vlm.generation_inputs(batch),
+        **decoding.settings,
+        eos_token_id=vlm.end_token_ids,
+        pad_token_id=vlm.pad_token_id,
+        **({} if streamer is None else {"streamer": streamer}),
+    )
+    return [up_to_end(ids, vlm.end_token_ids) for ids in output[:, batch.input_ids_BS.shape[1] :].tolist()]
+
+
+def up_to_end(ids: list[int], end_token_ids: Sequence[int]) -> list[int]:
+    """Ids without those behind the first end token, which pad a batch."""
+    ends = [position for position, token in enumerate(ids) if token in end_token_ids]
+    return ids[: ends[0] + 1] if ends else ids
