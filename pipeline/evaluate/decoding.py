@@ -27,11 +27,12 @@ class Decoding:
         return about
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_ids(vlm: Vlm, questions: Sequence[ModelInput], decoding: Decoding, streamer: Any = None) -> list[list[int]]:
     """Ids of each answer, up to and with what ends it. ``streamer``: gets the ids of a single question as they come.
 
-    Random numbers are those of torch's own generator.
+    Random numbers are those of torch's own generator. Tensors made here may stay with a model that is trained afterwards, so
+    they are not those of torch's inference mode.
     """
     # Padded on the left, so that generation continues the prompt.
     batch = vlm.collate(questions, pad_left=True).to(vlm.device)

@@ -16,7 +16,7 @@ from alignkd.pipeline.data.sample import read_sample
 from alignkd.pipeline.evaluate.chat.conversation import Conversation
 from alignkd.pipeline.evaluate.chat.stream import AnswerStreamer
 from alignkd.pipeline.evaluate.decoding import Decoding, generate_ids
-from alignkd.pipeline.evaluate.runner import answer
+from alignkd.pipeline.evaluate.running.generation import answer
 
 QUESTION, NEXT = "What colour is the cat?", "And the mat?"
 

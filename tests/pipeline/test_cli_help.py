@@ -15,6 +15,7 @@ REQUIRED = {
     "distill": ["--student", "s", "--data", "d", "--out", "o"],
     "evaluate": ["--model", "m", "--data", "d"],
     "show": ["--model", "m", "--data", "d"],
+    "chat": ["m"],
     "demo": ["--out", "o"],
     "report": ["run", "--to", "t"],
 }

@@ -8,31 +8,15 @@ import torch
 
 from alignkd.inputs.batch import ModelInput
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.evaluate.decoding import Decoding, generate_ids
 from alignkd.pipeline.runtime.out_of_memory import is_out_of_memory, out_of_memory_is_transient
 
 _log = logging.getLogger(__name__)
 
 
-@torch.no_grad()
 def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
-    """Answers to a batch of questions: greedy, one beam, up to an end token or ``max_new_tokens``.
-
-    Tensors made here may stay with a model that is trained afterwards, so they are not those of torch's inference mode.
-    """
-    # Padded on the left, so that generation continues the prompt.
-    batch = vlm.collate(questions, pad_left=True).to(vlm.device)
-    output = vlm.model.generate(
-        input_ids=batch.input_ids_BS,
-        attention_mask=batch.attention_mask_BS.long(),
-        **vlm.generation_inputs(batch),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=vlm.end_token_ids,
-        pad_token_id=vlm.pad_token_id,
-    )
-    new_ids = output[:, batch.input_ids_BS.shape[1] :].tolist()
-    return [vlm.answer_text(ids) for ids in new_ids]
+    """Answers to a batch of questions: greedy, one beam, up to an end token or ``max_new_tokens``."""
+    return [vlm.answer_text(ids) for ids in generate_ids(vlm, questions, Decoding(max_new_tokens))]
 
 
 def answer_halving(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
