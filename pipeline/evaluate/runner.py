@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from alignkd.pipeline.data.tower_features import tower_features
 from alignkd.pipeline.evaluate.metrics import Metric, get_metric, is_empty
 from alignkd.pipeline.evaluate.running.generation import answer
 from alignkd.pipeline.evaluate.running.predictions import Predictions, explained, open_predictions, prompt_date_of
+from alignkd.pipeline.evaluate.statistics import wilson_interval
 from alignkd.pipeline.runtime.devices import device_words, parse_dtype, pick_device
 from alignkd.pipeline.runtime.files import check_out_folder, replace_text
 from alignkd.pipeline.runtime.logs import log_start
@@ -39,16 +39,6 @@ _log = logging.getLogger(__name__)
 class _Question:
     sample: Sample
     input: ModelInput
-
-
-def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson's score interval)."""
-    if total == 0:
-        return 0.0, 1.0
-    p, n = correct / total, total
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return centre - half, centre + half
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from alignkd.pipeline.config.evaluate import EvaluateConfig
 from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
 from alignkd.pipeline.evaluate import runner
 from alignkd.pipeline.evaluate.metrics import contains, exact
-from alignkd.pipeline.evaluate.runner import evaluate, wilson_interval
+from alignkd.pipeline.evaluate.runner import evaluate
+from alignkd.pipeline.evaluate.statistics import wilson_interval
 from alignkd.pipeline.runtime.out_folder.lock import held
 
 
