@@ -77,7 +77,7 @@ class Gqa(Benchmark):
         return matched
 
     def score(self, answers: Sequence[Answer | None]) -> Score:
-        """As :meth:`Benchmark.score`; questions that are not balanced are not counted."""
+        """As :meth:`Benchmark.score`; questions that are not balanced are not counted, but by lmms-eval."""
         reading = _official_reading if self.protocol == "mobilevlm" else _lmms_eval_reading
         readings = tuple(
             reading(question, self._rows[str(question.question_id)], answer)
@@ -134,17 +134,18 @@ def _checked_order(path: Path, rows: Mapping[str, _Row]) -> list[str]:
 def _official_reading(question: Question, row: _Row, answer: Answer | None) -> Reading:
     # All full stops at the end go, then capitals; nothing else, and lower() is not casefold().
     parsed = "" if answer is None else answer.text.rstrip(".").lower()
-    return _reading(question, row, answer, parsed, parsed == row.answer)
+    return _reading(question, answer, parsed, parsed == row.answer, counted=row.balanced)
 
 
 def _lmms_eval_reading(question: Question, row: _Row, answer: Answer | None) -> Reading:
     parsed = "" if answer is None else answer.text.lower().translate(_WITHOUT_PUNCTUATION)
-    return _reading(question, row, answer, parsed, parsed == row.answer.lower().translate(_WITHOUT_PUNCTUATION))
+    equal = parsed == row.answer.lower().translate(_WITHOUT_PUNCTUATION)
+    return _reading(question, answer, parsed, equal, counted=True)
 
 
-def _reading(question: Question, row: _Row, answer: Answer | None, parsed: str, equal: bool) -> Reading:
+def _reading(question: Question, answer: Answer | None, parsed: str, equal: bool, *, counted: bool) -> Reading:
     right = answer is not None and equal
-    return Reading(question, answer.text if answer else None, parsed, float(right), counted=row.balanced)
+    return Reading(question, answer.text if answer else None, parsed, float(right), counted)
 
 
 def _percent(readings: Iterable[Reading]) -> float:

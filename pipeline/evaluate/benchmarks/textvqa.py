@@ -78,21 +78,29 @@ class TextVqa(Benchmark):
         return {"ocr_tokens": _share_with_ocr([question.prompt for question in self.questions])}
 
     def match(self, answers: Sequence[Answer]) -> list[Answer | None]:
-        """By picture and the first line of the prompt, in lower case; questions may lack an answer."""
+        """By picture and the first line of the prompt, in lower case; questions may lack an answer, and no line a question."""
         found: dict[_Key, Answer] = {}
+        unknown: list[tuple[Answer, _Key]] = []
         known = {_key_of(question) for question in self.questions}
         for answer in answers:
             key = str(answer.question_id), _asked_in(answer)
             if key not in known or not isinstance(answer.question_id, str):
-                continue
-            if key in found:
+                unknown.append((answer, key))
+            elif key in found:
                 raise DataError(
                     f"lines {found[key].line} and {answer.line} of the answer file answer the same question ({key[1]!r:.80}"
                     f" about picture {key[0]!r:.80}); leave one of them"
                 )
-            found[key] = answer
+            else:
+                found[key] = answer
         if not found:
             raise none_matches(self.about, self.questions, answers)
+        if unknown:
+            answer, key = unknown[0]
+            raise DataError(
+                f"{len(unknown):,} lines of the answer file are about no question of {self.about.title} (the first: line"
+                f" {answer.line}, {key[1]!r:.80} about picture {answer.question_id!r:.80}); remove them"
+            )
         return [found.get(_key_of(question)) for question in self.questions]
 
     def score(self, answers: Sequence[Answer | None]) -> Score:

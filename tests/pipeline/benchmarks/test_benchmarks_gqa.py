@@ -73,6 +73,8 @@ def test_questions_that_are_not_balanced_are_asked_and_not_counted(tmp_path):
     score = score_of("gqa", tmp_path, write_lines(tmp_path / "a.jsonl", answers))
     assert score.metrics["scored"] == 10
     assert score.score == 100 * sum(r.score for r in score.readings[:10]) / 10
+    whole = score_of("gqa", FIXTURES, tmp_path / "a.jsonl", "lmms-eval")
+    assert score_of("gqa", tmp_path, tmp_path / "a.jsonl", "lmms-eval").metrics == whole.metrics
     with pytest.raises(DataError, match="no answer"):
         score_of("gqa", tmp_path, write_lines(tmp_path / "a.jsonl", answers[:10]))
 

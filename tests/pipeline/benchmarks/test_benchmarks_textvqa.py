@@ -49,6 +49,9 @@ class TestTextVqa(BenchmarkConformance):
         "a prompt of one line": first_prompt("what is the brand of this kettle?"),
         "a prompt of three lines without OCR tokens": first_prompt("what is the brand of this kettle?\nb\nc"),
         "nine answers instead of ten": nine_answers,
+        "an answer about another picture": lambda folder, lines: [{**lines[0], "question_id": "ffff"}, *lines[1:]],
+        "an answer to another question": first_prompt("What is it?\nAnswer the question using a single word or phrase."),
+        "an id written as an integer": lambda folder, lines: [{**lines[0], "question_id": 12}, *lines[1:]],
         "a question is answered twice": lambda folder, lines: [*lines, lines[3]],
     }
     counted_cases = {"half of the answers": (lambda folder, lines: lines[::2], "16 of 33 questions have no answer")}  # noqa: RUF012
