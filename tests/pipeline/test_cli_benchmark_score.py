@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,10 @@ def test_bad_input_is_one_message_and_exit_code_2(door, tmp_path):
     ):
         (tmp_path / "a.jsonl").write_text(text)
         refused(score(door, answers=tmp_path / "a.jsonl"), words)
+
+
+def test_a_named_pipe_as_question_file_is_refused_and_not_waited_for(door, tmp_path):
+    folder = shutil.copytree(FIXTURES / "pope", tmp_path / "pope")
+    (folder / "llava_pope_test.jsonl").unlink()
+    os.mkfifo(folder / "llava_pope_test.jsonl")
+    refused(score(door, name="pope", root=tmp_path), "a named pipe")

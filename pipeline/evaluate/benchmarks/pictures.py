@@ -21,7 +21,7 @@ def read_picture(folder: Path, reference: str) -> bytes:
     except SampleError as error:
         raise DataError(str(error)) from error
     except (OSError, ValueError) as error:
-        raise DataError(f"picture {folder / reference}: {getattr(error, 'strerror', None) or error}") from error
+        raise DataError(f"picture {reference!r:.300} in {folder}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def missing_pictures(folder: Path, references: Iterable[str]) -> list[str]:
@@ -31,6 +31,13 @@ def missing_pictures(folder: Path, references: Iterable[str]) -> list[str]:
         DataError: one leads out of the folder.
     """
     try:
-        return [reference for reference in dict.fromkeys(references) if not image_path(folder, reference).is_file()]
+        return [reference for reference in dict.fromkeys(references) if not _is_file(image_path(folder, reference))]
     except SampleError as error:
         raise DataError(str(error)) from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that no file can have, for its length
+        return False

@@ -28,7 +28,7 @@ def table(path):
 
 
 def write_table(path, rows):
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogatepass") as file:
         csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
     return path
 
