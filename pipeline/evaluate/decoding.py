@@ -22,6 +22,7 @@ class Decoding:
     def settings(self) -> dict[str, Any]:
         """For ``model.generate``. What a checkpoint's own generation settings say of sampling does not count."""
         about: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "num_beams": 1, "do_sample": self.temperature > 0}
+        about["use_cache"] = True  # what a checkpoint says was meant for its training
         if self.temperature > 0:
             about |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return about

@@ -19,7 +19,7 @@ from alignkd.models.encoders.images import ImagePreprocessor
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.evaluate.benchmarks.contract import About, Benchmark, Question, Reading, Score
 from alignkd.pipeline.evaluate.benchmarks.registry import SIX, open_benchmark
-from alignkd.pipeline.evaluate.running import answering, generation, schedule
+from alignkd.pipeline.evaluate.running import answering, schedule
 from alignkd.pipeline.evaluate.running.answering import Answering, RunSettings, run_benchmark
 from alignkd.pipeline.runtime.ranks import Worker
 
@@ -128,19 +128,22 @@ def test_an_image_that_is_padded_in_its_own_mode_keeps_it(vlm):
     assert torch.equal(own(grey), pad(grey))
 
 
-@pytest.mark.parametrize("questions", [796, pytest.param(12_578, marks=pytest.mark.slow)])
-def test_398_pictures_go_through_the_tower_398_times_in_one_process_and_in_two(vlm, tmp_path, monkeypatch, encoded, questions):
-    benchmark = echo(tmp_path, 398, questions)
-    monkeypatch.setattr(answering, "answer_halving", lambda _vlm, questions, _tokens: ["a"] * len(questions))
+@pytest.mark.parametrize(("pictures", "questions"), [(40, 200), pytest.param(398, 12_578, marks=pytest.mark.slow)])
+def test_each_picture_goes_through_the_tower_once_a_run_in_one_process_and_in_two(
+    vlm, tmp_path, monkeypatch, encoded, pictures, questions
+):
+    benchmark = echo(tmp_path, pictures, questions)
+    monkeypatch.setattr(answering, "halving", lambda _ask, questions: ["a"] * len(questions))
+    monkeypatch.setattr(answering, "share_prompts", lambda *_: None)
     assert len(texts_of(vlm, benchmark)) == questions
-    assert sum(encoded) == 398
+    assert sum(encoded) == pictures
     shares = [schedule.share_of(benchmark.questions, Worker(rank, 2)) for rank in range(2)]
     assert sorted(shares[0] + shares[1]) == list(range(questions))
-    assert abs(len(shares[0]) - len(shares[1])) <= questions // 398 + 1
+    assert abs(len(shares[0]) - len(shares[1])) <= questions // pictures + 1
     encoded.clear()
     for share in shares:
         texts_of(vlm, benchmark, share)
-    assert sum(encoded) == 398
+    assert sum(encoded) == pictures
 
 
 def test_features_of_one_window_alone_are_kept(vlm, tmp_path, monkeypatch):
@@ -173,26 +176,44 @@ def test_a_damaged_picture_is_named_and_nothing_is_left_out(vlm, tmp_path):
         run_benchmark(vlm, benchmark)
 
 
-def test_a_batch_for_which_memory_does_not_suffice_is_halved(vlm, tmp_path, monkeypatch):
-    benchmark, sizes, real = echo(tmp_path, 2, 7), [], generation.answer
+@pytest.mark.parametrize("pictures", [2, 7])
+def test_a_batch_for_which_memory_does_not_suffice_is_halved(vlm, tmp_path, monkeypatch, pictures):
+    name = "answer_after" if pictures == 2 else "answer"
+    benchmark, sizes, real = echo(tmp_path, pictures, 7), [], getattr(answering, name)
+    expected = texts_of(vlm, benchmark)
 
-    def answer(vlm, questions, tokens):
+    def call(*given, **others):
+        questions = given[2] if name == "answer_after" else given[1]
         sizes.append(len(questions))
         if len(questions) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(vlm, questions, tokens)
+        return real(*given, **others)
 
-    expected = texts_of(vlm, benchmark)
-    monkeypatch.setattr(generation, "answer", answer)
+    monkeypatch.setattr(answering, name, call)
     assert texts_of(vlm, benchmark) == expected
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
 
-    def never(*_):
+    def never(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(generation, "answer", never)
+    monkeypatch.setattr(answering, name, never)
     with pytest.raises(TransientError, match="memory ran out"):
         run_benchmark(vlm, benchmark)
+
+
+def test_what_questions_about_a_picture_begin_with_is_computed_once(vlm, tmp_path, monkeypatch):
+    benchmark, shared, real = echo(tmp_path, 5, 60), [], answering.share_prompts
+    monkeypatch.setattr(answering, "share_prompts", lambda vlm, some: shared.append(sorted(some)) or real(vlm, some))
+    alone = {}
+    for index in range(60):  # a picture with one question is asked about whole
+        alone |= texts_of(vlm, benchmark, [index])
+    assert shared == []
+    assert texts_of(vlm, benchmark) == alone
+    assert shared == [[f"{number}.png" for number in range(5)]]
+    shared.clear()
+    assert texts_of(vlm, benchmark, batch_tokens=1000) == alone
+    assert sorted(name for some in shared for name in some) == [f"{number}.png" for number in range(5)]
+    assert all(len(some) == 2 for some in shared[:-1])
 
 
 @given(st.lists(st.integers(1, 500), max_size=60), st.integers(1, 4000), st.integers(1, 2000))

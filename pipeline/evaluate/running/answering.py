@@ -1,10 +1,14 @@
 """The answers of a loaded model to a benchmark's questions, batch by batch."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+
+import numpy as np
+import torch
 
 from alignkd.errors import DataError, SampleError
 from alignkd.inputs.batch import ModelInput
@@ -13,12 +17,16 @@ from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.benchmark import BATCH_TOKENS
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.evaluate.benchmarks.contract import Answer, Benchmark, Score
-from alignkd.pipeline.evaluate.running.generation import answer_halving, undisturbed
+from alignkd.pipeline.evaluate.running.generation import answer, halving, undisturbed
 from alignkd.pipeline.evaluate.running.pictures import Pictures, with_treatment
+from alignkd.pipeline.evaluate.running.prefix import SharedPrompts, answer_after, common_prompt, share_prompts
 from alignkd.pipeline.evaluate.running.schedule import groups_by_picture, like_length_batches, windows
+from alignkd.pipeline.runtime.out_of_memory import out_of_memory_is_transient
 
+Ask = Callable[[], list[str]]
 _END = "</s>"
 _READERS = 4
+_NOTHING = torch.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -93,11 +101,11 @@ class Answering:
                     with undisturbed(self.vlm):
                         images = self.pictures.ready(asked)
                     following = self._ask(pool, next(ahead, []))
-                    for batch in self._batches(window, images):
+                    for indices, ask in self._batches(window, images):
                         with undisturbed(self.vlm):
-                            texts = answer_halving(self.vlm, [made for _, made in batch], self.benchmark.max_new_tokens)
-                        each = (time.perf_counter() - started) / len(batch)
-                        yield [Answered(index, cleaned(text), each) for (index, _), text in zip(batch, texts, strict=True)]
+                            texts = ask()
+                        each = (time.perf_counter() - started) / len(indices)
+                        yield [Answered(index, cleaned(text), each) for index, text in zip(indices, texts, strict=True)]
                         started = time.perf_counter()
                     window, asked = following
             finally:
@@ -110,31 +118,73 @@ class Answering:
             DataError: its prompt cannot be made.
         """
         question = self.benchmark.questions[index]
+        shared = self.vlm.caches_tower and len(images) == 1  # questions about one picture share its features, uncopied
         try:
-            made = self.encoder.question(question.turns, images)
+            made = self.encoder.question(question.turns, [replace(images[0], values=_NOTHING)] if shared else images)
         except SampleError as error:
             raise DataError(
                 f"question {question.question_id!r} of {self.benchmark.about.title} cannot be put to this model: {error}; try"
                 " another --template"
             ) from error
-        if len(images) == 1 and self.vlm.caches_tower:  # questions about one picture share its features
-            made = replace(made, images=images[0].values[None])
-        return made
+        return replace(made, images=images[0].values[None]) if shared else made
 
     def _ask(self, pool: ThreadPoolExecutor, window: list[int]) -> tuple[list[int], Any]:
         questions = [self.benchmark.questions[index] for index in window]
         return window, self.pictures.ask(pool, list(dict.fromkeys(name for q in questions for name in q.images)))
 
-    def _batches(self, window: Sequence[int], images: dict[str, Any]) -> Iterator[list[tuple[int, ModelInput]]]:
-        questions = self.benchmark.questions
-        made = [self.question(index, [images[name] for name in questions[index].images]) for index in window]
-        lengths = [self._length(given) for given in made]
-        for batch in like_length_batches(lengths, self.benchmark.max_new_tokens, self.settings.batch_tokens):
-            yield [(window[place], made[place]) for place in batch]
+    def _batches(self, window: Sequence[int], images: dict[str, Any]) -> Iterator[tuple[list[int], Ask]]:
+        """Indices of each batch, and what answers it."""
+        questions, tokens = self.benchmark.questions, self.benchmark.max_new_tokens
+        made = {index: self.question(index, [images[name] for name in questions[index].images]) for index in window}
+        alone, together = self._by_prompt(made)
+        for indices in self._like_lengths(alone, made):
+            given = [made[index] for index in indices]
+            yield indices, partial(halving, lambda some: answer(self.vlm, some, tokens), given)
+        for pictures in together:
+            shared = self._shared({name: made[indices[0]] for name, indices in pictures.items()})
+            picture_of = {index: name for name, indices in pictures.items() for index in indices}
+            for indices in self._like_lengths(list(picture_of), made):
+                asked = [(picture_of[index], made[index]) for index in indices]
+                ask = partial(answer_after, self.vlm, shared, max_new_tokens=tokens)
+                yield indices, partial(halving, ask, asked)
 
-    def _length(self, given: ModelInput) -> int:
-        placeholders = int((given.input_ids == self.vlm.image_token_id).sum())
-        return len(given.input_ids) + placeholders * (self.vlm.tokens_per_placeholder - 1)
+    def _by_prompt(self, made: dict[int, ModelInput]) -> tuple[list[int], list[dict[str, list[int]]]]:
+        """Questions that are answered whole; and pictures with several questions each, as many as the budget has room for."""
+        groups: dict[tuple[bytes, str], list[int]] = {}
+        alone = list[int]()
+        for index, given in made.items():
+            ids = common_prompt(self.vlm, given)
+            if ids is None:
+                alone.append(index)
+            else:
+                groups.setdefault((ids.tobytes(), self.benchmark.questions[index].images[0]), []).append(index)
+        together, last = list[dict[str, list[int]]](), b""
+        for (prompt, picture), indices in sorted(groups.items(), key=lambda group: group[0][0]):
+            if len(indices) == 1:
+                alone.extend(indices)
+                continue
+            most = max(1, self.settings.batch_tokens // (2 * self._length_of_prompt(made[indices[0]])))
+            if not together or prompt != last or len(together[-1]) == most:
+                together.append({})
+            together[-1][picture], last = indices, prompt
+        return alone, together
+
+    def _shared(self, questions: dict[str, ModelInput]) -> SharedPrompts:
+        with undisturbed(self.vlm), out_of_memory_is_transient():
+            return share_prompts(self.vlm, questions)
+
+    def _like_lengths(self, indices: Sequence[int], made: dict[int, ModelInput]) -> Iterator[list[int]]:
+        lengths = [self._length(made[index].input_ids) for index in indices]
+        for batch in like_length_batches(lengths, self.benchmark.max_new_tokens, self.settings.batch_tokens):
+            yield [indices[place] for place in batch]
+
+    def _length_of_prompt(self, given: ModelInput) -> int:
+        ids = common_prompt(self.vlm, given)
+        assert ids is not None, "asked of questions that have one"
+        return self._length(ids)
+
+    def _length(self, ids: np.ndarray) -> int:
+        return len(ids) + int((ids == self.vlm.image_token_id).sum()) * (self.vlm.tokens_per_placeholder - 1)
 
 
 def cleaned(text: str) -> str:

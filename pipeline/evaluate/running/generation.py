@@ -1,8 +1,9 @@
 """Answers to a batch of questions, by greedy decoding."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -11,6 +12,7 @@ from alignkd.models.vlm import Vlm
 from alignkd.pipeline.evaluate.decoding import Decoding, generate_ids
 from alignkd.pipeline.runtime.out_of_memory import is_out_of_memory, out_of_memory_is_transient
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -19,17 +21,17 @@ def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> li
     return [vlm.answer_text(ids) for ids in generate_ids(vlm, questions, Decoding(max_new_tokens))]
 
 
-def answer_halving(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
-    """As :func:`answer`; a batch for which memory does not suffice is halved.
+def halving(ask: Callable[[Sequence[T]], list[str]], questions: Sequence[T]) -> list[str]:
+    """What ``ask`` answers to a batch of questions; one for which memory does not suffice is halved.
 
     Raises:
         TransientError: memory does not suffice for one question.
     """
     if len(questions) == 1:
         with out_of_memory_is_transient():
-            return answer(vlm, questions, max_new_tokens)
+            return ask(questions)
     try:
-        return answer(vlm, questions, max_new_tokens)
+        return ask(questions)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -38,8 +40,7 @@ def answer_halving(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: in
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     middle = len(questions) // 2
-    halves = questions[:middle], questions[middle:]
-    return [text for half in halves for text in answer_halving(vlm, half, max_new_tokens)]
+    return [text for half in (questions[:middle], questions[middle:]) for text in halving(ask, half)]
 
 
 @contextmanager
