@@ -169,7 +169,8 @@ def _scale(axes: Axes, panel: Panel) -> str:
         return ""
     room = (high - low) * 0.08 or abs(high) * 0.05
     axes.set_ylim(low - room, high + room)
-    return "axis does not start at 0" if not low - room <= 0 <= high + room else ""
+    bottom, top = axes.get_ylim()
+    return "" if bottom <= 0 <= top else "axis does not start at 0"
 
 
 def _plain(axes: Axes) -> None:

@@ -57,7 +57,9 @@ def find_answers(folder: Path, images: str | None = None, run_images: str | None
     below = sorted(path.parent for path in folder.glob(f"*/{FILE}") if path.parent.name in BENCHMARKS)
     here = [folder] if (folder / FILE).is_file() else []
     if not here and not below:
-        raise DataError(f"{folder} holds no {FILE}; give the --out folder of an alignkd evaluate or alignkd benchmark run")
+        raise DataError(
+            f"{folder} holds no predictions.jsonl; give the --out folder of an alignkd evaluate or alignkd benchmark run"
+        )
     return [_read(place, images, run_images) for place in (*here, *below)]
 
 
