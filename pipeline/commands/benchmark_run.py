@@ -7,6 +7,7 @@ import click
 from alignkd.pipeline.commands.options import job_command as options
 from alignkd.pipeline.commands.options.from_config import from_options, options_of
 from alignkd.pipeline.commands.output.printing import say, say_json
+from alignkd.pipeline.commands.output.scores import score_text
 from alignkd.pipeline.config.benchmark import BenchmarkRunConfig
 
 
@@ -33,7 +34,4 @@ def benchmark_run_command(as_json: bool, **given: Any) -> None:
         say_json({"out": config.out, "results": results})
         return
     for result in results:
-        unit = "%" if result["unit"] == "percent" else "points"
-        say(f"{result['title']:<14} {result['score']:9.2f} {unit:<6}  {result['questions']:,} questions, {result['protocol']}")
-        for note in result["notes"]:
-            say(f"  {note}")
+        say(score_text(result))

@@ -6,7 +6,8 @@ import click
 
 from alignkd.pipeline.commands.options import job_command as options
 from alignkd.pipeline.commands.options.from_config import from_options, options_of
-from alignkd.pipeline.commands.output.printing import print_figures
+from alignkd.pipeline.commands.output.printing import say, say_json
+from alignkd.pipeline.commands.output.scores import metrics_text, score_text
 from alignkd.pipeline.config.benchmark import BenchmarkScoreConfig
 
 
@@ -26,4 +27,8 @@ def benchmark_score_command(as_json: bool, **given: Any) -> None:
     result, readings = score_file(config.benchmark, config.root, config.answers, config.protocol)
     if config.out is not None:
         write_result(config.out, result, readings)
-    print_figures(result, as_json)
+    if as_json:
+        say_json(result)
+    else:
+        say(score_text(result))
+        say(metrics_text(result))

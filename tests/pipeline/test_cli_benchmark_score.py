@@ -43,10 +43,20 @@ def test_root_may_be_the_benchmarks_own_folder_and_the_protocol_is_chosen(door):
     assert json.loads(finished.stdout)["metrics"] == {"exact_match": 0.5}
 
 
-def test_words_for_people_name_the_score(door):
-    words = score(door, name="textvqa").stdout
-    assert "79.09" in words
-    assert "prompts hold OCR tokens" in words
+def test_words_for_people_begin_with_the_score_and_its_notes(door):
+    lines = score(door, name="textvqa").stdout.splitlines()
+    assert lines[0].split() == ["TextVQA", "79.09", "%", "33", "questions,", "mobilevlm"]
+    assert lines[1].strip() == "prompts hold OCR tokens"
+    assert ["samples", "33"] in [line.split() for line in lines]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_words_for_people_hold_every_metric_on_short_lines(door, name):
+    finished = score(door, name=name)
+    metrics = json.loads(score(door, "--json", name=name).stdout)["metrics"]
+    words = {line.split()[0] for line in finished.stdout.splitlines()}
+    assert set(metrics) <= words
+    assert finished.code == 0
 
 
 def test_lines_that_are_not_used_are_counted(door, tmp_path):
