@@ -16,7 +16,7 @@ from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.storage import open_storage
 from alignkd.errors import is_transient
 
-pytestmark = pytest.mark.s3
+pytestmark = [pytest.mark.s3, pytest.mark.slow]
 
 WRITES = ("tensors/head", "plan/keys", "cache.json", "shards/000000", "commits/000001", "runs/")
 KINDS = ("500", "503", "reset", "reset late", "truncated", "trickle")

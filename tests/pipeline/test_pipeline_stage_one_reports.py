@@ -84,7 +84,7 @@ names = ("teacher", "data", "images", "cache")
 figures = cache_teacher(CacheTeacherConfig(**dict(zip(names, sys.argv[1:])), max_length=350, device="cpu"))
 print(figures["truncated_samples"])
 """
-    command = [sys.executable, "-O", "-c", script, *map(str, [TEACHER, long_data, IMAGES, tmp_path / "cache"])]
+    command = [sys.executable, "-c", script, *map(str, [TEACHER, long_data, IMAGES, tmp_path / "cache"])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "2\n"
     assert "samples were truncated" not in done.stderr
