@@ -126,3 +126,19 @@ def test_a_named_pipe_as_question_file_is_refused_and_not_waited_for(door, tmp_p
     (folder / "llava_pope_test.jsonl").unlink()
     os.mkfifo(folder / "llava_pope_test.jsonl")
     refused(score(door, name="pope", root=tmp_path), "a named pipe")
+
+
+def test_halves_of_surrogate_pairs_are_scored_and_written(door, tmp_path):
+    official = json.loads((GQA / "testdev_balanced_questions.json").read_text())
+    hostile = {f"\ud800\x1b[2J{name}": row | {"answer": "\udfff", "question": "\u202e\ud800"} for name, row in official.items()}
+    (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(hostile))
+    lines = [json.dumps({"question_id": name, "text": "\udfff."}) + "\n" for name in hostile]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    finished = score(door, "--json", "--out", tmp_path / "result.json", root=tmp_path, answers=tmp_path / "a.jsonl")
+    assert json.loads(finished.stdout)["score"] == 100.0
+    written = json.loads((tmp_path / "result.json").read_text())["predictions"]
+    assert [line["id"] for line in written] == list(hostile)
+    (tmp_path / "a.jsonl").write_text("".join(lines[1:]))
+    finished = score(door, root=tmp_path, answers=tmp_path / "a.jsonl")
+    refused(finished, "1 of the 40 questions of GQA")
+    assert "\x1b" not in finished.stderr
