@@ -89,7 +89,8 @@ def test_every_option_and_command_in_the_page_exists():
     known = {"--help"}
     for name in main.list_commands(context):
         command = main.get_command(context, name)
-        for one in [command, *(command.commands.values() if isinstance(command, click.Group) else [])]:
+        inner = command.list_commands(context) if isinstance(command, click.Group) else []
+        for one in [command, *(command.get_command(context, each) for each in inner)]:
             known |= {word for option in one.params for word in [*option.opts, *option.secondary_opts]}
     used = {word for row in ROWS for word in re.findall(r"(?<![\w-])--[a-z][a-z-]+", row)}
     assert used - known == set()

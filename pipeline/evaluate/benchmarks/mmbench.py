@@ -17,7 +17,7 @@ from alignkd.pipeline.evaluate.benchmarks.contract import (
     Reading,
     Score,
 )
-from alignkd.pipeline.evaluate.benchmarks.shared.matching import by_id, require_all
+from alignkd.pipeline.evaluate.benchmarks.shared.matching import by_id, require_all, require_asked
 from alignkd.pipeline.evaluate.benchmarks.shared.mmbench_file import A_PASS, Table, Task, read_table
 from alignkd.pipeline.evaluate.benchmarks.shared.option_letters import letter_or_option, likeliest_letter
 from alignkd.pipeline.evaluate.benchmarks.shared.question_file import LETTER_ANSWER
@@ -61,7 +61,7 @@ class MmBench(Benchmark):
     @property
     def settings(self) -> Mapping[str, Any]:
         """Which of the official files was read, and that no judge was asked."""
-        return {"official_file": self._table.path.name, "judge": None}
+        return {"official_file": self._table.path.name, "judge": "none"}
 
     def read_image(self, reference: str) -> bytes:
         """The picture of the row with this index, decoded from base64.
@@ -84,9 +84,12 @@ class MmBench(Benchmark):
         return [tuple(group) for group in passes.values()]
 
     def match(self, answers: Sequence[Answer]) -> list[Answer | None]:
-        """By index; the last of several equal answers counts, and every pass must have one."""
+        """By index; the last of several equal answers counts, every pass must have one, and a recorded prompt its question."""
         matched = by_id(self.about, self.questions, answers)
         require_all(self.about, self.questions, matched, "a question counts only if all its passes are right")
+        for task, answer in zip((self._table.tasks[int(q.question_id)] for q in self.questions), matched, strict=True):
+            if answer is not None:
+                require_asked(self.about, task.question, answer)
         given = {answer.question_id: answer for answer in matched if answer is not None}
         for answer in answers:
             if (last := given.get(answer.question_id)) is not None and last.text != answer.text:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ from alignkd.errors import DataError
 from alignkd.pipeline.evaluate.benchmarks.contract import About, Answer, Benchmark, Question, Reading, Score
 from alignkd.pipeline.evaluate.benchmarks.files import read_json_lines, require_files
 from alignkd.pipeline.evaluate.benchmarks.shared.fields import Entry
-from alignkd.pipeline.evaluate.benchmarks.shared.matching import one_each
+from alignkd.pipeline.evaluate.benchmarks.shared.matching import one_each, require_asked
 from alignkd.pipeline.evaluate.benchmarks.shared.question_file import SHORT_ANSWER, Asked, differs
 
 CATEGORIES = ("adversarial", "random", "popular")
@@ -77,12 +77,15 @@ class Pope(Benchmark):
         return {"data_version": known or ", ".join(f"{count:,} {category}" for category, count in self._counts.items())}
 
     def match(self, answers: Sequence[Answer]) -> list[Answer | None]:
-        """By id, one line a question.
+        """By id, one line a question; a recorded prompt must hold that question.
 
         ``mobilevlm``: in the order of the questions within a category, since LLaVA's scorer pairs labels by order and would
         score another order wrong without a word.
         """
         matched = one_each(self.about, self.questions, answers, "labels are paired with answers by order")
+        for question, answer in zip(self.questions, matched, strict=True):
+            asked = replace(answer, prompt=_one_spelling(answer.prompt))
+            require_asked(self.about, _one_spelling(question.text.removesuffix(SHORT_ANSWER)), asked)
         if self.protocol == "mobilevlm":
             last: dict[str, Answer] = {}
             for question, answer in zip(self.questions, matched, strict=True):

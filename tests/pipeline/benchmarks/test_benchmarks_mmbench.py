@@ -46,6 +46,7 @@ class TestMmBench(BenchmarkConformance):
         "a pass without an answer": lambda folder, lines: lines[:-1],
         "first passes alone": lambda folder, lines: [line for line in lines if line["question_id"] < 1_000_000],
         "a row answered twice, differently": lambda folder, lines: [*lines, {**lines[0], "text": "C"}],
+        "a prompt is another question's": lambda folder, lines: [{**lines[0], "prompt": lines[1]["prompt"]}, *lines[1:]],
         "ids are texts": lambda folder, lines: [{**line, "question_id": str(line["question_id"])} for line in lines],
     }
 

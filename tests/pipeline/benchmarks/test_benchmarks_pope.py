@@ -39,6 +39,7 @@ class TestPope(BenchmarkConformance):
         "lines at the end are missing": lambda folder, lines: lines[:-2],
         "a question is answered twice": lambda folder, lines: [*lines[:5], lines[4], *lines[5:]],
         "a line about another question": lambda folder, lines: [*lines, {**lines[0], "question_id": 40_000_000}],
+        "a prompt is another question's": lambda folder, lines: [{**lines[0], "prompt": lines[1]["prompt"]}, *lines[1:]],
         "ids are texts": lambda folder, lines: [{**line, "question_id": str(line["question_id"])} for line in lines],
     }
 
@@ -189,3 +190,11 @@ def test_a_sample_without_a_right_yes_counts_0_and_says_so():
     score = some.score([Answer(question.question_id, question.prompt, "No", 1) for question in some.questions])
     assert score.score == 0
     assert "F1 is 0 / 0, counted as 0" in " ".join(score.notes)
+
+
+def test_prompts_of_any_template_or_none_are_fine_if_they_hold_the_question(tmp_path):
+    lines = lines_of(ANSWERS)
+    before = score_of("pope", FIXTURES, ANSWERS).readings
+    for write in (lambda text: f"USER: <image>  {text.replace('imange', 'image')} ASSISTANT:", lambda text: ""):
+        answers = write_lines(tmp_path / "a.jsonl", [line | {"prompt": write(line["prompt"])} for line in lines])
+        assert score_of("pope", FIXTURES, answers).readings == before

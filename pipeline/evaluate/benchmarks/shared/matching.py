@@ -78,3 +78,16 @@ def refuse_twice(first: Answer, answer: Answer) -> None:
             f"lines {first.line} and {answer.line} of the answer file answer the same question"
             f" ({answer.question_id!r:.80}); leave one of them"
         )
+
+
+def require_asked(about: About, question: str, answer: Answer) -> None:
+    """Refuse a line whose recorded prompt, if there is one, does not hold the question; white space does not matter.
+
+    Raises:
+        DataError: names the line: its id is that of another question in another version of the data.
+    """
+    if answer.prompt.strip() and " ".join(question.split()) not in " ".join(answer.prompt.split()):
+        raise DataError(
+            f"line {answer.line} of the answer file asks {answer.prompt!r:.120}, but question {answer.question_id!r:.80} of"
+            f" {about.title} here is {question!r:.120}; the answers are to another version of the data: get its official files"
+        )
