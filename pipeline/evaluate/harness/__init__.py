@@ -1,0 +1,1 @@
+"""Models of alignkd in other people's evaluation programs."""
