@@ -147,7 +147,7 @@ def test_each_picture_goes_through_the_tower_once_a_run_in_one_process_and_in_tw
 
 
 def test_features_of_one_window_alone_are_kept(vlm, tmp_path, monkeypatch):
-    monkeypatch.setattr(schedule, "MOST_PICTURES", 3)
+    monkeypatch.setattr(answering, "WINDOW", (1024, 3))
     benchmark, held = echo(tmp_path, 10, 20), []
     real = answering.Pictures.ready
     monkeypatch.setattr(answering.Pictures, "ready", lambda self, asked: held.append(len(asked)) or real(self, asked))

@@ -20,7 +20,13 @@ from alignkd.pipeline.evaluate.benchmarks.contract import Answer, Benchmark, Sco
 from alignkd.pipeline.evaluate.running.generation import answer, halving, undisturbed
 from alignkd.pipeline.evaluate.running.pictures import Pictures, with_treatment
 from alignkd.pipeline.evaluate.running.prefix import SharedPrompts, answer_after, common_prompt, share_prompts
-from alignkd.pipeline.evaluate.running.schedule import groups_by_picture, like_length_batches, windows
+from alignkd.pipeline.evaluate.running.schedule import (
+    WINDOW,
+    WINDOW_OF_PIXELS,
+    groups_by_picture,
+    like_length_batches,
+    windows,
+)
 from alignkd.pipeline.runtime.out_of_memory import out_of_memory_is_transient
 
 Ask = Callable[[], list[str]]
@@ -92,7 +98,8 @@ class Answering:
             DataError: a picture or a question cannot be used.
             TransientError: memory does not suffice for one question.
         """
-        ahead = windows(groups_by_picture(self.benchmark.questions, indices))
+        size = WINDOW if self.vlm.caches_tower else WINDOW_OF_PIXELS
+        ahead = windows(groups_by_picture(self.benchmark.questions, indices), *size)
         with ThreadPoolExecutor(_READERS, thread_name_prefix="pictures") as pool:
             try:
                 window, asked = self._ask(pool, next(ahead, []))

@@ -6,9 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from alignkd.pipeline.evaluate.benchmarks.contract import Question
 from alignkd.pipeline.runtime.ranks import Worker
 
-MOST_QUESTIONS, MOST_PICTURES = 1024, 256
-"""Of a window: what is prepared together, before the next pictures are needed. 256 pictures of 336 x 336 pixels take 0.7 GB
-in float32 while they are read ahead, their features from a large CLIP tower 0.6 GB."""
+WINDOW = 1024, 256
+"""Questions and pictures of a window, which are prepared together, before the next pictures are needed. 256 pictures of
+336 x 336 pixels take 0.35 GB in float32 while they are read ahead, their features from a large CLIP tower 0.6 GB."""
+
+WINDOW_OF_PIXELS = 128, 32
+"""The same where each question has its own copy of pixel values, of up to several megabytes."""
 
 ANSWER_TOKENS = 128
 """Tokens of an answer that a batch leaves room for, if as many are allowed. Nearly all answers are shorter."""
@@ -41,11 +44,11 @@ def share_of(questions: Sequence[Question], worker: Worker) -> list[int]:
     return own
 
 
-def windows(groups: Sequence[Group]) -> Iterator[list[int]]:
+def windows(groups: Sequence[Group], most_questions: int, most_pictures: int) -> Iterator[list[int]]:
     """Groups one after the other, in pieces of limited size; no group is split."""
     window, pictures = list[int](), 0
     for group in groups:
-        if window and (len(window) + len(group) > MOST_QUESTIONS or pictures == MOST_PICTURES):
+        if window and (len(window) + len(group) > most_questions or pictures == most_pictures):
             yield window
             window, pictures = [], 0
         window.extend(group)
