@@ -8,6 +8,7 @@ import torch
 from checkpoints import FAMILIES
 from conversations import ONE
 from family_conformance import same_input
+from PIL import Image
 
 from alignkd.errors import SampleError
 from alignkd.models.loading import load_vlm
@@ -16,6 +17,7 @@ from alignkd.pipeline.data.sample import read_sample
 from alignkd.pipeline.evaluate.chat.conversation import Conversation
 from alignkd.pipeline.evaluate.chat.stream import AnswerStreamer
 from alignkd.pipeline.evaluate.decoding import Decoding, generate_ids
+from alignkd.pipeline.evaluate.harness.answering import Asked, answers, harness_encoder
 from alignkd.pipeline.evaluate.running.generation import answer
 
 QUESTION, NEXT = "What colour is the cat?", "And the mat?"
@@ -46,7 +48,7 @@ def conversation(vlm, picture, tokens=24, **settings):
 def evaluated(vlm, picture, *texts):
     """What ``evaluate`` makes of a record with these turns."""
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    sample = read_sample({"id": "a", "image": picture, "conversations": turns})
+    sample = read_sample({"id": "a", **({"image": picture} if picture else {}), "conversations": turns})
     return Preparer.of(vlm, template=vlm.default_template, max_length=2048, image_root="/").question(sample)
 
 
@@ -86,6 +88,17 @@ def test_pieces_of_any_ids_are_whole_words_and_together_the_text(vlm):
             streamer.put(torch.tensor([one]))
         streamer.end()
         assert "".join(pieces) == vlm.answer_text(ids)
+
+
+def test_questions_of_other_programs_are_answered_in_batches_as_evaluate_answers_each_alone(name, vlm, picture):
+    texts = [QUESTION, "Why?", "What is on the mat in the middle of it?"]
+    shown = [lambda: [Image.open(picture)]] * 2 + [list if FAMILIES[name].without_image else lambda: [Image.open(picture)]]
+    asked = [Asked(text, pictures, Decoding(6)) for text, pictures in zip(texts, shown, strict=True)]
+    found = dict(answers(vlm, harness_encoder(vlm, None, None), asked, 3))
+    for index, (text, pictures) in enumerate(zip(texts, shown, strict=True)):
+        reference = picture if pictures() else None
+        alone = evaluated(vlm, reference, f"<image>\n{text}" if reference else text, "unknown")
+        assert found[index] == answer(vlm, [alone], 6)[0]
 
 
 def test_sampled_answers_follow_the_seed(vlm, picture):
