@@ -9,6 +9,7 @@ from alignkd.pipeline.commands.options import job_command as options
 _COMMANDS = {
     "run": "benchmark_run:benchmark_run_command",
     "score": "benchmark_score:benchmark_score_command",
+    "report": "benchmark_report:benchmark_report_command",
 }
 """``module:function`` in :mod:`alignkd.pipeline.commands`, in the order that ``--help`` shows."""
 

@@ -66,13 +66,13 @@ def joined(parts: Iterable[Text]) -> Html:
     return Html("".join(shown(part) for part in parts))
 
 
-def page(title: str, sections: Iterable[str]) -> str:
-    """The text of a page with these sections, which are HTML."""
+def page(title: str, sections: Iterable[str], style: str = "") -> str:
+    """The text of a page with these sections, which are HTML. ``style``: rules of CSS beside those of all pages."""
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{shown(title)}</title><style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
+        f"<title>{shown(title)}</title><style>{_STYLE}{style}</style></head><body>{''.join(sections)}</body></html>\n"
     )
 
 

@@ -1,0 +1,1 @@
+"""One page and one table over several runs of the benchmarks."""
