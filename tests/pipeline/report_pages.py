@@ -15,6 +15,7 @@ from alignkd.losses.recipes import get_recipe, recipe_record
 _ALLOWED = {
     *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "table", "thead", "tbody", "tr", "td"),
     *("th", "img", "figure", "figcaption", "ul", "li", "i", "b", "details", "summary", "pre"),
+    *("br", "span", "strong", "u"),
 }
 _REFERENCES = ("src", "href", "srcset", "data", "action", "poster", "background")
 

@@ -59,6 +59,7 @@ def test_help_of_every_command_and_the_list_of_models_load_no_torch():
         "benchmark",
         "benchmark run",
         "benchmark score",
+        "benchmark report",
     ]
     found = loaded(["models"], ["models", "--json"], ["--version"], *([*name.split(), "--help"] for name in commands))
     assert set(map(tuple, found.values())) == {()}, found

@@ -8,10 +8,13 @@ import shutil
 import subprocess
 
 import pytest
+from benchmark_outs import opposite, write_out
 from report_pages import log_line, write_run
 from tiny_runs import IMAGES, STUDENT
 
+from alignkd.pipeline.config.benchmark_report import BenchmarkReportConfig
 from alignkd.pipeline.config.report import ReportConfig
+from alignkd.pipeline.report.benchmarks.report import benchmark_report
 from alignkd.pipeline.report.run_page import report
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -82,6 +85,24 @@ def test_a_page_asks_for_nothing_and_has_no_error_and_fits_a_phone(browse, pages
         assert hosts == set()
         assert width(browse, tmp_path, page, 390) <= 390
         assert width(browse, tmp_path, page, 1280) <= 1280
+
+
+def test_the_page_of_benchmarks_asks_for_nothing_and_has_no_error_and_fits_a_phone(browse, tmp_path):
+    evil = "<script>console.error('ran')</script><img src='http://example.invalid/x.png'>" + "w" * 300
+    outs = [
+        write_out(tmp_path / "a", "runs/sft/student"),
+        write_out(tmp_path / "b", f"models/{evil}", change=lambda place, text: opposite(text) if place % 3 == 0 else text),
+        write_out(tmp_path / "c", "models/MobileVLM_V2-1.7B", names=("gqa", "mme"), dtype=evil),
+    ]
+    benchmark_report(BenchmarkReportConfig(outs=tuple(map(str, outs)), to=str(tmp_path / "to"), resamples=200))
+    page = tmp_path / "to" / "report.html"
+    page.write_text(page.read_text().replace("<details>", "<details open>"))  # all that a reader may open is looked at
+    document, console, hosts = browse(page)
+    assert "How the figures were found" in document
+    assert console == []
+    assert hosts == set()
+    assert width(browse, tmp_path, page, 390) <= 390
+    assert width(browse, tmp_path, page, 1280) <= 1280
 
 
 def test_the_browser_would_tell(browse, tmp_path):

@@ -19,7 +19,9 @@ margin-left: -1px; } .zero { left: 50%; width: 1px; background: #555; } .group {
 .two { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 0 2rem; }
 .difference { display: grid; grid-template-columns: 6rem 1fr; gap: .7rem; font-size: .9rem; }
 .difference p { margin: 0 0 .2rem; }
-.difference .said { white-space: pre-wrap; } .none { background: #ececec; height: 4rem; padding: .3rem; font-size: .75rem; }
+.difference img { width: 100%; } .difference .said { white-space: pre-wrap; }
+.none { background: #ececec; height: 4rem; padding: .3rem; font-size: .75rem; }
+.interval { color: #565656; font-size: .85rem; font-weight: 400; }
 .swatch { display: inline-block; width: .7rem; height: .7rem; margin-right: .35rem; }
 """
 

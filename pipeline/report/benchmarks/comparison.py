@@ -21,6 +21,7 @@ from alignkd.pipeline.evaluate.statistics import (
 from alignkd.pipeline.report.benchmarks.formulas import Sums, checked_sums, picture_names, sums_of
 from alignkd.pipeline.report.benchmarks.out_folders import Line, Model, Result
 
+WILSON = "Wilson"
 _POINTS_PER_PERCENT = {"mme": 20}
 """What the average divides a score by."""
 
@@ -48,7 +49,10 @@ class Average:
 
 @dataclass(frozen=True)
 class Compared:
-    """Two models on the questions of one benchmark that they share; ``first``, ``second``: their figures on these."""
+    """Two models on the questions of one benchmark that they share; ``first``, ``second``: their figures on these.
+
+    ``shared``: how many these are, of those that each was ``asked``. ``counted``: how many of them count.
+    """
 
     benchmark: str
     title: str
@@ -57,6 +61,7 @@ class Compared:
     second: float
     difference: Difference
     shared: int
+    counted: int
     asked: tuple[int, int]
     differences_B: Floats
 
@@ -117,7 +122,7 @@ def _scored(result: Result, resamples: int, seed: int) -> Scored:
     count = len(sums.pictures)
     if sums.independent is not None:
         low, high = wilson_interval(*sums.independent)
-        return Scored(result.score, result.unit, (100 * low, 100 * high), "Wilson", count, resampled)
+        return Scored(result.score, result.unit, (100 * low, 100 * high), WILSON, count, resampled)
     return Scored(result.score, result.unit, percentile_interval(resampled), "bootstrap by picture", count, resampled)
 
 
@@ -177,7 +182,8 @@ def _compared(one: Result, other: Result, resamples: int, seed: int) -> Compared
     difference = Difference.of(sums[1].value - sums[0].value, differences)
     asked = len(one.lines), len(other.lines)
     figures = sums[0].value, sums[1].value
-    return Compared(one.benchmark, one.title, one.unit, *figures, difference, len(first), asked, differences)
+    counted = sum(a.counted or b.counted for a, b in zip(first, second, strict=True))
+    return Compared(one.benchmark, one.title, one.unit, *figures, difference, len(first), counted, asked, differences)
 
 
 def _same_pictures(first: Sums, second: Sums) -> tuple[Sums, Sums]:

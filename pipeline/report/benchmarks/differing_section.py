@@ -44,7 +44,7 @@ def _question(one: Differing, first: Line, second: Line, pictures: Pictures) -> 
     picture = _picture(one.result, first, pictures)
     answers = list(dict.fromkeys(first.answers))
     rows = [
-        Html(f"<p class='said'><strong>{shown(_short(first.question))}</strong></p>"),
+        Html(f"<p class='said'><strong>{shown(_short(_asked(first.question)))}</strong></p>"),
         Html(f"<p>right: {shown(_short(', '.join(answers)))}</p>"),
         _said(one.first, first),
         _said(one.second, second),
@@ -64,6 +64,12 @@ def _picture(result: Result, line: Line, pictures: Pictures) -> Html:
         return Html("<div class='none'>no picture</div>")
     found = pictures.of(result, line.images[0])
     return found if found is not None else Html("<div class='none'>picture not readable here</div>")
+
+
+def _asked(question: str) -> str:
+    """A question without the line that says how to answer, which all of its benchmark end with."""
+    head, _, last = question.rpartition("\n")
+    return head if last.startswith("Answer ") else question
 
 
 def _short(text: str) -> str:

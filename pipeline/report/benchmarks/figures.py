@@ -79,7 +79,7 @@ def _pair(pair: Pair, differing: Sequence[Differing]) -> dict[str, Any]:
 
 def _compared(one: Compared, counts: tuple[int, int]) -> dict[str, Any]:
     return {
-        **{"first": one.first, "second": one.second, **_difference(one.difference), "questions": one.shared},
+        **{"first": one.first, "second": one.second, **_difference(one.difference), "questions": one.counted},
         **{"first_better": counts[0], "second_better": counts[1]},
     }
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from alignkd.errors import DataError
-from alignkd.pipeline.evaluate.benchmarks.shared.mme_files import PERCEPTION
+from alignkd.pipeline.evaluate.benchmarks.shared.mme_files import COGNITION, PERCEPTION
 from alignkd.pipeline.evaluate.statistics import Figure, Floats
 from alignkd.pipeline.report.benchmarks.out_folders import Line, Result
 
+_ORDER = {name: place for place, name in enumerate((*PERCEPTION, *COGNITION))}
 _A_PASS = 1_000_000
 """Rows of MMBench with the same index below this are passes of one question."""
 
@@ -67,7 +68,8 @@ def sums_of(benchmark: str, protocol: str, lines: Sequence[Line]) -> Sums:
 
 def category_figures(result: Result) -> dict[str, float]:
     """The figure of each category by itself, by the same formula; empty where there is but one category."""
-    categories = sorted({line.category for line in result.lines if line.category and line.counted})
+    found_in_lines = {line.category for line in result.lines if line.category and line.counted}
+    categories = sorted(found_in_lines, key=lambda name: (_ORDER.get(name, len(_ORDER)), name))
     if len(categories) < 2:
         return {}
     found = {}

@@ -59,13 +59,13 @@ def _score_cell(comparison: Comparison, model: Model, name: str) -> Text:
         return "not run"
     scored, limit = comparison.scores[model.name][name], model.results[name].limit
     limited = f"<br><strong>limited to {limit:,} questions</strong>" if limit is not None else ""
-    return Html(f"{scored.value:,.1f}<br><span class='legend'>{interval_words(scored.interval)}</span>{limited}")
+    return Html(f"{scored.value:,.1f}<br><span class='interval'>{interval_words(scored.interval)}</span>{limited}")
 
 
 def _average_cell(average: Average) -> Text:
     if average.value is None:
         return f"none: {average.reason}"
-    return Html(f"{average.value:.1f}<br><span class='legend'>{interval_words(average.interval)}</span>")
+    return Html(f"{average.value:.1f}<br><span class='interval'>{interval_words(average.interval)}</span>")
 
 
 def _score_bar(comparison: Comparison, model: Model, place: int, name: str) -> Html:
@@ -107,7 +107,7 @@ def pairs_section(comparison: Comparison) -> Html:
         return Html("")
     parts = [_pair(comparison, pair) for pair in comparison.pairs]
     words = (
-        "Second less first, on the questions that both were asked. Pictures are drawn again, the same ones for both models"
+        "On the questions that both were asked and that count. Pictures are drawn again, the same ones for both models"
         f" ({comparison.resamples:,} times, seed {comparison.seed}). p is two-sided, and not corrected for the number of"
         " comparisons. It says nothing of another training run with another seed."
     )
@@ -117,7 +117,7 @@ def pairs_section(comparison: Comparison) -> Html:
 def _pair(comparison: Comparison, pair: Pair) -> Html:
     heads = ["", "difference", "95 % interval", "p", "questions"]
     rows: list[list[Text]] = [
-        [_unit(one.title, one.benchmark), *_difference_cells(one.difference, comparison.resamples), f"{one.shared:,}"]
+        [_unit(one.title, one.benchmark), *_difference_cells(one.difference, comparison.resamples), f"{one.counted:,}"]
         for one in pair.compared
     ]
     if pair.average is not None:
@@ -167,7 +167,7 @@ def categories_section(comparison: Comparison) -> Html:
     parts: list[Text] = []
     for name in comparison.benchmarks:
         figures = {model.name: category_figures(model.results[name]) for model in comparison.models if name in model.results}
-        categories = sorted({category for found in figures.values() for category in found})
+        categories = list(dict.fromkeys(category for found in figures.values() for category in found))
         if not categories:
             continue
         shown_ones, most = categories[:_MOST_CATEGORIES], _MOST_OF_A_CATEGORY.get(name, 100.0)
@@ -210,7 +210,7 @@ def settings_section(comparison: Comparison, warnings: Sequence[str]) -> Html:
         rows.append(["notes", *("; ".join(result.notes) or "none" for result in results)])
         rows.append(["data", *(result.folder for result in results)])
         title = comparison.title_of(name)
-        differ = any(words.startswith(f"{title}: ") for words in warnings)
+        differ = any(title in words.split(":")[0].split(", ") for words in warnings)
         parts.append(details(f"{title}{', with warnings' if differ else ''}", table(["", *(m.name for m in found)], rows)))
     places = [[model.name, model.out.as_posix(), next(iter(model.results.values())).model] for model in comparison.models]
     return section("Settings", *parts, table(["model", "results", "folder of the model"], places))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from alignkd.pipeline.report.benchmarks.comparison import Comparison
+from alignkd.pipeline.report.benchmarks.comparison import WILSON, Comparison
 from alignkd.pipeline.report.benchmarks.out_folders import Result
 from alignkd.pipeline.runtime.printable import json_text
 
@@ -13,25 +13,29 @@ _FEW_PICTURES = 30
 
 
 def warnings_of(comparison: Comparison) -> list[str]:
-    """One sentence for everything that makes a comparison doubtful."""
-    found = []
+    """One sentence for everything that makes a comparison doubtful, with the benchmarks that it is about."""
+    titles: dict[str, list[str]] = {}
     for name in comparison.benchmarks:
-        results = {model.name: model.results[name] for model in comparison.models if name in model.results}
-        title = comparison.title_of(name)
-        found += [f"{title}: {words}" for words in _unlike(results)]
-        if limited := [f"{model} ({result.limit:,})" for model, result in results.items() if result.limit is not None]:
-            found.append(f"{title}: --limit was given to {', '.join(limited)}; a sample stands beside no published figure")
-        few = [model for model in results if comparison.scores[model][name].pictures < _FEW_PICTURES]
-        if few:
-            found.append(f"{title}: fewer than {_FEW_PICTURES} pictures ({', '.join(few)}): the interval is too narrow")
+        for words in _about(comparison, name):
+            titles.setdefault(words, []).append(comparison.title_of(name))
+    return [f"{', '.join(about)}: {words}" for words, about in titles.items()]
+
+
+def _about(comparison: Comparison, name: str) -> Iterator[str]:
+    results = {model.name: model.results[name] for model in comparison.models if name in model.results}
+    yield from _unlike(results)
+    if limited := [f"{model} ({result.limit:,})" for model, result in results.items() if result.limit is not None]:
+        yield f"limited to the first questions: {', '.join(limited)}; a sample stands beside no published figure"
+    scores = {model: comparison.scores[model][name] for model in results}
+    if few := [model for model, one in scores.items() if one.pictures < _FEW_PICTURES and one.method != WILSON]:
+        yield f"fewer than {_FEW_PICTURES} pictures ({', '.join(few)}): a bootstrap interval is too narrow"
     for pair in comparison.pairs:
         for one in pair.compared:
-            if one.asked != (one.shared, one.shared):
-                found.append(
-                    f"{one.title}: {pair.first} and {pair.second} are compared on {one.shared:,} questions they share; they"
-                    f" were asked {one.asked[0]:,} and {one.asked[1]:,}"
+            if one.benchmark == name and one.asked != (one.shared, one.shared):
+                yield (
+                    f"{pair.first} and {pair.second} are compared on {one.shared:,} questions they share; they were asked"
+                    f" {one.asked[0]:,} and {one.asked[1]:,}"
                 )
-    return found
 
 
 def _unlike(results: Mapping[str, Result]) -> Iterator[str]:
