@@ -1,34 +1,29 @@
 """MME: two questions a picture, 14 categories. Source of the rules: LLaVA's ``convert_answer_to_mme.py``, then the official
 ``calculation.py`` (``eval_tool.zip``); lmms-eval's ``mme``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from alignkd.errors import DataError
 from alignkd.pipeline.evaluate.benchmarks.contract import About, Answer, Benchmark, Question, Reading, Score
-from alignkd.pipeline.evaluate.benchmarks.files import read_json_lines
-from alignkd.pipeline.evaluate.benchmarks.shared.fields import Entry
 from alignkd.pipeline.evaluate.benchmarks.shared.matching import none_matches, refuse_twice
 from alignkd.pipeline.evaluate.benchmarks.shared.mme_files import (
     COGNITION,
     ENDING,
     PERCEPTION,
     RELEASE,
-    Asked,
-    Picture,
+    Key,
+    Line,
+    key_of,
     read_pictures,
+    read_question_file,
     stem_of,
-    without_ending,
 )
 from alignkd.pipeline.evaluate.benchmarks.shared.question_file import SHORT_ANSWER
 
 QUESTIONS = "llava_mme.jsonl"
 
-_ENDINGS = (SHORT_ANSWER.strip(), "Answer the question directly with a short sentence or phrase.")
-"""Of prompts, in place of the official one."""
-_Key = tuple[str, str, str]
-"""Category, name of the picture without suffix, and the question without its ending."""
 _Pair = tuple[Reading, Reading]
 
 
@@ -51,10 +46,13 @@ class Mme(Benchmark):
             for picture in read_pictures(folder, cls.about)
             for asked in picture.asked
         }
-        asked_in_order = [(asked, picture, picture.reference) for picture, asked in official.values()]
         if (question_file := folder / QUESTIONS).exists():
-            asked_in_order = _checked_questions(question_file, official)
-        return cls(folder, protocol, [_question(*asked, protocol) for asked in asked_in_order])
+            lines = read_question_file(question_file, official)
+        else:
+            lines = [
+                Line(picture.reference, asked.plain + SHORT_ANSWER, picture, asked) for picture, asked in official.values()
+            ]
+        return cls(folder, protocol, [_question(line, protocol) for line in lines])
 
     @property
     def max_new_tokens(self) -> int:
@@ -74,12 +72,12 @@ class Mme(Benchmark):
         ``mobilevlm``: the two lines about a picture follow each other within the category, since the official tool pairs
         lines by order.
         """
-        keys = [_key(question.question_id, question.prompt) for question in self.questions]
-        known, found = set(keys), dict[_Key, Answer]()
-        if not any(_key(answer.question_id, answer.prompt) in known for answer in answers):
+        keys = [key_of(question.question_id, question.prompt) for question in self.questions]
+        known, found = set(keys), dict[Key, Answer]()
+        if not any(key_of(answer.question_id, answer.prompt) in known for answer in answers):
             raise none_matches(self.about, self.questions, answers)
         for answer in answers:
-            if (key := _key(answer.question_id, answer.prompt)) not in known:
+            if (key := key_of(answer.question_id, answer.prompt)) not in known:
                 raise DataError(
                     f"line {answer.line} of the answer file asks {answer.prompt!r:.120} about {answer.question_id!r:.80}, which"
                     " no official file does; 'question_id' is the picture and 'prompt' the question, as LLaVA's question file"
@@ -129,66 +127,20 @@ def read_lmms_eval(text: str) -> str:
     return {"y": "yes", "n": "no"}.get(text) or read_official(text)
 
 
-def _reading(question: Question, answer: Answer | None, read: Any) -> Reading:
+def _reading(question: Question, answer: Answer | None, read: Callable[[str], str]) -> Reading:
     parsed = "" if answer is None else read(answer.text)
     right = parsed == question.answers[0].lower()
     return Reading(question, answer.text if answer else None, parsed, float(right), counted=answer is not None)
 
 
-def _question(asked: Asked, picture: Picture, reference: str, protocol: str) -> Question:
-    # lmms-eval takes one space away with the ending, so a question with two keeps one.
-    plain = asked.plain if protocol == "mobilevlm" else asked.text.strip().replace(f" {ENDING}", "")
-    text = plain + SHORT_ANSWER
-    return Question(reference, text, text, (f"{RELEASE}/{reference}",), (asked.label,), picture.category)
+def _question(line: Line, protocol: str) -> Question:
+    text = line.text
+    if protocol == "lmms-eval":  # which takes one space away with the ending, so a question with two keeps one
+        text = line.asked.text.strip().replace(f" {ENDING}", "") + SHORT_ANSWER
+    return Question(line.image, text, text, (f"{RELEASE}/{line.image}",), (line.asked.label,), line.picture.category)
 
 
-def _checked_questions(path: Path, official: Mapping[_Key, tuple[Picture, Asked]]) -> list[tuple[Asked, Picture, str]]:
-    """The lines of LLaVA's question file: official question, its picture, and the picture as the file names it.
-
-    Raises:
-        DataError: it does not ask just what the official files hold, or the two questions about a picture are apart.
-    """
-    asked: dict[_Key, tuple[Asked, Picture, str]] = {}
-    for number, value in read_json_lines(path):
-        line = Entry(value, f"{path}, line {number}")
-        name, image, text, category = (line.text(field) for field in ("question_id", "image", "text", "category"))
-        key = _key(name, text)
-        wrong = (category, stem_of(image)) != key[:2] or key in asked or not text.endswith(SHORT_ANSWER)
-        if key not in official or wrong:
-            reason = "twice" if key in asked else "which the official files do not, in these words and of this picture"
-            raise DataError(
-                f"{line.where} asks {text!r:.120} about {name!r:.80}, {reason}; get both from their sources, or remove the"
-                " question file: questions are built without it"
-            )
-        picture, question = official[key]
-        asked[key] = question, picture, image
-    if missing := [key for key in official if key not in asked]:
-        raise DataError(
-            f"{path} lacks {len(missing):,} of the {len(official):,} official questions (the first: {missing[0][2]!r:.80}"
-            f" about {missing[0][0]}/{missing[0][1]}); get both from their sources, or remove it"
-        )
-    _require_neighbours(path, asked)
-    return list(asked.values())
-
-
-def _require_neighbours(path: Path, keys: Mapping[_Key, Any]) -> None:
-    for category in dict.fromkeys(key[0] for key in keys):
-        stems = [key[1] for key in keys if key[0] == category]
-        if apart := [first for first, second in zip(stems[::2], stems[1::2], strict=True) if first != second]:
-            raise DataError(
-                f"{path}: the two questions about {category}/{apart[0]} do not follow each other among those of {category};"
-                " download it again, or remove it"
-            )
-
-
-def _key(question_id: str | int, prompt: str) -> _Key:
-    name = str(question_id)
-    for ending in _ENDINGS:
-        prompt = prompt.replace(ending, "")
-    return name.split("/", 1)[0], stem_of(name), without_ending(prompt)
-
-
-def _require_order(found: Mapping[_Key, Answer]) -> None:
+def _require_order(found: Mapping[Key, Answer]) -> None:
     for category in dict.fromkeys(key[0] for key in found):
         lines = [(key[1], answer) for key, answer in found.items() if key[0] == category]
         for (first, _), (second, answer) in zip(lines[::2], lines[1::2], strict=False):

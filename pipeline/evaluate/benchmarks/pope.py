@@ -1,7 +1,7 @@
 """POPE on COCO: is a thing in the picture. Source of the rules: LLaVA's ``llava/eval/eval_pope.py``; lmms-eval's ``pope``."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -140,7 +140,7 @@ def _stripped(text: str) -> str:
     return text.lower().strip()
 
 
-def _reading(question: Question, answer: Answer | None, read: Any) -> Reading:
+def _reading(question: Question, answer: Answer | None, read: Callable[[str], str]) -> Reading:
     # Without an answer (which match refuses) nothing is read.
     parsed = "" if answer is None else read(answer.text)
     return Reading(question, answer.text if answer else None, parsed, float(parsed == question.answers[0]))

@@ -2,12 +2,16 @@
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from alignkd.errors import DataError
 from alignkd.pipeline.evaluate.benchmarks.contract import About
-from alignkd.pipeline.evaluate.benchmarks.files import read_text, require_files
+from alignkd.pipeline.evaluate.benchmarks.files import read_json_lines, read_text, require_files
+from alignkd.pipeline.evaluate.benchmarks.shared.fields import Entry
+from alignkd.pipeline.evaluate.benchmarks.shared.question_file import SHORT_ANSWER
 
 RELEASE = "MME_Benchmark_release_version"
 PERCEPTION = (
@@ -18,6 +22,10 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 ENDING = "Please answer yes or no."
 """Of the official questions; some have two spaces before it."""
 
+_ENDINGS = (SHORT_ANSWER.strip(), "Answer the question directly with a short sentence or phrase.")
+"""Of prompts, in place of the official one."""
+Key = tuple[str, str, str]
+"""Category, name of the picture without suffix, and the question without its ending."""
 _PICTURES = (".jpg", ".png", ".jpeg")
 _LARGEST_TEXT = 2**20
 
@@ -43,6 +51,16 @@ class Picture:
     stem: str
     reference: str
     asked: tuple[Asked, Asked]
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is asked, as LLaVA's question file has it or would: picture, text, and what the official files hold of them."""
+
+    image: str
+    text: str
+    picture: Picture
+    asked: Asked
 
 
 def without_ending(question: str) -> str:
@@ -108,3 +126,49 @@ def _asked(folder: Path, stem: str) -> tuple[Asked, Asked]:
             " download it again"
         )
     return asked[0], asked[1]
+
+
+def key_of(question_id: str | int, prompt: str) -> Key:
+    """What says which question a line of a question or answer file is about."""
+    name = str(question_id)
+    for ending in _ENDINGS:
+        prompt = prompt.replace(ending, "")
+    return name.split("/", 1)[0], stem_of(name), without_ending(prompt)
+
+
+def read_question_file(path: Path, official: Mapping[Key, tuple[Picture, Asked]]) -> list[Line]:
+    """The lines of LLaVA's question file.
+
+    Raises:
+        DataError: it does not ask just what the official files hold, or the two questions about a picture are apart.
+    """
+    asked: dict[Key, Line] = {}
+    for number, value in read_json_lines(path):
+        line = Entry(value, f"{path}, line {number}")
+        name, image, text, category = (line.text(field) for field in ("question_id", "image", "text", "category"))
+        key = key_of(name, text)
+        wrong = (category, stem_of(image)) != key[:2] or key in asked or not text.endswith(SHORT_ANSWER)
+        if key not in official or wrong:
+            reason = "twice" if key in asked else "which the official files do not, in these words and of this picture"
+            raise DataError(
+                f"{line.where} asks {text!r:.120} about {name!r:.80}, {reason}; get both from their sources, or remove the"
+                " question file: questions are built without it"
+            )
+        asked[key] = Line(image, text, *official[key])
+    if missing := [key for key in official if key not in asked]:
+        raise DataError(
+            f"{path} lacks {len(missing):,} of the {len(official):,} official questions (the first: {missing[0][2]!r:.80}"
+            f" about {missing[0][0]}/{missing[0][1]}); get both from their sources, or remove it"
+        )
+    _require_neighbours(path, asked)
+    return list(asked.values())
+
+
+def _require_neighbours(path: Path, keys: Mapping[Key, Any]) -> None:
+    for category in dict.fromkeys(key[0] for key in keys):
+        stems = [key[1] for key in keys if key[0] == category]
+        if apart := [first for first, second in zip(stems[::2], stems[1::2], strict=True) if first != second]:
+            raise DataError(
+                f"{path}: the two questions about {category}/{apart[0]} do not follow each other among those of {category};"
+                " download it again, or remove it"
+            )
