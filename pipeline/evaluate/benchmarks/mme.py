@@ -50,7 +50,8 @@ class Mme(Benchmark):
             lines = read_question_file(question_file, official)
         else:
             lines = [
-                Line(picture.reference, asked.plain + SHORT_ANSWER, picture, asked) for picture, asked in official.values()
+                Line(picture.reference, picture.reference, asked.plain + SHORT_ANSWER, picture, asked)
+                for picture, asked in official.values()
             ]
         return cls(folder, protocol, [_question(line, protocol) for line in lines])
 
@@ -137,7 +138,7 @@ def _question(line: Line, protocol: str) -> Question:
     text = line.text
     if protocol == "lmms-eval":  # which takes one space away with the ending, so a question with two keeps one
         text = line.asked.text.strip().replace(f" {ENDING}", "") + SHORT_ANSWER
-    return Question(line.image, text, text, (f"{RELEASE}/{line.image}",), (line.asked.label,), line.picture.category)
+    return Question(line.question_id, text, text, (f"{RELEASE}/{line.image}",), (line.asked.label,), line.picture.category)
 
 
 def _require_order(found: Mapping[Key, Answer]) -> None:

@@ -196,3 +196,16 @@ def test_a_question_file_that_lacks_half_a_pair_or_parts_one_is_refused(folder):
     write_lines(path, [*lines, lines[0]])
     with pytest.raises(DataError, match="twice"):
         open_benchmark("mme", folder)
+
+
+def test_ids_and_words_are_those_of_the_question_file(folder):
+    path = folder / "llava_mme.jsonl"
+    lines = lines_of(path)
+    for line in lines:
+        line["question_id"] = line["question_id"].replace("/images/", "/")
+        line["text"] = line["text"].replace("?\n", "? \n")
+    write_lines(path, lines)
+    questions = open_benchmark("mme", folder).questions
+    assert [(question.question_id, question.text) for question in questions] == [(x["question_id"], x["text"]) for x in lines]
+    assert [question.images for question in questions] == [(f"{RELEASE}/{line['image']}",) for line in lines]
+    assert score_of("mme", folder, ANSWERS).score == 1200

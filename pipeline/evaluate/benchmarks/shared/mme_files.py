@@ -55,8 +55,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Line:
-    """What is asked, as LLaVA's question file has it or would: picture, text, and what the official files hold of them."""
+    """What is asked, as LLaVA's question file has it or would: id, picture and text; and what the official files hold of them."""
 
+    question_id: str
     image: str
     text: str
     picture: Picture
@@ -154,7 +155,7 @@ def read_question_file(path: Path, official: Mapping[Key, tuple[Picture, Asked]]
                 f"{line.where} asks {text!r:.120} about {name!r:.80}, {reason}; get both from their sources, or remove the"
                 " question file: questions are built without it"
             )
-        asked[key] = Line(image, text, *official[key])
+        asked[key] = Line(name, image, text, *official[key])
     if missing := [key for key in official if key not in asked]:
         raise DataError(
             f"{path} lacks {len(missing):,} of the {len(official):,} official questions (the first: {missing[0][2]!r:.80}"
