@@ -55,7 +55,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Line:
-    """What is asked, as LLaVA's question file has it or would: id, picture and text; and what the official files hold of them."""
+    """What is asked, as LLaVA's question file has it or would: id, picture, text; and what the official files hold of it."""
 
     question_id: str
     image: str
