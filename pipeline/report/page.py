@@ -38,7 +38,7 @@ grid-template-columns: repeat(auto-fill, minmax(6.4rem, 10rem)); } .tiles img { 
 .legend { list-style: none; padding: 0; margin: .6rem 0; display: flex; flex-wrap: wrap;
 gap: .2rem 1.2rem; } .legend i { display: inline-block; width: 1.8rem; vertical-align: .25rem; margin-right: .4rem;
 border-top: 3px solid; }
-.card { border: 1px solid #d4d4d4; border-radius: 4px; padding: .7rem; } .card p { margin: .3rem 0; }
+.card { border: 1px solid #d4d4d4; border-radius: 4px; padding: .7rem; } .card p { margin: .3rem 0; white-space: pre-line; }
 .card img { max-height: 14rem; } .warning { border-left: 4px solid #a15c00; background: #fff7e8; padding: .5rem .8rem;
 margin: .5rem 0; }
 .missing { border-left: 4px solid #8a8a8a; background: #f4f4f4; padding: .5rem .8rem; margin: .5rem 0; }

@@ -1,5 +1,6 @@
 """Figures in words: times, sizes, and parts that add up to their total as they are printed."""
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -26,7 +27,9 @@ def fixed(units: int, digits: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in its two largest units: ``3 h 20 min``."""
+    """A time in its two largest units: ``3 h 20 min``; a dash for what is no time."""
+    if not 0 <= seconds < math.inf:
+        return "–"
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s"

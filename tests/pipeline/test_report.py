@@ -14,12 +14,13 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from report_pages import Page, log_line, write_run
 from tiny_runs import IMAGES, SAMPLES, STUDENT, stage_two_config, write_data
 
 from alignkd.cli import main
+from alignkd.errors import AlignkdError
 from alignkd.losses.recipes import get_recipe, recipe_record
 from alignkd.pipeline.commands.options.from_config import from_options
 from alignkd.pipeline.config.distill import DistillConfig
@@ -213,6 +214,60 @@ def test_warnings_are_shown(tmp_path):
     assert "cut <b>" in page.text
     assert figures["warnings"] == {"run": ["attention was below 1%", "cut <b>"]}
     assert figures["runs"][0]["command"].startswith("torchrun --nproc-per-node 2 --no-python alignkd distill ")
+
+
+def test_a_run_that_was_resumed_with_learned_weights_and_lora_says_so(tmp_path):
+    lines = [log_line(step, **{"precision/attention": 1.0 + step}) for step in (1, 2)]
+    folder = write_run(tmp_path / "run", lines, result={"warnings": []}, recipe="beta-kd", lora=True, resume=True)
+    page, _ = page_of(tmp_path, folder, samples=0)
+    assert "resumed 2026-03-01" in page.text
+    assert "beta-kd, weights learned" in page.text
+    assert "low-rank updates (LoRA)" in page.text
+    assert "learned precision: attention: run 2 at step 1, 3 at step 2" in page.images
+    assert "--resume" not in page.text
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**40), 10**40) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=4,
+)
+SETTINGS = (
+    "student",
+    "data",
+    "cache",
+    "recipe",
+    "template",
+    "max_length",
+    "steps",
+    "samples",
+    "resume",
+    "lora",
+    "plugins",
+    "x",
+)
+FIGURES = ("loss", "supervised", "weighted/supervised", "share/supervised", "eval/x", "seconds", "samples", "precision/x", "y")
+RESULTS = ("warnings", "seconds", "processes", "terms")
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))  # a page takes a second
+@given(
+    st.dictionaries(st.sampled_from(SETTINGS), VALUES),
+    st.lists(st.dictionaries(st.sampled_from(FIGURES), VALUES), max_size=3),
+    st.dictionaries(st.sampled_from(RESULTS), VALUES),
+    st.dictionaries(st.sampled_from(("versions", "started", "arguments")), VALUES),
+)
+def test_whatever_the_files_hold_there_is_a_page_or_one_message(tmp_path_factory, chosen, lines, result, record):
+    tmp_path = tmp_path_factory.mktemp("any")
+    folder = write_run(tmp_path / "run", [{"step": step, **line} for step, line in enumerate(lines)], result=result)
+    found = json.loads((folder / "run.json").read_text())
+    found["configuration"] |= chosen
+    (folder / "run.json").write_text(json.dumps(found | record))
+    try:
+        page_of(tmp_path, folder, write_run(tmp_path / "other", [log_line(1)]), samples=0)
+    except AlignkdError:
+        assert not isinstance(chosen.get("recipe", {}), dict)
 
 
 def test_text_from_others_is_escaped_wherever_it_is_shown(tmp_path):

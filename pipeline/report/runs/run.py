@@ -42,6 +42,12 @@ class Run:
         return found
 
     @property
+    def versions(self) -> dict[str, Any]:
+        """Versions, platform and device that the run recorded."""
+        found = self.record.get("versions")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """The fields of the recipe."""
         found: dict[str, Any] = self.settings["recipe"]

@@ -25,8 +25,7 @@ def overview(runs: Sequence[Run]) -> Html:
 
 
 def _facts(run: Run) -> dict[str, Text]:
-    settings, result, versions = run.settings, run.result or {}, run.record.get("versions")
-    versions = versions if isinstance(versions, dict) else {}
+    settings, result, versions = run.settings, run.result or {}, run.versions
     seconds = number(result.get("seconds")) or run.last("seconds")
     steps = settings.get("steps")
     started = str(run.record.get("started", "–"))

@@ -129,7 +129,7 @@ def _card(answers: Sequence[Answer | None], found: Sequence[Named], named: bool)
 
 
 def _without_tags(question: str) -> str:
-    return " ".join(question.replace("<image>", "").split())
+    return question.replace("<image>", "").strip()
 
 
 def _worth(answer: Answer) -> str:

@@ -27,7 +27,7 @@ def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Settings and versions that are not the same in all runs, with the value of each run; where it writes to is left out."""
-    each = [flat({**run.settings, "versions": run.record.get("versions") or {}}) for run in runs]
+    each = [flat({**run.settings, "versions": run.versions}) for run in runs]
     names = dict.fromkeys(name for settings in each for name in settings)
     found = {name: [settings.get(name, _NOT_SET) for settings in each] for name in names if name != "out"}
     return {name: values for name, values in found.items() if any(value != values[0] for value in values[1:])}
@@ -49,7 +49,7 @@ def settings_section(runs: Sequence[Run]) -> tuple[Html, dict[str, Any]]:
 def _of_run(run: Run, *, named: bool) -> Html:
     before = f"{run.name}: " if named else ""
     command, typed = command_to_repeat(run), typed_command(run)
-    everything = flat(run.settings) | flat(run.record.get("versions") or {}, "versions.")
+    everything = flat(run.settings) | flat(run.versions, "versions.")
     remarks = ["Every setting that is not the default is in it; it writes to a folder beside the run's."]
     if REMOVED in command:
         remarks.append(f"Credentials were replaced by {REMOVED}: put them back.")
