@@ -37,9 +37,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a folder; give the local folder of a checkpoint")
     path = folder / "config.json"
     if not path.exists():
-        raise CheckpointError(
-            f"{folder} is not a checkpoint: it holds no config.json; give the folder that holds it beside the weights"
-        )
+        student = folder / "student"
+        beside = f"a run's student is {student}" if student.is_dir() else "give the folder that holds it beside the weights"
+        raise CheckpointError(f"{folder} is not a checkpoint: it holds no config.json; {beside}")
     _check_plain_files(folder)
     return read_json(path)
 

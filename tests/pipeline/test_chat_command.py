@@ -77,7 +77,7 @@ def test_bad_input_is_one_message_and_exit_code_2(door, tmp_path):
     bad.write_bytes(b"caf\xe9\n")
     (tmp_path / "empty.txt").write_text("Why?\n\nWhat?\n")
     folder = tmp_path / "folder"
-    folder.mkdir()
+    (folder / "run" / "student").mkdir(parents=True)
     ask = ["--prompt", "Why?"]
     cases = [
         (["--image", tmp_path / "none.png", *ask], {}, "none.png: No such file"),
@@ -85,7 +85,8 @@ def test_bad_input_is_one_message_and_exit_code_2(door, tmp_path):
         (["--image", folder, *ask], {}, "is a folder; give the file of a picture"),
         (["--prompt", ""], {}, "the question is empty"),
         (["--prompt", "<image>?", "--image", PICTURE, "--prompt", "<image>"], {}, "names 2 pictures"),
-        (ask, {"model": folder}, "holds no config.json"),
+        (ask, {"model": folder}, "holds no config.json; give the folder"),
+        (ask, {"model": folder / "run"}, f"holds no config.json; a run's student is {folder / 'run' / 'student'}"),
         (ask, {"model": PICTURE}, "is not a folder"),
         ([], {}, "standard input holds no question"),
         ([], {"stdin": bad}, "the question is not UTF-8, from its character 4"),
