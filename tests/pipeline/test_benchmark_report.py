@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from benchmark_outs import BENCHMARKS, SIX, edit_lines, edit_result, opposite, write_files, write_out
 from report_pages import Page
+from test_cli_imports import loaded
+from tiny_runs import STUDENT, TEACHER
 
 from alignkd.errors import AlignkdError
 from alignkd.pipeline.config.benchmark_report import BenchmarkReportConfig
@@ -23,7 +25,7 @@ from alignkd.pipeline.report.benchmarks.differing import MOST_SHOWN
 from alignkd.pipeline.report.benchmarks.formulas import category_figures, sums_of
 from alignkd.pipeline.report.benchmarks.out_folders import Line, Result, read_models
 from alignkd.pipeline.report.benchmarks.published import PUBLISHED, why_not_comparable
-from alignkd.pipeline.report.benchmarks.report import benchmark_report
+from alignkd.pipeline.report.benchmarks.report import benchmark_report, figures_in_words
 
 
 def third_wrong(place, text):
@@ -93,6 +95,7 @@ def test_categories_are_those_of_the_scorer(outs):
 
 def test_scores_averages_and_intervals_are_on_the_page_in_the_table_and_in_the_figures(made):
     figures, page, table = made
+    assert "sft/student: GQA 40.0" in figures_in_words(figures)
     first = figures["models"][0]
     scores = {name: found["score"] for name, found in first["benchmarks"].items()}
     expected = (sum(scores.values()) - scores["mme"] + scores["mme"] / 20) / 6
@@ -323,11 +326,62 @@ def test_the_command_prints_figures_and_refuses_with_exit_code_2(door, outs, tmp
     shown = door("benchmark", "report", *outs, "--to", tmp_path / "to", "--json", "--resamples", 200)
     assert shown.code == 0, shown.stderr
     assert [model["name"] for model in json.loads(shown.stdout)["models"]] == ["sft/student", "align/student"]
-    plain = door("benchmark", "report", outs[0], "--to", tmp_path / "to", "--resamples", 200)
-    assert "sft/student: GQA 40.0" in plain.stdout
-    for words in ([], [tmp_path / "nothing"], [outs[0], outs[0]]):
+    for words in ([], [outs[0], outs[0]]):
         refused = door("benchmark", "report", *words, "--to", tmp_path / "to")
         assert (refused.code, refused.stdout, refused.stderr.count("\n")) == (2, "", 1), refused.stderr
+
+
+def test_a_report_loads_no_torch(outs, tmp_path):
+    assert list(loaded(["benchmark", "report", *outs, "--to", tmp_path / "to", "--resamples", 100]).values()) == [[]]
+
+
+@pytest.mark.slow
+def test_what_the_runner_wrote_is_read_as_it_is(door, tmp_path):
+    names = "gqa,textvqa,mmbench,pope"
+    for out, model in (("a", STUDENT), ("b", TEACHER)):
+        words = ["--model", model, "--benchmark", names, "--root", BENCHMARKS, "--out", tmp_path / out, "--device", "cpu"]
+        finished = door("benchmark", "run", *words, "--limit", 6)
+        assert finished.code == 0, finished.stderr
+    figures = report(tmp_path / "a", tmp_path / "b", to=tmp_path / "to")
+    for model, out in zip(figures["models"], "ab", strict=True):
+        assert set(model["benchmarks"]) == set(names.split(","))
+        for name, found in model["benchmarks"].items():
+            written = json.loads((tmp_path / out / name / "result.json").read_text())
+            assert (found["score"], found["limit"]) == (written["score"], 6)
+    assert set(figures["pairs"][0]["benchmarks"]) == set(names.split(","))
+    assert not any("weights" in words for words in figures["warnings"])
+
+
+def test_prompts_with_and_without_ocr_tokens_are_compared_with_a_warning(outs, tmp_path):
+    other = shutil.copytree(outs[1] / "textvqa", tmp_path / "b" / "textvqa").parent
+    edit_lines(other, "textvqa", lambda line: {**line, "question": re.sub("\nReference OCR token.*", "", line["question"])})
+    found = json.loads((other / "textvqa" / "result.json").read_text())
+    edit_result(other, "textvqa", settings={**found["settings"], "ocr_tokens": False})
+    figures = report(outs[0], other, to=tmp_path / "to")
+    assert figures["pairs"][0]["benchmarks"]["textvqa"]["questions"] == 33
+    assert any("TextVQA: ocr tokens differs: true" in words for words in figures["warnings"])
+
+
+def test_labels_of_another_version_of_the_data_are_not_the_same_questions(outs, tmp_path):
+    other = shutil.copytree(outs[0] / "pope", tmp_path / "b" / "pope").parent
+    turned = {"yes": "no", "no": "yes"}
+
+    def turn(line):
+        return {**line, "answers": [turned[line["answers"][0]]], "parsed": turned[line["parsed"]], "prediction": "turned"}
+
+    edit_lines(other, "pope", turn)
+    lines = result_of_lines(other, "pope")
+    edit_result(other, "pope", score=sums_of("pope", "mobilevlm", lines).value)
+    figures = report(outs[0], other, to=tmp_path / "to")
+    assert figures["pairs"][0]["left_out"] == {"POPE": "they share no picture with the same questions"}
+
+
+def result_of_lines(out, name):
+    lines = [json.loads(line) for line in (out / name / "predictions.jsonl").read_text().splitlines()]
+    texts = ("question", "prediction", "parsed", "category", "counted", "score", "id")
+    return [
+        Line(**{key: line[key] for key in texts}, images=(line["image"],), answers=tuple(line["answers"])) for line in lines
+    ]
 
 
 def test_twelve_thousand_questions_are_compared_on_pictures_not_on_questions():

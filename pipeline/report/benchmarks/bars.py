@@ -8,7 +8,7 @@ COLOURS = ("#1f4e79", "#c0504d", "#4f8a3c", "#7b5aa6", "#b8860b", "#2a8c8c", "#8
 """Of models, in their order; they begin again after the last."""
 
 STYLE = """
-.bars { margin: .6rem 0 1.2rem; } .bar { display: grid; grid-template-columns: minmax(6.5rem, 12rem) 1fr minmax(4.2rem, auto);
+.bars { margin: .6rem 0 1.2rem; } .bar { display: grid; grid-template-columns: 29% 1fr 3.8rem;
 gap: .6rem; align-items: center; font-size: .9rem; line-height: 1.35; margin: .15rem 0; }
 .bar > :last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .track { position: relative; height: .95rem; background: #ececec; } .track i { position: absolute; top: 0; bottom: 0; }
@@ -23,6 +23,8 @@ margin-left: -1px; } .zero { left: 50%; width: 1px; background: #555; } .group {
 .none { background: #ececec; height: 4rem; padding: .3rem; font-size: .75rem; }
 .interval { color: #565656; font-size: .85rem; font-weight: 400; }
 .swatch { display: inline-block; width: .7rem; height: .7rem; margin-right: .35rem; }
+@media (max-width: 30rem) { .scroll td, .scroll th { padding-right: .6rem; font-size: .85rem; min-width: 3.9rem; }
+.scroll td.number, .scroll th.number { min-width: 0; } .scroll td:first-child, .scroll th:first-child { min-width: 5.6rem; } }
 """
 
 

@@ -18,7 +18,7 @@ from alignkd.pipeline.evaluate.statistics import (
     resampled_sums,
     wilson_interval,
 )
-from alignkd.pipeline.report.benchmarks.formulas import Sums, checked_sums, picture_names, sums_of
+from alignkd.pipeline.report.benchmarks.formulas import Sums, checked_sums, picture_names, question_of, sums_of
 from alignkd.pipeline.report.benchmarks.out_folders import Line, Model, Result
 
 WILSON = "Wilson"
@@ -51,7 +51,8 @@ class Average:
 class Compared:
     """Two models on the questions of one benchmark that they share; ``first``, ``second``: their figures on these.
 
-    ``shared``: how many these are, of those that each was ``asked``. ``counted``: how many of them count.
+    ``shared``: how many these are, of those that each was ``asked``. ``counted``: how many questions of
+    these count; the passes of MMBench are one.
     """
 
     benchmark: str
@@ -182,7 +183,8 @@ def _compared(one: Result, other: Result, resamples: int, seed: int) -> Compared
     difference = Difference.of(sums[1].value - sums[0].value, differences)
     asked = len(one.lines), len(other.lines)
     figures = sums[0].value, sums[1].value
-    counted = sum(a.counted or b.counted for a, b in zip(first, second, strict=True))
+    counting = [a for a, b in zip(first, second, strict=True) if a.counted or b.counted]
+    counted = len({question_of(line) for line in counting}) if one.benchmark == "mmbench" else len(counting)
     return Compared(one.benchmark, one.title, one.unit, *figures, difference, len(first), counted, asked, differences)
 
 

@@ -26,6 +26,12 @@ def score_words(value: float, unit: str) -> str:
     return f"{value:,.1f}" if unit == "percent" else f"{value:,.1f} points"
 
 
+def signed_words(value: float) -> str:
+    """A difference with one digit after the point and its sign; none where that digit is zero."""
+    words = f"{value:+,.1f}"
+    return "0.0" if words in ("-0.0", "+0.0") else words
+
+
 def interval_words(interval: tuple[float, float] | None) -> str:
     """An interval's ends, with one digit after the point."""
     return "no interval" if interval is None else f"{interval[0]:,.1f} to {interval[1]:,.1f}"

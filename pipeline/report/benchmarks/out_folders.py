@@ -143,7 +143,9 @@ def field(value: Mapping[str, Any], name: str, kind: type, where: object) -> Any
     """
     found = value.get(name)
     accepted = (int, float) if kind is float else (kind,)
-    if not isinstance(found, accepted) or (isinstance(found, bool) and kind is not bool):
+    right = isinstance(found, accepted) and (kind is bool or not isinstance(found, bool))
+    too_large = kind is float and isinstance(found, int | float) and abs(found) > 1e12
+    if not right or too_large:
         raise DataError(f"{where}: {name!r} is {found!r:.80}, expected a value of type {kind.__name__}; {_AGAIN}")
     return found
 

@@ -6,7 +6,7 @@ from alignkd.pipeline.evaluate.benchmarks.registry import SIX
 from alignkd.pipeline.evaluate.statistics import Difference
 from alignkd.pipeline.report.benchmarks.bars import around_zero, bar, colour_of, grouped_bars
 from alignkd.pipeline.report.benchmarks.comparison import Average, Comparison, Pair
-from alignkd.pipeline.report.benchmarks.figures import interval_words, p_words
+from alignkd.pipeline.report.benchmarks.figures import interval_words, p_words, signed_words
 from alignkd.pipeline.report.benchmarks.formulas import category_figures
 from alignkd.pipeline.report.benchmarks.markdown import comparable_benchmarks
 from alignkd.pipeline.report.benchmarks.out_folders import Model
@@ -132,8 +132,8 @@ def _pair(comparison: Comparison, pair: Pair) -> Html:
 
 def _difference_cells(difference: Difference, resamples: int) -> list[Text]:
     interval = difference.interval
-    words = "none" if interval is None else f"{interval[0]:+,.1f} to {interval[1]:+,.1f}"
-    return [f"{difference.value:+,.1f}", words, p_words(difference.p, resamples)]
+    words = "none" if interval is None else f"{signed_words(interval[0])} to {signed_words(interval[1])}"
+    return [signed_words(difference.value), words, p_words(difference.p, resamples)]
 
 
 def _axis(comparison: Comparison, pair: Pair) -> Html:
@@ -152,7 +152,7 @@ def _axis(comparison: Comparison, pair: Pair) -> Html:
             label,
             one.value / by,
             None if one.interval is None else (one.interval[0] / by, one.interval[1] / by),
-            f"{one.value / by:+.1f}",
+            signed_words(one.value / by),
             most,
             colour,
         )
