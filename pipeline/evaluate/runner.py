@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.data.tower_features import tower_features
 from alignkd.pipeline.evaluate.metrics import Metric, get_metric, is_empty
-from alignkd.pipeline.evaluate.running.generation import answer
 from alignkd.pipeline.evaluate.running.predictions import Predictions, explained, open_predictions, prompt_date_of
+from alignkd.pipeline.evaluate.running.prefix import answer_sharing as answer
 from alignkd.pipeline.evaluate.statistics import wilson_interval
 from alignkd.pipeline.runtime.devices import device_words, parse_dtype, pick_device
 from alignkd.pipeline.runtime.files import check_out_folder, replace_text
@@ -144,12 +144,18 @@ def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects:
     questions = []
     for sample in samples:
         try:
-            question = _Question(sample, preparer.question(sample))
+            question = _Question(sample, _with_shared_features(preparer.question(sample), sample, preparer))
             _check_reference(sample)
             questions.append(question)
         except SampleError as error:
             rejects.add(sample.id or sample.key, str(error))
     return questions
+
+
+def _with_shared_features(made: ModelInput, sample: Sample, preparer: Preparer) -> ModelInput:
+    """Questions about one picture hold its features, and not a copy each."""
+    found = preparer.features.get(sample.images[0]) if len(sample.images) == 1 else None
+    return made if found is None else replace(made, images=found[1].values[None])
 
 
 def _check_reference(sample: Sample) -> None:

@@ -17,6 +17,7 @@ from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
 from alignkd.pipeline.evaluate import runner
 from alignkd.pipeline.evaluate.metrics import contains, exact
 from alignkd.pipeline.evaluate.runner import evaluate
+from alignkd.pipeline.evaluate.running import prefix
 from alignkd.pipeline.evaluate.statistics import wilson_interval
 from alignkd.pipeline.runtime.out_folder.lock import held
 
@@ -72,6 +73,15 @@ def test_each_image_goes_through_the_tower_once_a_batch(tmp_path, encoded):
     encoded.clear()
     run(tmp_path, QUESTIONS, "again", batch_size=3)
     assert encoded == [2, 2, 1]
+
+
+def test_what_questions_of_a_batch_about_one_picture_begin_with_is_computed_once(tmp_path, monkeypatch):
+    shared, real = [], prefix.share_prompts
+    monkeypatch.setattr(prefix, "share_prompts", lambda vlm, some: shared.append(len(some)) or real(vlm, some))
+    together = run(tmp_path, QUESTIONS, batch_size=7)
+    assert shared == [2]
+    assert together == run(tmp_path, QUESTIONS, "alone", batch_size=1)
+    assert shared == [2]
 
 
 def test_a_batch_of_text_alone_needs_no_tower(tmp_path, encoded):

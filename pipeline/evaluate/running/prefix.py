@@ -14,6 +14,7 @@ from alignkd.inputs.batch import ModelInput
 from alignkd.models.families.mobilevlm import MobileVlmFamily
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.evaluate.decoding import Decoding, up_to_end
+from alignkd.pipeline.evaluate.running.generation import answer
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,27 @@ def share_prompts(vlm: Vlm, questions: Mapping[str, ModelInput]) -> SharedPrompt
     vlm.decoder(inputs_embeds=embeddings_NFD, past_key_values=cache, use_cache=True)
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     return SharedPrompts({name: row for row, name in enumerate(questions)}, batch.input_ids_BS[0], layers)
+
+
+def answer_sharing(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
+    """As :func:`alignkd.pipeline.evaluate.running.generation.answer`; what questions begin with is shared if their image is one tensor."""
+    groups: dict[bytes, dict[str, list[int]]] = {}
+    for place, given in enumerate(questions):
+        ids = common_prompt(vlm, given)
+        if ids is not None:
+            groups.setdefault(ids.tobytes(), {}).setdefault(str(given.images.data_ptr()), []).append(place)
+    texts = dict[int, str]()
+    for pictures in groups.values():
+        several = {name: places for name, places in pictures.items() if len(places) > 1}
+        if several:
+            shared = share_prompts(vlm, {name: questions[places[0]] for name, places in several.items()})
+            asked = [(place, name) for name, places in several.items() for place in places]
+            found = answer_after(vlm, shared, [(name, questions[place]) for place, name in asked], max_new_tokens)
+            texts |= {place: text for (place, _), text in zip(asked, found, strict=True)}
+    if alone := [place for place in range(len(questions)) if place not in texts]:
+        found = answer(vlm, [questions[place] for place in alone], max_new_tokens)
+        texts |= dict(zip(alone, found, strict=True))
+    return [texts[place] for place in range(len(questions))]
 
 
 @torch.no_grad()
