@@ -68,7 +68,7 @@ def share_prompts(vlm: Vlm, questions: Mapping[str, ModelInput]) -> SharedPrompt
 
 
 def answer_sharing(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
-    """As :func:`alignkd.pipeline.evaluate.running.generation.answer`; what questions begin with is shared if their image is one tensor."""
+    """As :func:`.generation.answer`; questions whose image is one tensor share what they begin with."""
     groups: dict[bytes, dict[str, list[int]]] = {}
     for place, given in enumerate(questions):
         ids = common_prompt(vlm, given)
