@@ -59,6 +59,14 @@ def test_answers_alone_go_to_standard_output_with_hidden_characters_escaped(door
     assert done.stderr.startswith("(cut off after 5 tokens")
 
 
+def test_an_empty_answer_is_said(door, tmp_path):
+    plugin = tmp_path / "silent.py"
+    plugin.write_text(ENDLESS.replace("end_token_ids = property(lambda self: [-1])", "answer_text = lambda self, ids: ''"))
+    done = chat(door, "--prompt", "Why?", "--plugin", plugin)
+    assert (done.code, done.stdout) == (0, "\n")
+    assert done.stderr == "(the model ended its answer at once: it is empty)\n"
+
+
 @pytest.mark.parametrize("pictures", [0, 2])
 def test_a_conversation_may_have_no_picture_or_several(door, pictures):
     images = [word for number in range(pictures) for word in ("--image", IMAGES / f"{number}.png")]

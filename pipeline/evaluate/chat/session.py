@@ -88,6 +88,8 @@ def _answer(conversation: Conversation, question: str, screen: Screen, *, may_st
     screen.answered(answered)
     if answered.stopped:
         screen.note("(stopped)")
+    elif not answered.answer:
+        screen.note("(the model ended its answer at once: it is empty)")
     elif answered.cut:
         screen.note(f"(cut off after {answered.tokens:,} tokens: --max-new-tokens and --max-length say how many there may be)")
 
