@@ -288,6 +288,9 @@ def damaged(name):
         "score of a line": (lambda out: edit_lines(out, "gqa", lambda line: {**line, "score": 2}), "expected 0 to 1"),
         "image of a line": (lambda out: edit_lines(out, "gqa", lambda line: {**line, "image": 3}), "are to be texts"),
         "id of a line": (lambda out: edit_lines(out, "gqa", lambda line: {**line, "id": None}), "'id' is None"),
+        "a long name": (lambda out: edit_result(out, "gqa", title="x" * 5000), "5,000 characters"),
+        "a category": (lambda out: edit_lines(out, "pope", lambda line: {**line, "category": "x"}), "none of its categories"),
+        "a huge number": (lambda out: edit_result(out, "gqa", score=10**400), "'score' is"),
         "a pipe": (lambda out: _pipe(out / "gqa" / "result.json"), "named pipe"),
     }[name]
 
@@ -310,7 +313,7 @@ def _pipe(path):
     [
         *("not a folder", "another folder", "half-written", "no predictions", "cut short", "a line less", "other protocol"),
         *("other benchmark", "other models", "other score", "no number", "no object", "types", "score of a line"),
-        *("image of a line", "id of a line", "a pipe"),
+        *("image of a line", "id of a line", "a pipe", "a long name", "a category", "a huge number"),
     ],
 )
 def test_what_is_no_result_is_refused_with_one_message(tmp_path, name):

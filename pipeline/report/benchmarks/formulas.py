@@ -15,6 +15,8 @@ from alignkd.pipeline.evaluate.statistics import Figure, Floats
 from alignkd.pipeline.report.benchmarks.out_folders import Line, Result
 
 _ORDER = {name: place for place, name in enumerate((*PERCEPTION, *COGNITION))}
+_KNOWN = {"mme": (*PERCEPTION, *COGNITION), "pope": ("adversarial", "random", "popular")}
+_MOST_CATEGORIES = 200
 _A_PASS = 1_000_000
 """Rows of MMBench with the same index below this are passes of one question."""
 
@@ -55,8 +57,14 @@ def checked_sums(result: Result) -> Sums:
 
 
 def sums_of(benchmark: str, protocol: str, lines: Sequence[Line]) -> Sums:
-    """What a benchmark's figure is made of under a protocol."""
+    """What a benchmark's figure is made of under a protocol.
+
+    Raises:
+        DataError: a line has a category that the benchmark does not have.
+    """
     names = picture_names(benchmark, lines)
+    if (known := _KNOWN.get(benchmark)) and (other := {line.category for line in lines} - set(known)):
+        raise DataError(f"{benchmark}: {min(other)!r:.80} is none of its categories: {', '.join(known)}; run it again")
     if benchmark == "mmbench":
         return _circular(lines, names)
     if benchmark == "mme":
@@ -67,10 +75,10 @@ def sums_of(benchmark: str, protocol: str, lines: Sequence[Line]) -> Sums:
 
 
 def category_figures(result: Result) -> dict[str, float]:
-    """The figure of each category by itself, by the same formula; empty where there is but one category."""
+    """The figure of each category by itself, by the same formula; empty where there is but one, or are very many."""
     found_in_lines = {line.category for line in result.lines if line.category and line.counted}
     categories = sorted(found_in_lines, key=lambda name: (_ORDER.get(name, len(_ORDER)), name))
-    if len(categories) < 2:
+    if not 2 <= len(categories) <= _MOST_CATEGORIES:
         return {}
     found = {}
     for category in categories:

@@ -12,6 +12,7 @@ from alignkd.pipeline.evaluate.benchmarks.contract import PROTOCOLS
 from alignkd.pipeline.evaluate.benchmarks.files import read_json, read_json_lines
 from alignkd.pipeline.evaluate.benchmarks.registry import BENCHMARKS
 
+_LONGEST_NAME = 4096
 _AGAIN = "run the same alignkd benchmark run again: it continues"
 
 
@@ -108,7 +109,7 @@ def _read_result(folder: Path, name: str) -> Result:
         raise DataError(f"{path}: score {score!r}, limit {limit!r:.40}: expected numbers; {_AGAIN}")
     return Result(
         name,
-        **{key: field(found, key, str, path) for key in ("title", "protocol", "unit", "model", "folder")},
+        **{key: _name(found, key, path) for key in ("title", "protocol", "unit", "model", "folder")},
         score=float(score),
         notes=tuple(str(note) for note in field(found, "notes", list, path)),
         settings=found["settings"],
@@ -130,9 +131,19 @@ def _line(value: dict[str, Any], where: str) -> Line:
         raise DataError(f"{where}: score {score!r}, expected 0 to 1; {_AGAIN}")
     if not isinstance(given := value.get("id"), str | int):
         raise DataError(f"{where}: 'id' is {given!r:.80}, expected a text or a whole number; {_AGAIN}")
-    texts = {key: field(value, key, str, where) for key in ("question", "parsed", "category")}
+    texts = {key: field(value, key, str, where) for key in ("question", "parsed")} | {
+        "category": _name(value, "category", where)
+    }
     counted = field(value, "counted", bool, where)
     return Line(given, images=images, prediction=prediction, answers=answers, score=float(score), counted=counted, **texts)
+
+
+def _name(value: Mapping[str, Any], key: str, where: object) -> str:
+    """A text that is shown whole."""
+    found: str = field(value, key, str, where)
+    if len(found) > _LONGEST_NAME:
+        raise DataError(f"{where}: {key!r} has {len(found):,} characters, more than the {_LONGEST_NAME:,} allowed; {_AGAIN}")
+    return found
 
 
 def field(value: Mapping[str, Any], name: str, kind: type, where: object) -> Any:
