@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,12 @@ from pathlib import Path
 
 import pytest
 from tiny_runs import STUDENT, TEACHER, wait_until
+
+from alignkd.errors import TransientError
+from alignkd.pipeline.evaluate.benchmarks.contract import Question
+from alignkd.pipeline.evaluate.running.answering import Answered
+from alignkd.pipeline.evaluate.running.parts import Parts
+from alignkd.pipeline.runtime.ranks import Worker
 
 BENCHMARKS = Path(__file__).parents[1] / "data" / "benchmarks"
 TIMED = ("seconds", "questions_per_second")
@@ -192,3 +199,32 @@ def test_people_read_the_score_with_its_protocol(door, tmp_path, whole):
     finished = door(*words(shutil.copytree(whole[0], tmp_path / "out"), "--limit", 9))
     assert "GQA" in finished.stdout
     assert "9 questions, mobilevlm" in finished.stdout
+
+
+def test_a_full_disk_is_one_message_and_the_run_can_go_on(tmp_path, monkeypatch):
+    question = Question("q", "What?", "What?")
+    parts = Parts(tmp_path / "parts", [question])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with parts.writer(Worker()) as write:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(TransientError, match=r"answers-0-of-1\.jsonl cannot be written to .*No space left on device"):
+                write([Answered(0, "lost", 0.1)])
+        write([Answered(0, "kept", 0.1)])
+    assert parts.read() == {0: Answered(0, "kept", 0.1)}
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", "{}", '{"index": 9}', '{"index": true, "question_id": "q", "text": "", "seconds": 0}', "\ufeff"]
+)
+def test_a_line_of_a_part_that_answers_no_question_is_answered_again(tmp_path, line):
+    parts = Parts(tmp_path, [Question("q", "", ""), Question("r", "", "")])
+    good = {"index": 1, "question_id": "r", "text": "yes", "seconds": 0}
+    other = {**good, "question_id": "q"}
+    (tmp_path / "answers-0-of-3.jsonl").write_text(
+        "\n".join([line, json.dumps(other), json.dumps(good), json.dumps(good)[:-3]])
+    )
+    assert parts.read() == {1: Answered(1, "yes", 0.0)}
