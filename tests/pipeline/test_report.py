@@ -187,16 +187,16 @@ def test_samples_without_images_are_said_to_have_none(tmp_path):
 
 
 def test_held_out_figures_are_shown_whatever_they_are_called(tmp_path):
-    lines = [
-        log_line(1),
-        {"step": 1, "eval/supervised": 3.0, "eval/gqa": 20.0},
-        log_line(2),
-        {"step": 2, "eval/supervised": 2.5},
-    ]
+    counted = {"eval/samples": 9, "eval/seconds": 0.25}
+    first = {"step": 1, "eval/supervised": 3.0, "eval/gqa": 20.0, **counted}
+    lines = [log_line(1), first, log_line(2), {"step": 2, "eval/supervised": 2.5}]
     page, figures = page_of(tmp_path, write_run(tmp_path / "run", lines), samples=0)
-    assert figures["held_out"] == {"run": {"eval/supervised": 2.5, "eval/gqa": 20.0}}
+    assert figures["held_out"] == {"run": {"eval/supervised": 2.5, "eval/gqa": 20.0, **counted}}
     assert "supervised: run 3 at step 1, 2.5 at step 2" in page.images
-    assert page.table("first")[1:] == [["supervised", "3", "2.5", "2"], ["gqa", "20", "20", "1"]]
+    rows = page.table("first")[1:]
+    assert rows[:2] == [["supervised", "3", "2.5", "2"], ["gqa", "20", "20", "1"]]
+    assert rows[2:] == [["samples", "9", "9", "1"], ["seconds", "0.25", "0.25", "1"]]
+    assert sum(alt.startswith(("samples: ", "seconds: ")) for alt in page.images) == 0
 
 
 def test_values_that_json_could_not_hold_are_gaps(tmp_path):

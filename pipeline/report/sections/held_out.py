@@ -10,6 +10,8 @@ from alignkd.pipeline.report.sections.terms import curves_of
 from alignkd.pipeline.report.words import figure
 
 _MOST = 36
+_COUNTS = frozenset(f"{EVAL}{name}" for name in ("samples", "answers", "rejected", "seconds"))
+"""What an evaluation counted: in the table alone."""
 NONE = "no run was evaluated while it trained: distill --eval-data FILE --eval-steps N does it"
 
 
@@ -18,7 +20,7 @@ def held_out_section(runs: Sequence[Run]) -> tuple[Html, dict[str, Any]]:
     names = list(dict.fromkeys(name for run in runs for name in run.held_out))
     if not names:
         return section("Held-out samples", missing(NONE)), {}
-    charts = [curves_of(runs, name, _title(name)) for name in names[:_MOST]]
+    charts = [curves_of(runs, name, _title(name)) for name in names[:_MOST] if name not in _COUNTS]
     heads = ["", *(f"{run.name}: {what}" if len(runs) > 1 else what for run in runs for what in ("first", "last", "last step"))]
     rows = [[_title(name), *(cell for run in runs for cell in _cells(run, name))] for name in names[:_MOST]]
     without = [missing(f"{run.name}: not evaluated while it trained") for run in runs if not run.held_out]
