@@ -12,6 +12,7 @@ from alignkd.capture.attention import capture, enable_capture
 from alignkd.capture.layer_pairs import find_layer_pairs
 from alignkd.inputs.batch import Batch, Counts
 from alignkd.losses.adapters import WidthAdapter, make_head_map
+from alignkd.losses.agreement import agreement
 from alignkd.losses.answer_loss.paired import batch_answer_terms
 from alignkd.losses.attention_and_vision import attention_term, vision_terms
 from alignkd.losses.contract import SampleTerm, TeacherShape, TermInputs, TermShapes, check_targets_given, check_teacher_given
@@ -39,6 +40,8 @@ class Outcome(TypedDict):
     ``terms``: each unweighted term by its name, as this batch's share of the step's mean; no gradient.
     ``bad_B``: samples for which a term is not finite. ``attention_BHTV``: the teacher's, in the first compared layer, if any.
     ``precisions``: of each term, where the recipe learns them: factors of the recipe's weights; no gradient.
+    ``agreement``: how many answers the student's likeliest token is the teacher's for, and how many were compared, ``[2]``;
+    None where it was not asked for.
     """
 
     loss: torch.Tensor
@@ -46,6 +49,7 @@ class Outcome(TypedDict):
     bad_B: torch.Tensor
     attention_BHTV: torch.Tensor | None
     precisions: dict[str, torch.Tensor]
+    agreement: torch.Tensor | None
 
 
 class Objective(nn.Module):
@@ -113,11 +117,20 @@ class Objective(nn.Module):
         else:
             decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
-    def forward(self, batch: Batch, targets: Targets, counts: Counts | None = None, recipe: Recipe | None = None) -> Outcome:
+    def forward(
+        self,
+        batch: Batch,
+        targets: Targets,
+        counts: Counts | None = None,
+        recipe: Recipe | None = None,
+        *,
+        with_agreement: bool = False,
+    ) -> Outcome:
         """The loss and every term.
 
         ``counts`` of the whole step, if it has other batches; otherwise this batch's are used, for which a GPU is waited for.
-        ``recipe``: one with some of the terms of the objective's own, in place of that.
+        ``recipe``: one with some of the terms of the objective's own, in place of that. ``with_agreement``: compare the
+        likeliest tokens as well, which needs logit targets.
         """
         recipe, decoded = recipe or self.recipe, targets.dequantise()
         counts = counts or decoded.mask_to_targets(batch).counts()
@@ -154,6 +167,7 @@ class Objective(nn.Module):
             bad_B=bad_B,
             attention_BHTV=decoded.attention[self.layer_pairs[0][1]] if recipe.compares_attention else None,
             precisions={name: precision.detach() for name, precision in precisions.items()},
+            agreement=agreement(inputs, head.weight, head.bias) if with_agreement else None,
         )
 
     def _inputs(self, batch: Batch, targets: DecodedTargets, recipe: Recipe) -> TermInputs:

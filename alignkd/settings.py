@@ -17,7 +17,7 @@ from alignkd.errors import ConfigError
 
 _KEY = "alignkd"
 
-GROUPS = ("data", "model", "targets", "training", "storage", "many machines", "advanced", "general")
+GROUPS = ("data", "model", "targets", "training", "evaluation", "storage", "many machines", "advanced", "general")
 """The sections of a command's help, in this order."""
 
 

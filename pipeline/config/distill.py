@@ -129,6 +129,46 @@ class DistillConfig(Settings):
     max_wait: float = setting(
         1800.0, at_least=1, help="Most seconds that a process waits for a loader or for another process; then the run ends."
     )
+    eval_data: str | None = setting(
+        None,
+        group="evaluation",
+        aliases=("val-data",),
+        help="Held-out samples, in LLaVA format: their loss while it trains.",
+    )
+    eval_cache: str | None = setting(
+        None,
+        group="evaluation",
+        default_text="--cache, if it holds them",
+        help="The cache of the teacher's targets for the held-out samples.",
+    )
+    eval_images: str | None = setting(
+        None, group="evaluation", default_text="--images", help="Folder of the held-out samples' images."
+    )
+    eval_steps: int | None = setting(
+        None,
+        group="evaluation",
+        at_least=1,
+        default_text="at the end alone",
+        help="Steps between evaluations.",
+    )
+    eval_benchmark: tuple[str, ...] = setting(
+        (),
+        group="evaluation",
+        metavar="NAME:N",
+        help="Score N questions of a benchmark, the same all along: gqa:200; may be repeated.",
+    )
+    benchmark_root: str | None = setting(
+        None, group="evaluation", metavar="DIR", help="Folder of the benchmarks' official files: see docs/benchmarks.md."
+    )
+    keep_best: str | None = setting(
+        None,
+        group="evaluation",
+        metavar="NAME",
+        help="Keep the best student so far in OUT/best, by supervised, loss, agreement, another term, or a benchmark's name.",
+    )
+    patience: int | None = setting(
+        None, group="evaluation", at_least=1, help="Stop after this many evaluations in a row without a better --keep-best."
+    )
     resume: bool = setting(False, group="storage", plain_flag=True, help="Continue from the last checkpoint in --out.")
     max_rejected: int | str = shared.max_rejected()
     device: str | None = shared.device()

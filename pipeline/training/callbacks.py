@@ -19,6 +19,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self.progress = progress
         self.trainer: DistillTrainer | None = None
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The model is ready, at the step of a checkpoint where there is one."""
+        assert self.trainer is not None
+        self.trainer.evaluate_if_left()
+
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The gradients of a step are complete."""
         assert self.trainer is not None
@@ -35,6 +40,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         alone = self.trainer.processes.world_size == 1
         if self.trainer.stop_agreed or (alone and self.trainer.stop):
             control.should_save = control.should_training_stop = True
+        elif self.trainer.evaluation.due(state.global_step, state.max_steps):
+            control.should_evaluate = True
         return control
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:

@@ -50,6 +50,12 @@ def _targets(student: Vlm) -> str:
 
 def merge_lora(model: Any, student: Vlm, adapter: Path) -> None:
     """Write updates and projector to a folder in PEFT's form, then add the updates to the student's weights, in place."""
+    write_adapter(model, student, adapter, merged="`../student` is base and adapter, merged.")
+    model.merge_and_unload()
+
+
+def write_adapter(model: Any, student: Vlm, adapter: Path, *, merged: str = "") -> None:
+    """Write updates and projector to a folder in PEFT's form. ``merged``: a sentence for its card."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -69,8 +75,7 @@ def merge_lora(model: Any, student: Vlm, adapter: Path) -> None:
     config.save_pretrained(
         str(adapter), auto_mapping_dict={"base_model_class": base.__name__, "parent_library": base.__module__}
     )
-    replace_text(adapter / "README.md", _card(student, config, adapter))
-    model.merge_and_unload()
+    replace_text(adapter / "README.md", _card(student, config, adapter, merged))
 
 
 def _trained_whole(student: Vlm) -> Iterator[tuple[str, nn.Module]]:
@@ -88,7 +93,7 @@ def _trained_whole(student: Vlm) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _card(student: Vlm, config: Any, adapter: Path) -> str:
+def _card(student: Vlm, config: Any, adapter: Path, merged: str) -> str:
     base = config.base_model_name_or_path
     if isinstance(student, TransformersVlm):
         load = [
@@ -109,7 +114,7 @@ def _card(student: Vlm, config: Any, adapter: Path) -> str:
             f"* the whole projector (`modules_to_save`: {', '.join(f'`{name}`' for name in config.modules_to_save)}).",
             "",
             "Everything else is the base's: embeddings and output head, tied or not, are unchanged. The adapters that the",
-            "distillation loss trained beside the student are no part of it. `../student` is base and adapter, merged.",
+            f"distillation loss trained beside the student are no part of it. {merged}".rstrip(),
             "",
             *("```python", "from peft import PeftModel", *load),
             f'model = PeftModel.from_pretrained(base, "{os.path.abspath(adapter)}").merge_and_unload()',

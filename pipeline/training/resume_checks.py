@@ -23,13 +23,16 @@ from alignkd.plugins import loaded_plugins
 _MAY_CHANGE = (
     *("resume", "device", "plugins", "workers", "save_steps", "save_total_limit", "log_steps", "max_rejected", "out"),
     *("images", "data", "cache", "report_to", "term_gradients", "feature_bytes", "batch_size", "gradient_accumulation"),
-    *("batch_tokens", "max_wait"),
+    *("batch_tokens", "max_wait", "eval_data", "eval_cache", "eval_images", "benchmark_root"),
 )
 """Settings that may differ in a resumed run: none of them changes what is learned. Data, cache and plugins are compared by
 content, batches by the samples that a step takes."""
 
 
-_WRITTEN = ("checkpoints", "student", "student-official", "adapter", "tensorboard", "metrics.jsonl", "run.json", "result.json")
+_WRITTEN = (
+    *("checkpoints", "student", "student-official", "adapter", "best", "tensorboard"),
+    *("metrics.jsonl", "run.json", "result.json"),
+)
 
 
 def check_out(out: Path, *, resume: bool) -> None:

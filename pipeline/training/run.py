@@ -31,6 +31,10 @@ from alignkd.pipeline.runtime.run_record import write_run_record
 from alignkd.pipeline.runtime.signals import Interrupted, StopFlag, stop_on_signals
 from alignkd.pipeline.training.callbacks import RunCallback
 from alignkd.pipeline.training.checkpoints import find_latest, remove_incomplete, step_of
+from alignkd.pipeline.training.evaluation.best import FOLDER
+from alignkd.pipeline.training.evaluation.evaluation import Evaluation
+from alignkd.pipeline.training.evaluation.open import open_evaluation
+from alignkd.pipeline.training.evaluation.plan import plan_evaluation
 from alignkd.pipeline.training.monitoring.metrics import Metrics
 from alignkd.pipeline.training.monitoring.summary import final_terms, folders, image_warnings, next_command, rejection_warnings
 from alignkd.pipeline.training.monitoring.tensorboard import TensorBoard
@@ -81,12 +85,14 @@ def _distill(
     out = Path(config.out)
     check_out(out, resume=config.resume)
     set_seed(config.seed)
+    plan = plan_evaluation(config)
     inputs = open_inputs(config, process)
     objective, peft_model = build_objective(inputs, open_teacher(inputs), processes=process.world_size)
     data = open_data(inputs)
+    evaluation = open_evaluation(plan, inputs, data, objective, peft_model, processes, stop)
     schedule = make_schedule(config, data, inputs.student, process)
     arguments = training_arguments(config, out, inputs.device, steps=schedule.steps)
-    settings = resolved_settings(inputs, data, schedule)
+    settings = resolved_settings(inputs, data, schedule) | {"eval_keys": evaluation.fingerprint()}
     if config.resume:
         check_same_run(out / "run.json", settings)
     processes.wait()  # nobody writes before all have read
@@ -108,13 +114,15 @@ def _distill(
         out=config.out,
         template=inputs.template,
     )
-    figures = _train(config, objective, arguments, data, schedule, processes, stop, lock)
+    figures = _train(config, objective, arguments, data, schedule, processes, stop, lock, evaluation)
     with explained_write_faults(out, "the student", lambda: "The last checkpoint holds all that was learned."):
         if lock is not None:
             lock.check()
         folder = save_student(inputs.student, peft_model, out, deepspeed=config.deepspeed, first=processes.first)
         if processes.first:
-            figures |= {"student": str(folder), "out": str(out), "folders": folders(out), "next": next_command(config, folder)}
+            best = out / FOLDER / "student"
+            asked = best if config.keep_best is not None and best.is_dir() else folder
+            figures |= {"student": str(folder), "out": str(out), "folders": folders(out), "next": next_command(config, asked)}
             replace_text(out / "result.json", json.dumps(figures, indent=2) + "\n")
     processes.wait()
     return figures if processes.first else {}
@@ -129,6 +137,7 @@ def _train(
     processes: Processes,
     stop: StopFlag,
     lock: RunLock | None,
+    evaluation: Evaluation,
 ) -> dict[str, Any]:
     """Train from the latest complete checkpoint, or from the start. Returns the run's figures.
 
@@ -155,6 +164,7 @@ def _train(
             stop=stop,
             longest_wait_s=config.max_wait,
             save_total_limit=config.save_total_limit,
+            evaluation=evaluation,
             lock=lock,
             term_gradients=config.term_gradients,
             callbacks=[callback, *([TensorBoard(out / "tensorboard")] if "tensorboard" in config.report_to else [])],
@@ -164,14 +174,15 @@ def _train(
             trainer.remove_callback(unwanted)
         metrics.resume(state.get("metrics", {}), done)
         trainer.health_checks.resume(state.get("warnings"))
+        evaluation.resume(state.get("evaluation"))
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except RuntimeError as error:
             raise (lost_loader(error) or error) from error
         finally:
             trainer.close()
-        if trainer.state.global_step < schedule.steps:
-            assert stop or trainer.stop_agreed
+        left = evaluation.due(trainer.state.global_step, schedule.steps)
+        if left or (trainer.state.global_step < schedule.steps and not evaluation.ended_early):
             signal = stop.signal_name or "a signal to another process"
             raise Interrupted(f"stopped by {signal} at step {trainer.state.global_step}; continue with --resume")
     totals = metrics.state_dict(processes.reduce if processes.world_size > 1 else None)
@@ -187,6 +198,7 @@ def _train(
         "tokens_per_second": round(totals["tokens"] / totals["seconds"], 1),
         "loss": line.get("loss"),
         "terms": final_terms(line),
+        **evaluation.figures(),
         "processes": processes.world_size,
         "rejected": rejects.count,
         "rejected_samples": rejects.reasons,

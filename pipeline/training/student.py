@@ -48,7 +48,7 @@ def save_student(student: Vlm, peft_model: Any, out: Path, *, deepspeed: str | N
     Every process calls it, as ZeRO-3 gathers parameters from all of them; the ``first`` writes. With ``peft_model`` the
     adapter is written, too, and then merged into the weights.
     """
-    with _all_parameters(student, deepspeed):
+    with all_parameters(student, deepspeed):
         if first:
             student.model.eval()
             if peft_model is not None:
@@ -59,7 +59,8 @@ def save_student(student: Vlm, peft_model: Any, out: Path, *, deepspeed: str | N
     return out / "student"
 
 
-def _all_parameters(student: Vlm, deepspeed: str | None) -> AbstractContextManager[Any]:
+def all_parameters(student: Vlm, deepspeed: str | None) -> AbstractContextManager[Any]:
+    """Within it the first process has every parameter whole: ZeRO-3 gathers them. Every process enters it."""
     if zero_stage(deepspeed) != 3:
         return nullcontext()
     import deepspeed as library

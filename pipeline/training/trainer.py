@@ -27,8 +27,10 @@ from alignkd.pipeline.runtime.processes import Processes
 from alignkd.pipeline.runtime.signals import StopFlag
 from alignkd.pipeline.training.checkpointing_trainer import CheckpointingTrainer
 from alignkd.pipeline.training.checkpoints import mark_complete, remove_oldest, sealed_or_removed
+from alignkd.pipeline.training.evaluation.evaluation import Evaluation
 from alignkd.pipeline.training.monitoring.health_checks import FiniteCheck, HealthChecks
 from alignkd.pipeline.training.monitoring.metrics import PRECISION, Metrics
+from alignkd.pipeline.training.monitoring.tensorboard import EVAL
 from alignkd.pipeline.training.optimizers import OptimizerSettings, optimizer_of
 from alignkd.pipeline.training.schedule import Schedule
 
@@ -56,13 +58,14 @@ class DistillTrainer(CheckpointingTrainer):
         stop: StopFlag,
         longest_wait_s: float,
         save_total_limit: int,
+        evaluation: Evaluation,
         lock: RunLock | None = None,
         term_gradients: bool = False,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.objective, self.data, self.processes = objective, data, processes
         self.schedule, self.done, self.longest_wait_s = schedule, done, longest_wait_s
-        self.save_total_limit, self.lock = save_total_limit, lock
+        self.save_total_limit, self.lock, self.evaluation = save_total_limit, lock, evaluation
         self.optimizer_settings = optimizer
         self.metrics, self.finite = metrics, FiniteCheck()
         self.health_checks = HealthChecks(objective.recipe, max_length=data.preparer.encoder.max_length)
@@ -253,6 +256,31 @@ class DistillTrainer(CheckpointingTrainer):
         with explained_write_faults(self.metrics.path.parent, "a log line"):
             super().log(logs, start_time)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's hook after a step that is due: judge the student, log that, and end the run where none gets better."""
+        step = self.state.global_step
+        self.control.should_evaluate = False  # Trainer asks once more at the end of its epoch
+        self.finite.check(wait=True)
+        found = self.evaluation(self.model_wrapped, self.objective, self.compute_loss_context_manager, step=step)
+        if found is None:  # a signal came: the run that goes on from here evaluates this step
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+        figures, seconds = found
+        self.metrics.leave_out(seconds)
+        figures = {name: round(value, 10) for name, value in {**figures, "seconds": round(seconds, 3)}.items()}
+        with explained_write_faults(self.metrics.path.parent, "a log line"):
+            line = {"step": step, "epoch": round(self.schedule.epoch(step), 5)}
+            self.metrics.write({**line, **{f"eval/{name}": value for name, value in figures.items()}})
+            super().log({f"{EVAL}{name}": value for name, value in figures.items()})
+        if self.evaluation.ended_early:
+            self.control.should_training_stop = True
+        return figures
+
+    def evaluate_if_left(self) -> None:
+        """After a resume: the step of the checkpoint, if a signal ended the run of before in its evaluation."""
+        if self.evaluation.due(self.state.global_step, self.schedule.steps):
+            self._evaluate()
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save once all losses so far are known to be finite; mark the checkpoint complete when every process has written."""
         self.finite.check(wait=True)
@@ -265,5 +293,6 @@ class DistillTrainer(CheckpointingTrainer):
             self.processes.wait()
             if self.processes.first:
                 state = {"metrics": totals, "processes": self.processes.world_size, "warnings": self.health_checks.reported}
+                state["evaluation"] = self.evaluation.state_dict()
                 mark_complete(folder, state)
                 remove_oldest(folder.parent, keep=self.save_total_limit)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ from tiny_runs import SAMPLES, STUDENT, TEACHER, copy_checkpoint, train, write_c
 from warm_door import WarmDoor
 
 from alignkd.models.loading import load_vlm
+from alignkd.pipeline.training.deepspeed_configs import read_deepspeed_config
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +51,16 @@ def door(tmp_path_factory):
     warm = WarmDoor(tmp_path_factory.mktemp("door"))
     yield warm
     warm.close()
+
+
+@pytest.fixture
+def sharding(request, tmp_path):
+    """The options for a way of sharing the work; of ZeRO-3 one that really splits parameters as small as these."""
+    if request.param == "ddp":
+        return []
+    if request.param != "zero3":
+        return ["--deepspeed", request.param]
+    shipped = read_deepspeed_config("zero3")
+    shipped["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(shipped))
+    return ["--deepspeed", tmp_path / "zero3.json"]

@@ -6,78 +6,20 @@ import json
 import os
 import shutil
 import signal
-import socket
-from contextlib import contextmanager
 
 import pytest
 import torch
+from jobs import distill_arguments, launched, run_job
 from safetensors.torch import load_file
-from tiny_runs import IMAGES, STUDENT, metrics, student_sha256, train, wait_until
+from tiny_runs import IMAGES, metrics, student_sha256, train, wait_until
 
 from alignkd.pipeline.training.checkpoints import RECORD
-from alignkd.pipeline.training.deepspeed_configs import read_deepspeed_config
 
 pytestmark = pytest.mark.processes
 
 # DeepSpeed takes long to start.
 ZERO1, ZERO2, ZERO3 = (pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3"))
 TERMS = ("loss", "supervised", "reverse_kl", "attention", "vision_all", "vision_focus")
-
-
-@contextmanager
-def launched(door, monkeypatch, *arguments, processes=2):
-    """The processes of one job, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with monkeypatch.context() as patch:
-        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port), ("WORLD_SIZE", processes)):
-            patch.setenv(name, str(value))
-        running = []
-        for rank in range(processes):
-            patch.setenv("RANK", str(rank))
-            patch.setenv("LOCAL_RANK", str(rank))
-            running.append(door.start(*arguments))
-    yield running
-
-
-def run_job(door, monkeypatch, *arguments, processes=2):
-    with launched(door, monkeypatch, *arguments, processes=processes) as running:
-        return [one.finish() for one in running]
-
-
-def distill_arguments(data, cache, out, *more):
-    arguments = ["distill", "--student", STUDENT, "--data", data, "--images", IMAGES, "--out", out, "--device", "cpu"]
-    arguments += ["--cache", cache] if cache else []
-    arguments += [
-        "--epochs",
-        3,
-        "--batch-size",
-        2,
-        "--learning-rate",
-        "1e-3",
-        "--projector-learning-rate",
-        "3e-3",
-        "--log-steps",
-        1,
-        "--workers",
-        0,
-        "--json",
-    ]
-    return [*arguments, *more]
-
-
-@pytest.fixture
-def sharding(request, tmp_path):
-    """The options for a way of sharing the work; of ZeRO-3 one that really splits parameters as small as these."""
-    if request.param == "ddp":
-        return []
-    if request.param != "zero3":
-        return ["--deepspeed", request.param]
-    shipped = read_deepspeed_config("zero3")
-    shipped["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (tmp_path / "zero3.json").write_text(json.dumps(shipped))
-    return ["--deepspeed", tmp_path / "zero3.json"]
 
 
 @pytest.fixture(scope="module")

@@ -136,10 +136,19 @@ class Metrics:
         }
         self._forget(step, seconds)
         self.last = line
+        self.write(line)
+        return line
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line about something else than training, such as held-out samples; its names begin with ``eval/``."""
         if self.writes:
             with self.path.open("a") as file:
                 file.write(_as_json(line) + "\n")
-        return line
+
+    def leave_out(self, seconds: float) -> None:
+        """Count these seconds, which were not spent on training, neither as time nor as waiting."""
+        self._started += seconds
+        self._waiting_since += seconds
 
     def _since_line(self, reduce: Reduce | None) -> dict[str, float]:
         waited = {"waited": self._waited, "seconds": time.perf_counter() - self._waiting_since}
@@ -182,7 +191,8 @@ class Metrics:
         if self.writes:
             lines = _lines_up_to(self.path, step) if self.path.exists() else []
             replace_text(self.path, "".join(line + "\n" for line in lines))
-            self.last = json.loads(lines[-1]) if lines else {}
+            found = [line for text in reversed(lines) if "loss" in (line := json.loads(text))]
+            self.last = found[0] if found else {}
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

@@ -11,6 +11,7 @@ from alignkd.pipeline.config.distill import DistillConfig
 _FOLDERS = {
     "student": "the student in Hugging Face form",
     "student-official": "the student in the layout of the official release",
+    "best": "the best student so far, by --keep-best",
     "adapter": "the low-rank updates and the projector, for PEFT",
     "metrics.jsonl": "the log lines",
     "tensorboard": "the log lines for TensorBoard",
@@ -56,8 +57,9 @@ def folders(out: Path) -> dict[str, str]:
 
 def next_command(config: DistillConfig, student: Path) -> str:
     """The command that evaluates the student on the data of the run, as it can be pasted into a shell."""
-    words = ["alignkd", "evaluate", "--model", str(student), "--data", config.data]
-    words += ["--images", config.images] if config.images else []
+    images = config.eval_images or config.images
+    words = ["alignkd", "evaluate", "--model", str(student), "--data", config.eval_data or config.data]
+    words += ["--images", images] if images else []
     words += ["--out", str(Path(config.out) / "evaluation")]
     words += [word for path in config.plugins for word in ("--plugin", path)]
     return shlex.join(words)
@@ -65,7 +67,7 @@ def next_command(config: DistillConfig, student: Path) -> str:
 
 def summary(figures: Mapping[str, Any]) -> str:
     """The figures of a run as text for people, with the warnings near the end."""
-    return "\n".join([*_counts(figures), *_terms(figures), *_warnings(figures), *_places(figures)])
+    return "\n".join([*_counts(figures), *_terms(figures), *_held_out(figures), *_warnings(figures), *_places(figures)])
 
 
 def _counts(figures: Mapping[str, Any]) -> list[str]:
@@ -86,6 +88,18 @@ def _terms(figures: Mapping[str, Any]) -> list[str]:
     rows = [f"  {'loss':<{width}}  {figures['loss']:>10.4g}"]
     rows += [f"  {name:<{width}}  {term['value']:>10.4g}  {term['share']:>6.1%}" for name, term in terms.items()]
     return ["", f"  {'':<{width}}  {'at the end':>10}   share", *rows]
+
+
+def _held_out(figures: Mapping[str, Any]) -> list[str]:
+    found, best = figures.get("held_out") or {}, figures.get("best")
+    width = max(map(len, found), default=0)
+    rows = [f"  {name:<{width}}  {value:>10.4g}" for name, value in found.items()]
+    rows = ["", "  evaluated at the end:", *rows] if rows else []
+    if best:
+        rows.append(f"  the best {best['name']}: {best['value']:.5g} at step {best['step']:,}, kept in best/")
+    if figures.get("ended_early"):
+        rows.append("  the run ended early: none was better for --patience evaluations")
+    return rows
 
 
 def _warnings(figures: Mapping[str, Any]) -> list[str]:

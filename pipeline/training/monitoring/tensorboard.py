@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+EVAL = "eval_"
+"""How transformers' trackers know figures of an evaluation by their names."""
+
+
 class TensorBoard(TrainerCallback):  # type: ignore[misc]
     """Writes each log line's numbers as scalars into a folder, from the first process alone.
 
@@ -34,9 +38,9 @@ class TensorBoard(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Write a log line; Trainer's own summary at the end, which has no loss, is not one."""
-        if self.writer is None or not logs or "loss" not in logs:
+        if self.writer is None or not logs or not ("loss" in logs or any(name.startswith(EVAL) for name in logs)):
             return
-        for name, value in logs.items():
+        for name, value in ((_grouped(name), value) for name, value in logs.items()):
             if isinstance(value, (int, float)) and name != "step":
                 self.writer.add_scalar(name if "/" in name else f"train/{name}", value, state.global_step)
         self.writer.flush()
@@ -46,6 +50,10 @@ class TensorBoard(TrainerCallback):  # type: ignore[misc]
         if self.writer is not None:
             self.writer.close()
             self.writer = None
+
+
+def _grouped(name: str) -> str:
+    return f"eval/{name.removeprefix(EVAL)}" if name.startswith(EVAL) else name
 
 
 def _keep_writer_threads_quiet() -> None:
