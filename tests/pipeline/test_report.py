@@ -558,3 +558,11 @@ def test_pictures_of_answers_cannot_lead_out_of_their_folder(tmp_path):
     (folder / "test" / "predictions.jsonl").write_text(json.dumps(line) + "\n")
     page, _ = page_of(tmp_path, folder, samples=0)
     assert "lies outside the image folder" in page.text
+
+
+def test_the_best_student_and_an_early_end_are_in_the_overview(tmp_path):
+    out = write_run(
+        tmp_path / "run", [log_line(8)], result={"best": {"name": "agreement", "value": 0.5, "step": 8}, "ended_early": True}
+    )
+    page, _ = page_of(tmp_path, out, samples=0)
+    assert "agreement 0.5, at step 8, then the run ended early" in page.text

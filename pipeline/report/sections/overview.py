@@ -39,6 +39,7 @@ def _facts(run: Run) -> dict[str, Text]:
         "steps": figure(run.last_step) + (f" of {steps:,}" if isinstance(steps, int) and steps != run.last_step else ""),
         "samples learned from": figure(_whole(run.last("samples"))),
         "loss in the last line": figure(run.last("loss")),
+        "best student": _best(result.get("best")) + (", then the run ended early" if result.get("ended_early") is True else ""),
         "time": "–" if seconds is None else duration(seconds),
         "processes": figure(result.get("processes")),
         "begun": f"resumed {started}" if settings.get("resume") else started,
@@ -46,6 +47,13 @@ def _facts(run: Run) -> dict[str, Text]:
         "versions": f"alignkd {versions.get('alignkd', '–')}, torch {versions.get('torch', '–')},"
         f" transformers {versions.get('transformers', '–')}",
     }
+
+
+def _best(found: Any) -> str:
+    """What ``--keep-best`` kept."""
+    if not isinstance(found, dict):
+        return "–"
+    return f"{found.get('name')} {figure(number(found.get('value')))}, at step {figure(_whole(number(found.get('step'))))}"
 
 
 def _targets(run: Run) -> str:
