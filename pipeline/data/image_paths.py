@@ -25,7 +25,7 @@ def image_path(root: Path, reference: str) -> Path:
     return Path(path)
 
 
-def check_image_folder(folder: str | None) -> None:
+def check_image_folder(folder: str | None, option: str = "--images") -> None:
     """Refuse an image folder that is not there, before a model is loaded and every sample is rejected for it.
 
     Raises:
@@ -33,4 +33,4 @@ def check_image_folder(folder: str | None) -> None:
     """
     if folder is not None and not Path(folder).is_dir():
         found = "is not a folder" if Path(folder).exists() else "does not exist"
-        raise ConfigError(f"--images {folder} {found}; give the folder that the image paths of the data file are relative to")
+        raise ConfigError(f"{option} {folder} {found}; give the folder that the image paths of the data file are relative to")

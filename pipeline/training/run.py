@@ -32,7 +32,7 @@ from alignkd.pipeline.runtime.signals import Interrupted, StopFlag, stop_on_sign
 from alignkd.pipeline.training.callbacks import RunCallback
 from alignkd.pipeline.training.checkpoints import find_latest, remove_incomplete, step_of
 from alignkd.pipeline.training.evaluation.best import FOLDER
-from alignkd.pipeline.training.evaluation.evaluation import Evaluation
+from alignkd.pipeline.training.evaluation.evaluation import EndedEarlyError, Evaluation
 from alignkd.pipeline.training.evaluation.open import open_evaluation
 from alignkd.pipeline.training.evaluation.plan import plan_evaluation
 from alignkd.pipeline.training.monitoring.metrics import Metrics
@@ -172,16 +172,18 @@ def _train(
         callback.trainer = trainer
         for unwanted in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(unwanted)
-        metrics.resume(state.get("metrics", {}), done)
         trainer.health_checks.resume(state.get("warnings"))
         evaluation.resume(state.get("evaluation"))
+        metrics.resume(state.get("metrics", {}), done, evaluated=evaluation.done_step)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except EndedEarlyError:
+            pass  # the student of the checkpoint is the run's
         except RuntimeError as error:
             raise (lost_loader(error) or error) from error
         finally:
             trainer.close()
-        left = evaluation.due(trainer.state.global_step, schedule.steps)
+        left = not evaluation.ended_early and evaluation.due(trainer.state.global_step, schedule.steps)
         if left or (trainer.state.global_step < schedule.steps and not evaluation.ended_early):
             signal = stop.signal_name or "a signal to another process"
             raise Interrupted(f"stopped by {signal} at step {trainer.state.global_step}; continue with --resume")

@@ -24,10 +24,10 @@ from alignkd.pipeline.feeding.row_checks import MisalignedRowError
 from alignkd.pipeline.runtime.out_folder.lock import RunLock
 from alignkd.pipeline.runtime.out_folder.write_faults import explained_write_faults
 from alignkd.pipeline.runtime.processes import Processes
-from alignkd.pipeline.runtime.signals import StopFlag
+from alignkd.pipeline.runtime.signals import Interrupted, StopFlag
 from alignkd.pipeline.training.checkpointing_trainer import CheckpointingTrainer
 from alignkd.pipeline.training.checkpoints import mark_complete, remove_oldest, sealed_or_removed
-from alignkd.pipeline.training.evaluation.evaluation import Evaluation
+from alignkd.pipeline.training.evaluation.evaluation import EndedEarlyError, Evaluation
 from alignkd.pipeline.training.monitoring.health_checks import FiniteCheck, HealthChecks
 from alignkd.pipeline.training.monitoring.metrics import PRECISION, Metrics
 from alignkd.pipeline.training.monitoring.tensorboard import EVAL
@@ -277,9 +277,20 @@ class DistillTrainer(CheckpointingTrainer):
         return figures
 
     def evaluate_if_left(self) -> None:
-        """After a resume: the step of the checkpoint, if a signal ended the run of before in its evaluation."""
-        if self.evaluation.due(self.state.global_step, self.schedule.steps):
+        """After a resume: the step of the checkpoint, if a signal ended the run of before in its evaluation.
+
+        Raises:
+            Interrupted: a signal came again; the checkpoint is still that of the step.
+            EndedEarlyError: nothing is left to train.
+        """
+        step = self.state.global_step
+        if not self.evaluation.ended_early and self.evaluation.due(step, self.schedule.steps):
             self._evaluate()
+            if self.evaluation.due(step, self.schedule.steps):
+                signal = self.stop.signal_name or "a signal to another process"
+                raise Interrupted(f"stopped by {signal} at step {step}; continue with --resume")
+        if self.evaluation.ended_early:
+            raise EndedEarlyError
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save once all losses so far are known to be finite; mark the checkpoint complete when every process has written."""

@@ -191,6 +191,45 @@ def test_a_stopped_run_goes_on_with_the_same_evaluations_and_the_same_best(
     assert student_sha256(tmp_path / "out") == student_sha256(undisturbed)
 
 
+def test_an_evaluation_that_signals_put_off_twice_is_made_by_the_run_after(
+    tmp_path, data, cache, held_out, held_cache, judged, monkeypatch
+):
+    undisturbed, _ = judged
+    given = settings(held_out, held_cache, eval_steps=4, keep_best="loss")
+    real = HeldOut.measure
+
+    def stopped(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldOut, "measure", stopped)
+        for resume in (False, True):
+            with pytest.raises(Interrupted, match="at step 4"):
+                train(data, cache, tmp_path / "out", resume=resume, **given)
+            assert evaluations(tmp_path / "out") == []
+    train(data, cache, tmp_path / "out", resume=True, **given)
+    found, wanted = (
+        [{k: v for k, v in line.items() if k != "eval/seconds"} for line in evaluations(out)]
+        for out in (tmp_path / "out", undisturbed)
+    )
+    assert found == wanted
+    assert student_sha256(tmp_path / "out") == student_sha256(undisturbed)
+
+
+def test_a_run_that_ended_early_trains_no_further_when_it_is_resumed(tmp_path, data, cache, held_out, held_cache):
+    """Its last checkpoint is of the step at which it ended."""
+    given = settings(held_out, held_cache, eval_steps=1, keep_best="loss", patience=2, learning_rate=0.0, save_steps=1)
+    ended = train(data, cache, tmp_path / "out", **given)
+    lines, student = evaluations(tmp_path / "out"), student_sha256(tmp_path / "out")
+    again = train(data, cache, tmp_path / "out", resume=True, **given)
+    assert ended["ended_early"]
+    assert again["ended_early"]
+    assert again["steps"] == ended["steps"] == 3
+    assert evaluations(tmp_path / "out") == lines
+    assert student_sha256(tmp_path / "out") == student
+
+
 def test_the_best_student_is_the_one_of_its_step_and_loads(judged, data, cache, tmp_path, held_out, held_cache):
     out, figures = judged
     losses = {line["step"]: line["eval/loss"] for line in evaluations(out)}
@@ -283,12 +322,14 @@ def test_held_out_samples_that_are_trained_on_are_warned_of(tmp_path, data, cach
             {"eval_benchmark": ("gqa:2",), "benchmark_root": str(BENCHMARKS), "patience": 2, "keep_best": "gqa"},
             "give --eval-steps",
         ),
-        ({"eval_images": "nowhere", "eval_data": "x"}, "nowhere does not exist"),
+        ({"eval_images": "nowhere", "eval_data": "x"}, "--eval-images nowhere does not exist"),
+        ({"eval_data": "nowhere.json"}, "--eval-data nowhere.json is not a file"),
+        ({"eval_data": __file__, "eval_cache": "no-cache-here"}, "no-cache-here"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused_before_a_model_is_loaded(tmp_path, data, given, words):
     config = replace(stage_two_config(data, tmp_path / "no-cache", tmp_path / "out"), student="no-student", **given)
-    with pytest.raises((ConfigError, DataError), match=words):
+    with pytest.raises((CacheError, ConfigError, DataError), match=words):
         plan_evaluation(config)
 
 

@@ -26,6 +26,10 @@ from alignkd.pipeline.training.evaluation.plan import EvaluationPlan, best_names
 _log = logging.getLogger(__name__)
 
 
+class EndedEarlyError(Exception):
+    """The checkpoint that a run goes on from is already its end: no better figure for as long as ``--patience`` allows."""
+
+
 @dataclass
 class Evaluation:
     """The evaluations of one run. ``write``: puts the student into a folder; every process calls it, the first one writes.
@@ -139,6 +143,7 @@ class Evaluation:
             self.done_step = state["step"] if type(state.get("step")) is int else 0
             if self.best is not None:
                 self.best.resume(state.get("best"))
+                self.ended_early = self.patience is not None and self.best.since >= self.patience
 
     def fingerprint(self) -> str | None:
         """Digest of the held-out samples; None without."""

@@ -4,7 +4,9 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.errors import ConfigError, DataError
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.data.image_paths import check_image_folder
@@ -40,11 +42,13 @@ def plan_evaluation(config: DistillConfig) -> EvaluationPlan:
     Raises:
         ConfigError: options that contradict each other.
         DataError: files or pictures of a benchmark are missing.
+        CacheError: there is no cache of the held-out samples.
     """
     wanted = dict(_parse(text) for text in config.eval_benchmark)
     held_out = config.eval_data is not None
     _check_options(config, held_out, bool(wanted))
-    check_image_folder(config.eval_images)
+    check_image_folder(config.eval_images, "--eval-images")
+    _check_files(config)
     root = config.benchmark_root
     assert root is not None or not wanted
     found = {name: _sampled(open_benchmark(name, root or ""), count, config.seed) for name, count in wanted.items()}
@@ -76,6 +80,13 @@ def _check_options(config: DistillConfig, held_out: bool, benchmarks: bool) -> N
         raise ConfigError("--patience counts evaluations without a better figure: say which one with --keep-best")
     if config.patience is not None and config.eval_steps is None:
         raise ConfigError("--patience needs evaluations on the way: give --eval-steps")
+
+
+def _check_files(config: DistillConfig) -> None:
+    if config.eval_data is not None and not Path(config.eval_data).is_file():
+        raise ConfigError(f"--eval-data {config.eval_data} is not a file; give held-out samples in the format of --data")
+    if config.eval_cache is not None:
+        CacheReader(config.eval_cache)  # says what is wrong with it
 
 
 def _parse(text: str) -> tuple[str, int]:

@@ -177,10 +177,10 @@ class Metrics:
             "since_line": {name: value for name, value in since.items() if name not in ("waited", "seconds")},
         }
 
-    def resume(self, state: Mapping[str, Any], step: int) -> None:
+    def resume(self, state: Mapping[str, Any], step: int, *, evaluated: int = 0) -> None:
         """Continue from a checkpoint's state (empty: from the start), with any number of processes.
 
-        Lines of steps that are run again are dropped from the file.
+        Lines of steps that are run again are dropped from the file, and evaluations of steps after ``evaluated``.
 
         Raises:
             CheckpointError: the state or the file is damaged.
@@ -189,19 +189,24 @@ class Metrics:
         with wrap_errors(CheckpointError, damaged, TypeError, ValueError, AttributeError, RuntimeError):
             self._start(state, step)
         if self.writes:
-            lines = _lines_up_to(self.path, step) if self.path.exists() else []
+            lines = _lines_up_to(self.path, step, evaluated) if self.path.exists() else []
             replace_text(self.path, "".join(line + "\n" for line in lines))
             found = [line for text in reversed(lines) if "loss" in (line := json.loads(text))]
             self.last = found[0] if found else {}
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    """The log lines of steps up to this one."""
+def _lines_up_to(path: Path, step: int, evaluated: int) -> list[str]:
+    """The log lines of steps up to this one; those of evaluations, up to the step last ``evaluated``."""
     damaged = f"--resume: {path} is damaged: remove it, or the lines that are not JSON"
     with wrap_errors(CheckpointError, damaged, ValueError, KeyError, TypeError, RecursionError):
         lines = path.read_text().splitlines()
         # A kill can cut the last line short; it belongs to a step that is run again.
-        return [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        whole = [(line, json.loads(line)) for line in lines if line.endswith("}")]
+        return [line for line, found in whole if found["step"] <= (evaluated if _is_evaluation(found) else step)]
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in line)
 
 
 def _as_json(line: Mapping[str, Any]) -> str:
