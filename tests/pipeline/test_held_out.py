@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -31,14 +32,16 @@ from alignkd.capture.attention import capture, enable_capture
 from alignkd.errors import CacheError, ConfigError, DataError
 from alignkd.losses.recipes import RECIPES
 from alignkd.models.loading import load_vlm
+from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.evaluate.benchmarks.registry import open_benchmark
 from alignkd.pipeline.evaluate.running.answering import RunSettings, run_benchmark
 from alignkd.pipeline.runtime.signals import Interrupted
 from alignkd.pipeline.training.distillation import open_distillation
 from alignkd.pipeline.training.evaluation import evaluation as evaluation_module
-from alignkd.pipeline.training.evaluation.best import Best, read_best
+from alignkd.pipeline.training.evaluation.best import Best, read_best, restore
 from alignkd.pipeline.training.evaluation.held_out import HeldOut
 from alignkd.pipeline.training.evaluation.plan import plan_evaluation
+from alignkd.targets.logit_settings import LogitSettings
 
 BENCHMARKS = IMAGES.parents[1] / "benchmarks"
 WORDS = [("hot", "A kite."), ("cold", "Two red balls, and a small one."), ("big", "Nothing."), ("far", "A cup of tea.")]
@@ -250,6 +253,35 @@ def test_a_damaged_best_is_not_called_one(judged, tmp_path):
     (copy / "best.json").write_text((out / "best" / "best.json").read_text())
     assert read_best(tmp_path / "copy") is None
     assert read_best(tmp_path) is None
+
+
+def test_a_kill_between_the_two_renames_loses_no_best_student(judged, tmp_path):
+    out, _ = judged
+    copy = tmp_path / "run"
+    shutil.copytree(out / "best", copy / "best.old")
+    assert read_best(copy) is None
+    restore(copy)
+    assert read_best(copy) == read_best(out) is not None
+    restore(copy)
+    assert read_best(copy) == read_best(out)
+
+
+def test_a_record_of_the_best_that_was_changed_is_not_believed(judged, tmp_path):
+    out, _ = judged
+    shutil.copytree(out / "best", tmp_path / "best")
+    path = tmp_path / "best" / "best.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "value": 0.0}))
+    assert read_best(tmp_path) is None
+
+
+def test_one_kept_token_says_nothing_of_the_teachers_likeliest(tmp_path, data, held_out, caplog):
+    one = TargetSettings(logits=LogitSettings(kind="topk", top_k=1))
+    write_cache(data, tmp_path / "c", settings=one)
+    write_cache(held_out, tmp_path / "h", settings=one)
+    figures = train(data, tmp_path / "c", tmp_path / "out", max_steps=1, **settings(held_out, tmp_path / "h"))
+    assert "agreement" not in figures["held_out"]
+    assert "reverse_kl" in figures["held_out"]
+    assert "agreement with the teacher is not measured" in caplog.text
 
 
 def test_no_better_figure_for_as_long_as_patience_ends_the_run_well(tmp_path, data, cache, held_out, held_cache):

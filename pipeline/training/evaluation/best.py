@@ -1,7 +1,7 @@
 """The best student so far: which figure decides, how long none was better, and the folder that holds the student.
 
-A better student is written beside the folder and takes its place in two renames: a kill leaves the one of before, the new one,
-or none under the folder's name, which the run that goes on mends when it evaluates the step again.
+A better student is written beside the folder and takes its place in two renames: a kill leaves the one of before or the new
+one, under the folder's name or, between the renames, under that of the old one, which :func:`restore` mends.
 """
 
 import hashlib
@@ -80,17 +80,25 @@ def keep(out: Path, best: Best, write: Callable[[Path], None]) -> None:
     """
     part, old, folder = (out / f"{FOLDER}{end}" for end in (".part", ".old", ""))
     with explained_write_faults(out, "the best student"):
+        restore(out)
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
         part.mkdir()
         write(part)
         files = {str(path.relative_to(part)): _sha256(path) for path in sorted(part.rglob("*")) if path.is_file()}
-        record = {"name": best.name, "value": best.value, "step": best.step, "sha256": files}
-        (part / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        record: dict[str, Any] = {"name": best.name, "value": best.value, "step": best.step, "sha256": files}
+        (part / RECORD).write_text(json.dumps(record | {"seal": _seal(record)}, indent=2) + "\n")
         if folder.exists():
             folder.rename(old)
         part.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(out: Path) -> None:
+    """Give the best of before its name back, where a kill came before the new one had it."""
+    old, folder = out / f"{FOLDER}.old", out / FOLDER
+    if old.is_dir() and not old.is_symlink() and not folder.exists():
+        old.rename(folder)
 
 
 def read_best(out: Path) -> dict[str, Any] | None:
@@ -100,11 +108,17 @@ def read_best(out: Path) -> dict[str, Any] | None:
         if path.stat().st_size > _BYTES:
             return None
         record = json.loads(path.read_bytes())
+        if record.pop("seal") != _seal(record):
+            return None
         if any(_sha256(out / FOLDER / name) != digest for name, digest in record["sha256"].items()):
             return None
         return {"name": record["name"], "value": record["value"], "step": record["step"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _seal(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

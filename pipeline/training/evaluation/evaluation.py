@@ -19,7 +19,7 @@ from alignkd.pipeline.evaluate.running.schedule import share_of
 from alignkd.pipeline.runtime.processes import Processes
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.runtime.signals import StopFlag
-from alignkd.pipeline.training.evaluation.best import Best, keep, read_best
+from alignkd.pipeline.training.evaluation.best import Best, keep, read_best, restore
 from alignkd.pipeline.training.evaluation.held_out import HeldOut, StoppedError
 from alignkd.pipeline.training.evaluation.plan import EvaluationPlan, best_names
 
@@ -63,6 +63,8 @@ class Evaluation:
         if name not in known:
             raise ConfigError(f"--keep-best {name} is not measured in this run; measured are {', '.join(known)}")
         self.best, self.patience = Best.of(name, self.plan.benchmarks), patience
+        if self.processes.first:
+            restore(self.out)
 
     def due(self, step: int, last: int) -> bool:
         """Whether a step is still to be evaluated."""

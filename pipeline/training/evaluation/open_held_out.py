@@ -16,6 +16,7 @@ from alignkd.pipeline.feeding.order import WINDOW_SHARDS
 from alignkd.pipeline.training.evaluation.held_out import HeldOut
 from alignkd.pipeline.training.run_inputs import RunInputs, open_data
 from alignkd.pipeline.training.teacher_source import Teacher, open_teacher
+from alignkd.targets.logits import LogitCodec
 
 _BATCH = 16
 _NAMED = 3
@@ -36,7 +37,7 @@ def open_held_out(inputs: RunInputs, training: TrainingSet, objective: Objective
     teacher: Teacher | None = None
     if config.online_teacher is not None:
         data, recipe = open_data(replace(inputs, config=own)), config.recipe
-        agreement = objective.logit_codec is not None
+        agreement = _names_likeliest(objective.logit_codec)
     else:
         reader = _reader(inputs)
         found = _with_reader(replace(inputs, config=own), reader, inputs.reader)
@@ -44,11 +45,19 @@ def open_held_out(inputs: RunInputs, training: TrainingSet, objective: Objective
         teacher = None if same else open_teacher(found)
         recipe = config.recipe if reader is not None else RECIPES["sft"]
         codec = objective.logit_codec if same else teacher.logit_codec if teacher else None
-        agreement = reader is not None and "logits" in found.needs and codec is not None
+        agreement = reader is not None and "logits" in found.needs and _names_likeliest(codec)
     if data.preparer.encoder.prompt_date:
         data.preparer.encoder.prompt_date = training.preparer.encoder.prompt_date
     _warn_of_shared(data, training)
     return HeldOut(data, recipe, teacher, agreement, batch_size)
+
+
+def _names_likeliest(codec: LogitCodec | None) -> bool:
+    """Whether targets say which token is the teacher's likeliest: of one kept token that may be the label instead."""
+    if codec is not None and codec.kind != "hidden" and codec.settings.top_k < 2:
+        _log.warning("the cache keeps one token an answer, the label: agreement with the teacher is not measured")
+        return False
+    return codec is not None
 
 
 def _reader(inputs: RunInputs) -> CacheReader | None:
