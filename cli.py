@@ -1,11 +1,11 @@
 """The command line: the names of the commands, and the module that each is in. Nothing else is imported until it is used."""
 
-from importlib import import_module
 from typing import Any
 
 import click
 
 from alignkd.errors import AlignkdError, is_resumable
+from alignkd.pipeline.commands.options.lazy import LazyCommands
 from alignkd.pipeline.commands.output.messages import log_end, make_streams_safe, shown_escaped
 from alignkd.version import __version__
 
@@ -21,7 +21,6 @@ _COMMANDS = {
     "benchmark": "benchmark:benchmark",
     "demo": "demo:demo_command",
 }
-"""``module:function`` in :mod:`alignkd.pipeline.commands`, in the order that ``--help`` shows."""
 
 
 class UserError(click.ClickException):
@@ -36,12 +35,14 @@ class TryAgainError(UserError):
     exit_code = 75
 
 
-class LazyGroup(click.Group):
+class LazyGroup(LazyCommands):
     """Imports a command when it is asked for, and turns errors that a user can act on into one message.
 
     An error that is neither :class:`AlignkdError` nor OSError is a bug: it keeps its traceback. Messages hold text from
     others, so they are shown with its hidden characters escaped.
     """
+
+    modules = _COMMANDS
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Click's hook."""
@@ -52,18 +53,6 @@ class LazyGroup(click.Group):
         """Click's hook."""
         with shown_escaped():
             return super().make_context(*args, **kwargs)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Click's hook."""
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Click's hook."""
-        if cmd_name not in _COMMANDS:
-            return None
-        module, _, name = _COMMANDS[cmd_name].partition(":")
-        command: click.Command = getattr(import_module(f"alignkd.pipeline.commands.{module}"), name)
-        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         """Click's hook."""
