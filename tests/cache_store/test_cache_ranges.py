@@ -44,6 +44,7 @@ def read_all(url) -> int:
     seed=st.integers(0, 10_000),
     sharp=st.sampled_from([0.0, 0.3, 1.0, 3.0, 10.0, 60.0]),
 )
+@pytest.mark.slow
 def test_whatever_a_teacher_gives_is_accepted(tmp_path_factory, kind, attention, vision, heads, shard_format, seed, sharp):
     spec = spec_of(kind, attention, vision, heads)
     store = teacher_cache(tmp_path_factory.mktemp("any") / "cache", spec, shard_format, seed=seed, sharp=sharp)

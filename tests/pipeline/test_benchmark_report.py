@@ -325,6 +325,7 @@ def test_what_is_no_result_is_refused_with_one_message(tmp_path, name):
     assert not (tmp_path / "to").exists()
 
 
+@pytest.mark.slow
 def test_the_command_prints_figures_and_refuses_with_exit_code_2(door, outs, tmp_path):
     shown = door("benchmark", "report", *outs, "--to", tmp_path / "to", "--json", "--resamples", 200)
     assert shown.code == 0, shown.stderr

@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 PLUGIN = EXAMPLES / "own_term.py"
 
 
+@pytest.mark.slow
 def test_the_objective_on_a_batch_is_a_few_lines_of_the_public_api(data, cache):
     script = EXAMPLES / "objective_on_a_batch.py"
     options = {"--student": STUDENT, "--cache": cache, "--data": data, "--images": IMAGES}

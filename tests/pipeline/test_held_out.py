@@ -387,6 +387,7 @@ def test_only_a_better_finite_figure_is_the_best(rises, values, steps):
     assert other == best
 
 
+@pytest.mark.slow
 def test_figures_do_not_depend_on_the_number_of_processes(door, monkeypatch, tmp_path, data, cache, held_out, held_cache):
     lines = []
     for processes in (1, 2):

@@ -46,6 +46,7 @@ def stop_at(step, monkeypatch):
     monkeypatch.setattr(RunCallback, "on_step_end", on_step_end)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_term_of_its_own_trains_it_and_resumes_to_the_same_bits(data, cache, tmp_path, monkeypatch):
     settings = {"recipe": "align-kd", "overrides": {"lifted": "0.1", "vision": "0"}, "term_gradients": True}
     whole, out = tmp_path / "whole", tmp_path / "out"

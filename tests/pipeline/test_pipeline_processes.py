@@ -142,6 +142,7 @@ def test_an_error_of_one_process_ends_the_others(door, monkeypatch, data, cache,
     assert "Traceback" not in first.stderr
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_not_awaited_for_ever(door, monkeypatch, data, cache, tmp_path):
     arguments = distill_arguments(data, cache, tmp_path / "out", "--epochs", 5000, "--max-wait", 5)
     with launched(door, monkeypatch, *arguments) as running:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_pipeline_processes import distill_arguments, run_job, sharding  # noqa: F401 - a fixture
+from jobs import distill_arguments, run_job
 from tiny_runs import metrics, train, write_cache
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
@@ -12,7 +12,7 @@ TERMS = ("loss", "supervised", "reverse_kl", "attention", "vision_all", "vision_
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "zero3"], indirect=True)
-def test_two_processes_learn_weights_and_layers_as_one_does(door, monkeypatch, data, tmp_path, sharding):  # noqa: F811
+def test_two_processes_learn_weights_and_layers_as_one_does(door, monkeypatch, data, tmp_path, sharding):
     write_cache(data, tmp_path / "cache", attention_layers="all@2")
     overrides = {"weighting_learning_rate": "0.1", "attention_layers": "all", "attention_distance": "cosine"}
     settings = {"epochs": 3.0, "batch_size": 4, "projector_learning_rate": 3e-3}

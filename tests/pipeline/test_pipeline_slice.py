@@ -117,6 +117,7 @@ def test_a_slice_trains_loss_by_loss_as_exact_targets_do(data, expected, tmp_pat
     assert_same_metrics(metrics(tmp_path / "out"), expected)
 
 
+@pytest.mark.slow
 def test_the_command_line_goes_from_a_slice_to_the_same_student(door, data, tmp_path, expected):
     common = ["--data", data, "--images", IMAGES, "--device", "cpu", "--cache", tmp_path / "cache"]
     made = door("cache-teacher", "--teacher", TEACHER, "--alignment", "slice", "--shard-samples", 2, *common, "--json")

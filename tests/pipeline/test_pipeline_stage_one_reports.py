@@ -75,6 +75,7 @@ def test_a_batch_halved_for_lack_of_memory_is_a_warning(tmp_path, caplog, monkey
     assert "the batch is halved" in warning
 
 
+@pytest.mark.slow
 def test_the_log_is_quiet_unless_a_caller_asks_for_it(long_data, tmp_path):
     script = """
 import sys

@@ -43,6 +43,7 @@ def test_truncated_samples_are_counted_in_every_line_and_reported_once(long_data
     assert f"longer than --max-length {MAX_LENGTH}" in warnings[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_count_and_one_of_an_older_checkpoint_begins_at_zero(
     long_data, long_cache, tmp_path, monkeypatch
 ):

@@ -121,6 +121,7 @@ def test_a_file_where_the_cache_should_be_is_one_message(tmp_path, eight):
     assert (tmp_path / "cache").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_object_store_that_stops_answering_is_one_message_and_a_rerun_completes_the_same_cache(
     s3, s3_url, eight, expected, monkeypatch
 ):

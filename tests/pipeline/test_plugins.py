@@ -74,6 +74,7 @@ def test_a_plugin_that_ends_the_program_is_a_users_error(tmp_path):
         load_plugins([path])
 
 
+@pytest.mark.slow
 def test_importing_alignkd_loads_nothing_heavy_and_its_public_names_are_there():
     code = (
         "import sys, alignkd; heavy = {'torch', 'transformers', 'numpy', 'click'} & set(sys.modules); assert not heavy, heavy;"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny_runs import IMAGES, STUDENT
 
 from alignkd.models.loading import load_vlm
@@ -32,6 +33,7 @@ print(json.dumps({"options": sys.argv[1:], "answers": [model.generate(one, datas
 }
 
 
+@pytest.mark.slow
 def test_it_answers_as_evaluate_does_and_hands_its_other_options_to_run_py(tmp_path):
     for name, text in STUB.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
