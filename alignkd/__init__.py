@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from alignkd.models.registry import FamilyRecord as FamilyRecord
     from alignkd.models.registry import register_family as register_family
     from alignkd.objective import Objective as Objective
+    from alignkd.pipeline.cache_admin.webdataset_rows import decode_row as decode_row
     from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig as CacheTeacherConfig
     from alignkd.pipeline.config.distill import DistillConfig as DistillConfig
     from alignkd.pipeline.config.evaluate import EvaluateConfig as EvaluateConfig
@@ -49,6 +50,7 @@ _PUBLIC = {
     "Recipe": "losses.recipes",
     "TargetSettings": "pipeline.config.targets",
     "cache_teacher": "pipeline.stage_one.worker",
+    "decode_row": "pipeline.cache_admin.webdataset_rows",
     "distill": "pipeline.training.run",
     "evaluate": "pipeline.evaluate.runner",
     "get_recipe": "losses.recipes",

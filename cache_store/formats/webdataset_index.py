@@ -96,6 +96,14 @@ def read_index(spec: CacheSpec, data: bytes) -> Index:
     return Index(ids, shapes, base, places)
 
 
+def read_fields(data: bytes) -> tuple[FieldSpec, ...]:
+    """The fields that the index of a shard describes. Any error of a damaged index passes."""
+    entries = load_json(_find(data)[1])["fields"]
+    return tuple(
+        FieldSpec(name, **{key: entry[key] for key in entry.keys() - {"shapes", "parts"}}) for name, entry in entries.items()
+    )
+
+
 def read_shapes(field: FieldSpec, file: BinaryIO, rows: int) -> NDArray[np.int32]:
     """The decoded shapes of a field, ``[rows, ndim]``; only the index is read.
 

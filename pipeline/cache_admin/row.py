@@ -5,7 +5,7 @@ Shapes: H heads, T text rows, V vision columns, D teacher width, A answers, K ke
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,9 @@ from alignkd.inputs.spans import counted
 from alignkd.pipeline.config.cache_layout import LOGIT_TENSOR, attention_layer, is_slice
 from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 from alignkd.targets.logit_levels import decode_kept
+
+ID_OF_RANK = LOGIT_TENSOR.format("id_of_rank")
+"""The tensor of a cache that turns ranks into token ids."""
 
 _OWN_LOADER = ("mobilevlm", "minigpt4")
 _RECOMPUTED = "stage two recomputes attention and vision tokens from the teacher's slice, which the cache holds once"
@@ -49,23 +52,25 @@ def row_arrays(reader: CacheReader, row: Row) -> dict[str, np.ndarray]:
     check_fingerprint_keys(reader.fingerprint, "targets", cache=reader.url)
     message = f"the row of {row.sample_id!r} cannot be decoded: run alignkd cache verify {shlex.quote(reader.url)}"
     with wrap_errors(CacheError, message, KeyError, IndexError, TypeError, ValueError):
-        return _decode(reader, row.values)
+        logits = reader.fingerprint["targets"]["logits"]
+        return named_arrays(row.values, logits and logits["kind"], lambda: reader.tensors[ID_OF_RANK])
 
 
-def _decode(reader: CacheReader, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def named_arrays(
+    values: Mapping[str, np.ndarray], logits: str | None, id_of_rank: Callable[[], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The values of a row under their public names. ``logits``: their kind; ``id_of_rank``: the tensor of this name."""
     arrays = {"input_ids": values["input_ids"].astype(np.int64), "labels": values["labels"].astype(np.int64)}
     layers = {name: layer for name in values if (layer := attention_layer(name)) is not None}
     arrays |= {f"attention_{layer}_HTV" if layer else "attention_HTV": values[name] for name, layer in layers.items()}
     if "vision_tokens" in values:
         arrays["vision_tokens_VD"] = values["vision_tokens"]
-    logits = reader.fingerprint["targets"]["logits"]
     if logits is None:
         return arrays
-    if logits["kind"] == "hidden":
+    if logits == "hidden":
         return {**arrays, "hidden_AD": values["hidden"]}
-    id_of_rank_N = reader.tensors[LOGIT_TENSOR.format("id_of_rank")]
     kept = values["topk_rank_steps"], values["topk_logprob_codes"], values["tail_logmass"]
-    ids_AK, logprobs_AK, tail_A = decode_kept(*kept, id_of_rank_N)
+    ids_AK, logprobs_AK, tail_A = decode_kept(*kept, id_of_rank())
     return {**arrays, "topk_ids_AK": ids_AK, "topk_logprobs_AK": logprobs_AK, "tail_mass_A": np.exp(tail_A)}
 
 
