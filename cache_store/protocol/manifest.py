@@ -14,6 +14,7 @@ from typing import Any
 from alignkd.cache_store.errors import UnusableObjectError
 from alignkd.cache_store.formats.registry import get_format
 from alignkd.cache_store.limits import MAX_JSON_BYTES, load_json
+from alignkd.cache_store.protocol.further_plans import load_whole
 from alignkd.cache_store.protocol.plan import Plan, check_summary
 from alignkd.cache_store.protocol.tensors import TensorEntry
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
@@ -22,21 +23,32 @@ from alignkd.errors import AlignkdError, CacheError, wrap_errors
 
 NAME = "cache.json"
 FORMAT_VERSION = 3
+GROWN_VERSION = 4
+"""The format version of a cache with further plans: programs that know only the first plan must refuse it."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Fields and fingerprint, the name of the shard format, the summary of the plan (``Plan.summary``), tensors by name."""
+    """Fields and fingerprint, the name of the shard format, the summary of the first plan (``Plan.summary``), tensors by name.
+
+    ``version``: :data:`FORMAT_VERSION`, or :data:`GROWN_VERSION` from the moment when a further plan is about to be written.
+    """
 
     spec: CacheSpec
     shard_format: str
     plan: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
+
+    @property
+    def grown(self) -> bool:
+        """Whether there may be further plans."""
+        return self.version == GROWN_VERSION
 
     def to_json(self) -> str:
         """Readable JSON with its own checksum; keys are sorted, so equal manifests are equal bytes."""
         content = {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.version,
             "shard_format": self.shard_format,
             **self.spec.to_dict(),
             "plan": self.plan,
@@ -54,10 +66,10 @@ class Manifest:
         with wrap_errors(CacheError, "not the manifest of a cache"):
             content = load_json(text.encode())
             version = content["format_version"]
-            if version != FORMAT_VERSION:
+            if version not in (FORMAT_VERSION, GROWN_VERSION) or isinstance(version, bool):
                 raise CacheError(
-                    f"found cache format {version!r}, expected {FORMAT_VERSION}:"
-                    " read it with the alignkd that wrote it, or write a new cache"
+                    f"found cache format {version!r}, expected {FORMAT_VERSION}"
+                    f" or {GROWN_VERSION}: read it with the alignkd that wrote it, or write a new cache"
                 )
             if content.pop("sha256") != _checksum(content):
                 raise CacheError("its checksum does not match: the file is damaged")
@@ -65,14 +77,15 @@ class Manifest:
             check_summary(content["plan"])
             fields = tuple(FieldSpec(**entry) for entry in content["fields"])
             tensors = {name: TensorEntry(name, **entry) for name, entry in content["tensors"].items()}
-            manifest = cls(CacheSpec(fields, content["fingerprint"]), content["shard_format"], content["plan"], tensors)
+            spec = CacheSpec(fields, content["fingerprint"])
+            manifest = cls(spec, content["shard_format"], content["plan"], tensors, version)
             if manifest.to_json() != text:
                 raise CacheError("it differs from what alignkd writes: the file is damaged")
             return manifest
 
     def load_plan(self, storage: Storage) -> Plan:
-        """The plan; CacheError if it is missing or damaged."""
-        return Plan.load(storage, self.plan)
+        """The plan, with the further ones if there are any; CacheError if one is missing or damaged."""
+        return load_whole(storage, self.plan) if self.grown else Plan.load(storage, self.plan)
 
 
 def read_manifest(storage: Storage) -> Manifest:

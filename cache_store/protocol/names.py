@@ -26,11 +26,11 @@ _SUFFIX = "|".join(re.escape(shard_format.SUFFIX) for shard_format in FORMATS.va
 _OBJECT = re.compile(rf"{SHARDS}/{_NUMBER}-([0-9a-f]{{12}})({_SUFFIX})", re.ASCII)
 _RECORD = re.compile(rf"{_NUMBER}\.json", re.ASCII)
 _RUN = re.compile(r"[0-9a-f]{16}\.json")
-_PLAN_ARRAY = re.compile(r"[a-z][a-z0-9_]{0,63}-[0-9a-f]{12}\.npy")
+_PLAN_PART = re.compile(rf"[a-z][a-z0-9_]{{0,63}}-[0-9a-f]{{12}}\.npy|{_NUMBER}\.json", re.ASCII)
 _TENSOR = re.compile(r"[a-z][a-z0-9_.]{0,199}-[0-9a-f]{12}\.npy")
 _REPORT = re.compile(r"[0-9a-f]{16}-\d{8}\.json", re.ASCII)
 
-_OURS = {PLAN: _PLAN_ARRAY, RUNS: _RUN, TENSORS: _TENSOR, WORKERS: _REPORT, RETRIES: _RECORD, COMMITS: _RECORD}
+_OURS = {PLAN: _PLAN_PART, RUNS: _RUN, TENSORS: _TENSOR, WORKERS: _REPORT, RETRIES: _RECORD, COMMITS: _RECORD}
 
 
 def object_name(number: int, data: bytes, suffix: str) -> str:
@@ -63,6 +63,16 @@ def retry_name(number: int) -> str:
 def marked_numbers(storage: Storage) -> list[int]:
     """Numbers of the shards that have such a mark, ascending; no mark is read."""
     return sorted(int(match[1]) for name in storage.names(RETRIES) if (match := _RECORD.fullmatch(name)))
+
+
+def further_plan_name(number: int) -> str:
+    """Name of the record of a further plan, counted from 1, whether it exists or not."""
+    return f"{PLAN}/{number:06d}.json"
+
+
+def further_plan_numbers(storage: Storage) -> list[int]:
+    """Numbers of the further plans that a listing tells, ascending; no record is read."""
+    return sorted(int(match[1]) for name in storage.names(PLAN) if (match := _RECORD.fullmatch(name)))
 
 
 def run_name(data: bytes) -> str:

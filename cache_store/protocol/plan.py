@@ -73,6 +73,15 @@ class Plan:
         """Number of planned shards; the last may be shorter."""
         return -(-self.samples // self.shard_samples)
 
+    @property
+    def parts(self) -> tuple[Plan, ...]:
+        """The plans that this one consists of, in the order in which they were frozen: itself, if nothing was appended."""
+        return (self,)
+
+    def shards_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The shard of each position in the plan."""
+        return positions // self.shard_samples
+
     def positions_of(self, shard: int) -> range:
         """Positions in the plan of a shard's samples."""
         assert 0 <= shard < self.shards
@@ -105,7 +114,7 @@ class Plan:
     def shard_of(self, key: str) -> int | None:
         """The shard that a key is planned for; None if it is not planned."""
         position = int(self.locate(np.frombuffer(bytes.fromhex(key), np.uint8)[None])[0])
-        return None if position < 0 else position // self.shard_samples
+        return None if position < 0 else int(self.shards_at(np.array([position]))[0])
 
     @cached_property
     def _by_prefix(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:

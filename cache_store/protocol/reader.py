@@ -20,6 +20,8 @@ from alignkd.cache_store.protocol.record import CommitRecord
 from alignkd.cache_store.protocol.shard_cache import THREADS, ShardCache
 from alignkd.cache_store.protocol.tensors import Tensors
 from alignkd.cache_store.rows.checks import RowChecks
+from alignkd.cache_store.rows.encode import EncodedRow
+from alignkd.cache_store.rows.layout import empty_layout
 from alignkd.cache_store.rows.row import EncodedField, Rejected, Row, is_key
 from alignkd.cache_store.rows.shard import Shard
 from alignkd.cache_store.rows.spec import CacheSpec
@@ -49,11 +51,14 @@ class CacheReader:
         manifest = read_manifest(self.storage)
         self.spec: CacheSpec = manifest.spec
         self.shard_format = manifest.shard_format
+        listed = committed_numbers(self.storage)  # before the plan: a shard that is committed was planned earlier
         self.plan: Plan = manifest.load_plan(self.storage)
         self.tensors = Tensors(self.storage, manifest.tensors)
         self.max_shards = max_shards
-        self.records = read_records(self.storage, committed_numbers(self.storage, self.plan.shards))
+        numbers = committed_numbers(self.storage, self.plan.shards)
+        self.records = read_records(self.storage, [n for n in numbers if n < self.plan.shards or n in listed])
         self.rejected = {sample.key: sample for record in self.records.values() for sample in record.rejected}
+        self._fields = {field.name: field for field in self.spec.fields}
         self._checks = RowChecks(self.spec)
         self._checked: dict[int, dict[str, bytearray]] = {}
         self._shards = ShardCache(self._fetch, max_shards)
@@ -91,7 +96,7 @@ class CacheReader:
     def shards_of(self, keys: NDArray[np.uint8]) -> NDArray[np.int64]:
         """The shard of each key ``[N, 16]``; -1 if no committed shard has its sample. A rejected sample has a shard."""
         places = self.plan.locate(keys)
-        shards = places // self.plan.shard_samples
+        shards = np.where(places >= 0, self.plan.shards_at(places), -1)
         committed = np.zeros(self.plan.shards, dtype=bool)
         committed[[number for number in self.records if number < self.plan.shards]] = True
         return np.where((places >= 0) & committed[shards], shards, -1)
@@ -120,6 +125,13 @@ class CacheReader:
         """``fields`` of one sample, still encoded: small integers that a device can decode. Raises as :meth:`row`."""
         shard, i = self._shards.row_of(self._shard_of_row(key), key)
         return shard.encoded_fields(i, fields)
+
+    def encoded_row(self, key: str, fields: Iterable[str]) -> EncodedRow:
+        """``fields`` of one sample as they are stored: views into its shard. Raises as :meth:`row`."""
+        shard, i = self._shards.row_of(self._shard_of_row(key), key)
+        names = list(fields)
+        parts = {name: {part: shard.part(name, part, i) for part in empty_layout(self._fields[name])} for name in names}
+        return EncodedRow(shard.ids[i], {name: shard.shape(name, i) for name in names}, parts)
 
     def rows(self, keys: Iterable[str], fields: Container[str] | None = None) -> Iterator[Row]:
         """Rows in the order of ``keys``; their shards are fetched ahead. Raises as :meth:`row`."""

@@ -19,6 +19,7 @@ from typing import Any
 from alignkd.cache_store.formats.registry import get_format
 from alignkd.cache_store.protocol import manifest
 from alignkd.cache_store.protocol.commit import commit, read_record, read_records, sweep
+from alignkd.cache_store.protocol.further_plans import sweep_arrays
 from alignkd.cache_store.protocol.manifest import Manifest, read_manifest
 from alignkd.cache_store.protocol.names import (
     committed_numbers,
@@ -75,6 +76,8 @@ class CacheStore:
         function that returns them: it is called only if there is no cache yet. An existing cache keeps its own tensors. They
         are not compared with these, since two calibrations differ in their last bits: encode rows with ``CacheStore.tensors``.
 
+        Where the existing cache has further plans, what is returned knows of the shards of the first plan alone.
+
         Raises:
             FingerprintMismatchError: spec, plan or format differ from those of the cache at ``url``.
             CacheError: the cache is damaged, or has committed shards but no ``cache.json``.
@@ -100,7 +103,8 @@ class CacheStore:
 
     def retrying(self) -> set[int]:
         """Committed shards that are to be made again; see :mod:`alignkd.cache_store.protocol.retries`."""
-        return {number for number in marked_numbers(self.storage) if superseded(self.storage, number) is not None}
+        marked = (number for number in marked_numbers(self.storage) if number < self.plan.shards)
+        return {number for number in marked if superseded(self.storage, number) is not None}
 
     def committed(self, number: int) -> bool:
         """Whether a shard has a record by now, and need not be made again."""
@@ -180,7 +184,8 @@ class CacheStore:
         """Remove what crashes left; returns the names. See :func:`alignkd.cache_store.protocol.commit.sweep`."""
         swept = sweep(self.storage, min_age_s=min_age_s)
         remove_out_of_date(self.storage)
-        return swept + sweep_orphans(self.storage, self.manifest.tensors, min_age_s=min_age_s)
+        swept += sweep_orphans(self.storage, self.manifest.tensors, min_age_s=min_age_s)
+        return swept + (sweep_arrays(self.storage, self.manifest.plan, min_age_s=min_age_s) if self.manifest.grown else [])
 
     def status(self) -> Status:
         """What all records say; CorruptRecordError if one is damaged."""

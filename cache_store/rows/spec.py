@@ -19,6 +19,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _SHOWN = 64
 _ABSENT = object()
 _Path = tuple[str, ...]
+_DATA: _Path = ("fingerprint", "data")
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,11 @@ def check_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], *, ca
     ]
     if not lines:
         return
+    differing = [key for key, pair in pairs.items() if not _same(*pair)]
     raise FingerprintMismatchError(
         f"the cache at {cache} was written with other settings:\n" + "\n".join(lines) + "\n"
         "Write to another --cache, or use the settings the cache was written with."
+        + (" To add the samples of other data to this cache, run alignkd cache append." if differing == [_DATA] else "")
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from alignkd.cache_store.formats.registry import FORMATS
+from alignkd.cache_store.protocol.maintenance.append import append_plan
+from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.errors import CacheError
@@ -29,16 +31,40 @@ def convert(
     """
     reader = CacheReader(source, max_shards=2)
     wanted = shard_format or other_format(reader.shard_format)
-    store = CacheStore.create_or_open(target, reader.spec, reader.plan, shard_format=wanted, tensors=reader.tensors)
+    first = reader.plan.parts[0]
+    store = CacheStore.create_or_open(target, reader.spec, first, shard_format=wanted, tensors=reader.tensors)
     if store.manifest.tensors != reader.tensors.entries:
         raise CacheError(
             f"the cache at {target} has other tensors than the one at {source}, and rows match only the tensors of their own"
             " cache. Convert to another folder or URL"
         )
+    if len(reader.plan.parts) > 1:
+        store = _with_further_plans(target, reader.plan)
     left = [number for number in store.pending() if number in reader.records]
     for i, number in enumerate(left):
         reader.prefetch(left[i : i + 2])
         store.commit_encoded(reader.records[number], reader.shard(number))
         if on_shard is not None:
             on_shard()
+    return store
+
+
+def _with_further_plans(target: str | Path, plan: Plan) -> CacheStore:
+    """The target with each of the source's further plans that it lacks.
+
+    Raises:
+        CacheError: it has others.
+    """
+
+    def next_part(there: Plan) -> Plan | None:
+        ours = [part.summary() for part in plan.parts[: len(there.parts)]]
+        if ours != [part.summary() for part in there.parts]:
+            raise CacheError(
+                f"the cache at {target} has other appended samples than the source: convert to another folder or URL"
+            )
+        return plan.parts[len(there.parts)] if len(there.parts) < len(plan.parts) else None
+
+    store = append_plan(target, next_part)
+    while len(store.plan.parts) < len(plan.parts):
+        store = append_plan(target, next_part)
     return store

@@ -11,6 +11,7 @@ from pathlib import Path
 from alignkd.cache_store.errors import CorruptRecordError, CorruptShardError, DamagedTensorError, UnusableObjectError
 from alignkd.cache_store.limits import MAX_JSON_BYTES, max_decoded_bytes
 from alignkd.cache_store.protocol.commit import read_record
+from alignkd.cache_store.protocol.further_plans import further_objects, orphan_arrays
 from alignkd.cache_store.protocol.names import (
     PLAN,
     RUNS,
@@ -90,7 +91,7 @@ def verify(url: str | Path, *, quick: bool = False, on_shard: Callable[[], None]
     checks = RowChecks(store.spec, thorough=True)
     objects = object_names(store.storage)
     numbers = committed_numbers(store.storage, store.plan.shards)
-    orphans = [name for name in unlisted(store.storage, store.manifest.tensors) if is_orphan(store.storage, name)]
+    orphans = _orphans(store)
     problems = [*_not_of_this_cache(store, orphans), *_damaged_runs(store), *_damaged_tensors(store, quick)]
     digests: list[bytes] = []
     sound: list[CommitRecord] = []
@@ -200,14 +201,25 @@ def _loose(store: CacheStore, name: str) -> Problem | None:
 
 
 def _not_of_this_cache(store: CacheStore, orphans: list[str]) -> list[Problem]:
-    ours = set(plan_objects(store.manifest.plan))
-    plans = [name for name in our_names(store.storage, PLAN) if name not in ours]
+    known = {*_plan_objects(store), *orphans}
+    plans = [name for name in our_names(store.storage, PLAN) if name not in known]
     tensors = [name for name in unlisted(store.storage, store.manifest.tensors) if name not in orphans]
     return [
         *(Problem(_FOREIGN.format(name)) for name in foreign_names(store.storage)),
         *(Problem(f"{name}: not part of this cache's plan", (name,)) for name in plans),
         *(Problem(f"{name}: not one of this cache's tensors", (name,)) for name in tensors),
     ]
+
+
+def _plan_objects(store: CacheStore) -> list[str]:
+    found = plan_objects(store.manifest.plan)
+    return found + (further_objects(store.storage) if store.manifest.grown else [])
+
+
+def _orphans(store: CacheStore) -> list[str]:
+    """Tensors and arrays of plans that a run wrote and did not come to use."""
+    found = [name for name in unlisted(store.storage, store.manifest.tensors) if is_orphan(store.storage, name)]
+    return found + (orphan_arrays(store.storage, store.manifest.plan) if store.manifest.grown else [])
 
 
 def _damaged_tensors(store: CacheStore, quick: bool) -> Iterator[Problem]:
