@@ -17,6 +17,7 @@ _COMMANDS = {
     "show": "show:show_command",
     "models": "models:models_command",
     "evaluate": "evaluate:evaluate_command",
+    "answer": "answer:answer_command",
     "report": "report:report_command",
     "benchmark": "benchmark:benchmark",
     "demo": "demo:demo_command",

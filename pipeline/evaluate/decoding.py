@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from alignkd.inputs.batch import ModelInput
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.evaluate.drawing import DrawnTokens
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,27 @@ class Decoding:
             about |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return about
 
+    def drawing(self, uniforms_BN: np.ndarray | None) -> dict[str, Any]:
+        """As :attr:`settings`; with random numbers of its own for each answer of a batch, ``[B, max_new_tokens]`` in [0, 1)."""
+        if uniforms_BN is None or not self.temperature:
+            return self.settings
+        chosen = DrawnTokens(uniforms_BN, self.temperature, self.top_p)
+        # The processor leaves one token, which greedy decoding then takes.
+        return {**Decoding(self.max_new_tokens).settings, "logits_processor": [chosen]}
+
 
 @torch.no_grad()
-def generate_ids(vlm: Vlm, questions: Sequence[ModelInput], decoding: Decoding, streamer: Any = None) -> list[list[int]]:
+def generate_ids(
+    vlm: Vlm,
+    questions: Sequence[ModelInput],
+    decoding: Decoding,
+    streamer: Any = None,
+    uniforms_BN: np.ndarray | None = None,
+) -> list[list[int]]:
     """Ids of each answer, up to and with what ends it. ``streamer``: gets the ids of a single question as they come.
 
-    Random numbers are those of torch's own generator. Tensors made here may stay with a model that is trained afterwards, so
-    they are not those of torch's inference mode.
+    Random numbers are those of torch's own generator, or ``uniforms_BN``: see :meth:`Decoding.drawing`. Tensors made here may
+    stay with a model that is trained afterwards, so they are not those of torch's inference mode.
     """
     # Padded on the left, so that generation continues the prompt.
     batch = vlm.collate(questions, pad_left=True).to(vlm.device)
@@ -41,7 +57,7 @@ def generate_ids(vlm: Vlm, questions: Sequence[ModelInput], decoding: Decoding, 
         input_ids=batch.input_ids_BS,
         attention_mask=batch.attention_mask_BS.long(),
         **vlm.generation_inputs(batch),
-        **decoding.settings,
+        **decoding.drawing(uniforms_BN),
         eos_token_id=vlm.end_token_ids,
         pad_token_id=vlm.pad_token_id,
         **({} if streamer is None else {"streamer": streamer}),

@@ -13,6 +13,7 @@ from alignkd.pipeline.evaluate.decoding import Decoding, generate_ids
 from alignkd.pipeline.runtime.out_of_memory import is_out_of_memory, out_of_memory_is_transient
 
 T = TypeVar("T")
+R = TypeVar("R")
 _log = logging.getLogger(__name__)
 
 
@@ -21,7 +22,7 @@ def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> li
     return [vlm.answer_text(ids) for ids in generate_ids(vlm, questions, Decoding(max_new_tokens))]
 
 
-def halving(ask: Callable[[Sequence[T]], list[str]], questions: Sequence[T]) -> list[str]:
+def halving(ask: Callable[[Sequence[T]], list[R]], questions: Sequence[T]) -> list[R]:
     """What ``ask`` answers to a batch of questions; one for which memory does not suffice is halved.
 
     Raises:
@@ -40,7 +41,7 @@ def halving(ask: Callable[[Sequence[T]], list[str]], questions: Sequence[T]) -> 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     middle = len(questions) // 2
-    return [text for half in (questions[:middle], questions[middle:]) for text in halving(ask, half)]
+    return [found for half in (questions[:middle], questions[middle:]) for found in halving(ask, half)]
 
 
 @contextmanager

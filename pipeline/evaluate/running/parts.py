@@ -1,26 +1,22 @@
-"""Answers on disk while a run is under way: each process appends to a file of its own, and any number of them is read.
+"""Answers to a benchmark on disk while a run is under way: in the part files of :mod:`.part_lines`.
 
-``parts/answers-RANK-of-N.jsonl``, one JSON object a line: ``index`` of the question, its ``question_id``, ``text``, and
-``seconds``. A process that is killed leaves at most one line that is torn; whatever cannot be read is answered again.
+A line has the ``index`` of the question, its ``question_id``, ``text``, and ``seconds``. Whatever cannot be read is answered
+again.
 """
 
-import json
-import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from alignkd.pipeline.evaluate.benchmarks.contract import Question
 from alignkd.pipeline.evaluate.running.answering import Answered
+from alignkd.pipeline.evaluate.running.part_lines import AGAIN, Append, appending, read_part_lines
 from alignkd.pipeline.runtime.out_folder.write_faults import explained_write_faults
-from alignkd.pipeline.runtime.printable import json_text
 from alignkd.pipeline.runtime.ranks import Worker
-from alignkd.plain_files import read_plain
 
-AGAIN = "run the same command again"
-_LARGEST_PART = 4 * 2**30
+__all__ = ["AGAIN", "PartWriter", "Parts", "put_text"]
 
 
 class Parts:
@@ -32,11 +28,10 @@ class Parts:
     def read(self) -> dict[int, Answered]:
         """What all processes of all runs have answered, by question."""
         found = dict[int, Answered]()
-        for path in sorted(self.folder.glob("answers-*-of-*.jsonl")):
-            *lines, _torn = read_plain(path, _LARGEST_PART).split(b"\n")
-            for answered in map(self._parsed, lines):
-                if answered is not None:
-                    found.setdefault(answered.index, answered)
+        for line in read_part_lines(self.folder):
+            answered = self._parsed(line.value)
+            if answered is not None:
+                found.setdefault(answered.index, answered)
         return found
 
     @contextmanager
@@ -46,24 +41,15 @@ class Parts:
         Raises:
             TransientError, CheckpointError: see :func:`explained_write_faults`.
         """
-        path = self.folder / f"answers-{worker.rank}-of-{worker.world_size}.jsonl"
-        with explained_write_faults(path.parent, path.name, again=AGAIN):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            with explained_write_faults(path.parent, path.name, again=AGAIN):
-                _cut_torn_line(file)
-            yield PartWriter(path, file, self.questions)
-        finally:
-            os.close(file)
+        with appending(self.folder, worker) as append:
+            yield PartWriter(append, self.questions)
 
-    def _parsed(self, line: bytes) -> Answered | None:
+    def _parsed(self, value: Mapping[str, Any]) -> Answered | None:
         try:
-            value = json.loads(line)
             index, text, seconds = value["index"], value["text"], float(value["seconds"])
             known = type(index) is int and isinstance(text, str) and 0 <= index < len(self.questions)
             same = known and value["question_id"] == self.questions[index].question_id
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             return None
         return Answered(index, text, seconds) if same else None
 
@@ -71,8 +57,8 @@ class Parts:
 class PartWriter:
     """Appends whole lines."""
 
-    def __init__(self, path: Path, file: int, questions: Sequence[Question]) -> None:
-        self.path, self.file, self.questions = path, file, questions
+    def __init__(self, append: Append, questions: Sequence[Question]) -> None:
+        self.append, self.questions = append, questions
 
     def __call__(self, batch: Sequence[Answered]) -> None:
         """The answers of a batch; they are in the file when this returns.
@@ -80,10 +66,7 @@ class PartWriter:
         Raises:
             TransientError, CheckpointError: see :func:`explained_write_faults`.
         """
-        left = memoryview("".join(json_text(self._line(answered)) + "\n" for answered in batch).encode())
-        with explained_write_faults(self.path.parent, self.path.name, again=AGAIN):
-            while left:
-                left = left[os.write(self.file, left) :]
+        self.append([self._line(answered) for answered in batch])
 
     def _line(self, answered: Answered) -> dict[str, Any]:
         question_id = self.questions[answered.index].question_id
@@ -93,20 +76,6 @@ class PartWriter:
             "text": answered.text,
             "seconds": round(answered.seconds, 6),
         }
-
-
-def _cut_torn_line(file: int) -> None:
-    """Remove what follows the last line break, so that the next line is whole."""
-    size = end = os.fstat(file).st_size
-    while end:
-        start = max(0, end - 65_536)
-        found = os.pread(file, end - start, start).rfind(b"\n")
-        if found >= 0:
-            end = start + found + 1
-            break
-        end = start
-    if end < size:
-        os.ftruncate(file, end)
 
 
 def put_text(path: Path, text: str) -> None:

@@ -13,8 +13,7 @@ from transformers import DynamicCache
 from alignkd.inputs.batch import ModelInput
 from alignkd.models.families.mobilevlm import MobileVlmFamily
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.evaluate.decoding import Decoding, up_to_end
-from alignkd.pipeline.evaluate.running.generation import answer
+from alignkd.pipeline.evaluate.decoding import Decoding, generate_ids, up_to_end
 
 
 @dataclass(frozen=True)
@@ -69,30 +68,52 @@ def share_prompts(vlm: Vlm, questions: Mapping[str, ModelInput]) -> SharedPrompt
 
 def answer_sharing(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
     """As :func:`.generation.answer`; questions whose image is one tensor share what they begin with."""
+    return [vlm.answer_text(ids) for ids in ids_sharing(vlm, questions, Decoding(max_new_tokens))]
+
+
+def ids_sharing(
+    vlm: Vlm, questions: Sequence[ModelInput], decoding: Decoding, uniforms_BN: np.ndarray | None = None
+) -> list[list[int]]:
+    """As :func:`.decoding.generate_ids`; questions whose image is one tensor share what they begin with."""
     groups: dict[bytes, dict[str, list[int]]] = {}
     for place, given in enumerate(questions):
         ids = common_prompt(vlm, given)
         if ids is not None:
             groups.setdefault(ids.tobytes(), {}).setdefault(str(given.images.data_ptr()), []).append(place)
-    texts = dict[int, str]()
+    ids_of = dict[int, list[int]]()
+
+    def numbers_of(places: Sequence[int]) -> np.ndarray | None:
+        return None if uniforms_BN is None else uniforms_BN[list(places)]
+
     for pictures in groups.values():
         several = {name: places for name, places in pictures.items() if len(places) > 1}
         if several:
             shared = share_prompts(vlm, {name: questions[places[0]] for name, places in several.items()})
-            asked = [(place, name) for name, places in several.items() for place in places]
-            found = answer_after(vlm, shared, [(name, questions[place]) for place, name in asked], max_new_tokens)
-            texts |= {place: text for (place, _), text in zip(asked, found, strict=True)}
-    if alone := [place for place in range(len(questions)) if place not in texts]:
-        found = answer(vlm, [questions[place] for place in alone], max_new_tokens)
-        texts |= dict(zip(alone, found, strict=True))
-    return [texts[place] for place in range(len(questions))]
+            named = [(name, place) for name, places in several.items() for place in places]
+            asked, places = [(name, questions[place]) for name, place in named], [place for _, place in named]
+            ids_of |= zip(places, ids_after(vlm, shared, asked, decoding, numbers_of(places)), strict=True)
+    if alone := [place for place in range(len(questions)) if place not in ids_of]:
+        found = generate_ids(vlm, [questions[place] for place in alone], decoding, uniforms_BN=numbers_of(alone))
+        ids_of |= zip(alone, found, strict=True)
+    return [ids_of[place] for place in range(len(questions))]
 
 
-@torch.no_grad()
 def answer_after(
     vlm: Vlm, shared: SharedPrompts, questions: Sequence[tuple[str, ModelInput]], max_new_tokens: int
 ) -> list[str]:
-    """As :func:`alignkd.pipeline.evaluate.running.generation.answer`, of questions with the picture of each.
+    """As :func:`alignkd.pipeline.evaluate.running.generation.answer`, of questions with the picture of each."""
+    return [vlm.answer_text(ids) for ids in ids_after(vlm, shared, questions, Decoding(max_new_tokens))]
+
+
+@torch.no_grad()
+def ids_after(
+    vlm: Vlm,
+    shared: SharedPrompts,
+    questions: Sequence[tuple[str, ModelInput]],
+    decoding: Decoding,
+    uniforms_BN: np.ndarray | None = None,
+) -> list[list[int]]:
+    """As :func:`alignkd.pipeline.evaluate.decoding.generate_ids`, of questions with the picture of each.
 
     Between the common prompt and the rest of a shorter question lies padding, which is masked; positions do not count it.
     """
@@ -109,9 +130,8 @@ def answer_after(
         input_ids=ids_BS.to(vlm.device),
         attention_mask=mask_BS.to(vlm.device),
         past_key_values=shared.of([picture for picture, _ in questions], vlm.device),
-        **Decoding(max_new_tokens).settings,
+        **decoding.drawing(uniforms_BN),
         eos_token_id=vlm.end_token_ids,
         pad_token_id=vlm.pad_token_id,
     )
-    new_ids = output[:, ids_BS.shape[1] :].tolist()
-    return [vlm.answer_text(up_to_end(ids, vlm.end_token_ids)) for ids in new_ids]
+    return [up_to_end(ids, vlm.end_token_ids) for ids in output[:, ids_BS.shape[1] :].tolist()]
