@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from alignkd.inputs.batch import Batch
+from alignkd.inputs.batch import Batch, Counts
 from alignkd.targets.dequantise import Quantised
 
 Target = torch.Tensor | Quantised
@@ -44,6 +44,10 @@ class Targets:
         if self.column_mask_BV is not None:
             batch = replace(batch, vision_mask_BV=batch.vision_mask_BV & self.column_mask_BV)
         return batch
+
+    def counts(self, batch: Batch) -> Counts:
+        """What the terms of this batch are averaged over. Both should be on the host: otherwise this waits for the device."""
+        return self.mask_to_targets(batch).counts()
 
     def to(self: _T, device: torch.device | str) -> _T:
         """The targets on another device (asynchronously from pinned memory)."""

@@ -3,7 +3,7 @@
 Shapes: H teacher heads, T text rows, V vision columns, D teacher width, A answers, J draws, L ids.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -39,20 +39,23 @@ def row_fields(settings: TargetSettings, vocabulary: int) -> tuple[FieldSpec, ..
     return tuple(fields)
 
 
-def collate_targets(stored: Sequence[Mapping[str, EncodedField]], batch: Batch) -> Targets:
-    """The encoded fields of a batch's samples, in its order, padded to the batch's shapes and still encoded.
+def collate_targets(stored: Sequence[Mapping[str, EncodedField]], batch: Batch, places: Sequence[int] | None = None) -> Targets:
+    """The encoded fields of a batch's samples, padded to the batch's shapes and still encoded.
 
-    A target whose fields the samples lack stays None.
+    ``places``: which of its samples these are; None: all, in its order. The others are zero, and have no answers. A target
+    whose fields the samples lack stays None.
     """
     attention, vision, answers = {}, None, {}
+    places = range(len(stored)) if places is None else places
     for name in stored[0]:
-        of_samples = [row[name] for row in stored]
+        of_samples = dict(zip(places, (row[name] for row in stored), strict=True))
         if (layer := attention_layer(name)) is not None:
-            attention[layer] = _pad(of_samples, _attention_shape(of_samples, batch))
+            attention[layer] = _pad(of_samples, (batch.samples, *_attention_shape(of_samples.values(), batch)))
         elif name == "vision_tokens":
-            vision = _pad(of_samples, (batch.vision_columns_BV.shape[1], max(row.shape[1] for row in of_samples)))
+            width = max(row.shape[1] for row in of_samples.values())
+            vision = _pad(of_samples, (batch.samples, batch.vision_columns_BV.shape[1], width))
         else:
-            answers[name] = _concatenate(of_samples)
+            answers[name] = _concatenate(list(of_samples.values()))
     return Targets(attention, vision, answers)
 
 
@@ -62,18 +65,18 @@ def _concatenate(stored: Sequence[EncodedField]) -> Quantised:
     return Quantised(stored[0].field.codec, (sum(row.shape[0] for row in stored), *stored[0].shape[1:]), parts)
 
 
-def _attention_shape(stored: Sequence[EncodedField], batch: Batch) -> tuple[int, int, int]:
+def _attention_shape(stored: Iterable[EncodedField], batch: Batch) -> tuple[int, int, int]:
     """``[H, T, V]`` of the batch."""
     return max(row.shape[0] for row in stored), batch.text_rows_BT.shape[1], batch.vision_columns_BV.shape[1]
 
 
-def _pad(stored: Sequence[EncodedField], shape: tuple[int, ...]) -> Quantised:
-    """Pad the parts of each sample with zeros, which every codec decodes to zeros."""
-    field, parts = stored[0].field, {}
-    for part, (part_shape, dtype) in get_codec(field.codec).layout(shape, field.numpy_dtype).items():
-        padded = np.zeros((len(stored), *part_shape), dtype.newbyteorder("="))
-        for i, row in enumerate(stored):
+def _pad(stored: Mapping[int, EncodedField], shape: tuple[int, ...]) -> Quantised:
+    """Pad the parts of each sample, by its place, with zeros, which every codec decodes to zeros."""
+    field, parts = next(iter(stored.values())).field, {}
+    for part, (part_shape, dtype) in get_codec(field.codec).layout(shape[1:], field.numpy_dtype).items():
+        padded = np.zeros((shape[0], *part_shape), dtype.newbyteorder("="))
+        for i, row in stored.items():
             values = row.parts[part]
             padded[i][tuple(slice(size) for size in values.shape)] = values
         parts[part] = torch.from_numpy(padded)
-    return Quantised(field.codec, (len(stored), *shape), parts)
+    return Quantised(field.codec, shape, parts)

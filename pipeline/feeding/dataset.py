@@ -9,26 +9,25 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from alignkd.cache_store.errors import CorruptShardError, MissingRowError
+from alignkd.cache_store.errors import CorruptShardError
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.rows.row import EncodedField
 from alignkd.errors import CacheError, SampleError
 from alignkd.inputs.batch import ModelInput
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.cache_io.cross_model import LAYOUT, CrossModelMap, TargetMask, with_masks
-from alignkd.pipeline.cache_io.logits import logit_fields, settings_of
+from alignkd.pipeline.cache_io.cross_model import CrossModelMap, TargetMask, with_masks
+from alignkd.pipeline.cache_io.several import TaughtRow, collate_several
 from alignkd.pipeline.cache_io.targets import collate_targets
-from alignkd.pipeline.config.cache_layout import attention_field, attention_layer
 from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding.order import WINDOW_SHARDS
-from alignkd.pipeline.feeding.row_checks import MisalignedRowError, check_images, check_row
 from alignkd.pipeline.feeding.shared_memory import SharedMemoryBatch
+from alignkd.pipeline.feeding.teacher_rows import TeacherRows, Teaching, named, target_fields, why_missing
 from alignkd.plugins import load_plugins, loaded_plugins
 from alignkd.targets.batch_targets import Targets
-from alignkd.targets.cross_model import CrossModelError
+from alignkd.targets.several import SeveralTargets
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class TrainingExample:
     """A prepared sample with its cached fields, still encoded.
 
     ``target_mask``: which of its tokens have a target, None where all have one. ``truncated``: its text was cut at the
-    maximum length. ``doubtful``: references of its images that show little or nothing.
+    maximum length. ``doubtful``: references of its images that show little or nothing. ``rows``: in place of ``stored`` and
+    ``target_mask``, what each teacher has for it, where there are several.
     """
 
     sample_id: str
@@ -45,6 +45,7 @@ class TrainingExample:
     target_mask: TargetMask | None = None
     truncated: bool = False
     doubtful: tuple[str, ...] = ()
+    rows: tuple[TaughtRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
     """The usable samples of a data file, each with its row.
 
     ``cross_model`` maps rows to this student's targets; without it they are used unchanged. ``attention_layers``: the
-    teacher's, whose attention is read.
+    teacher's, whose attention is read. ``others``: the caches of further teachers; ``weight``: of the first one. A sample then
+    needs a row in one of the caches.
 
     Raises:
         CacheError: a sample has no row.
@@ -98,15 +100,16 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         max_rejected: int | str,
         attention_layers: Sequence[int] = (0,),
         cross_model: CrossModelMap | None = None,
+        others: Sequence[TeacherRows] = (),
+        weight: float = 1.0,
     ) -> None:
         self.samples, self.preparer, self.reader, self.cross_model = samples, preparer, reader, cross_model
         self.collator = student.collator
-        self.fields = [attention_field(layer) for layer in attention_layers] if "attention" in needs else []
-        self.fields += ["vision_tokens"] if "vision" in needs else []
-        if "logits" in needs:
-            assert reader is not None
-            settings = settings_of(reader.fingerprint)
-            self.fields += [field.name for field in logit_fields(settings, student.vocabulary)]
+        self.fields = target_fields(reader, student, needs, attention_layers)
+        self.caches: tuple[TeacherRows, ...] = ()
+        if reader is not None:
+            self.caches = (TeacherRows(reader, tuple(self.fields), cross_model, weight), *others)
+        self.teaching: Teaching | None = None
         self.rejects = RejectedSamples(max_rejected, len(samples.unique()))
         self.indices = self._usable()
         self.rejects.check()
@@ -121,39 +124,48 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         Raises:
             CacheError: a sample is not in the cache at all.
         """
-        if self.reader is None:
+        if not self.caches:
             return np.arange(len(self.samples))
-        shards = self.reader.shards_of(self.samples.keys)
+        shards_KN = np.stack([cache.reader.shards_of(self.samples.keys) for cache in self.caches])
         kept = np.ones(len(self.samples), dtype=bool)
-        for index in np.flatnonzero(shards < 0).tolist():
+        for index in np.flatnonzero((shards_KN < 0).all(axis=0)).tolist():
             sample = self.samples[index]
             if not sample.fault:
-                raise CacheError(f"sample {sample.id!r} has no row in the cache. {self._missing(index)}")
+                where = "the cache" if len(self.caches) == 1 else f"any of the {len(self.caches)} caches"
+                missing = why_missing(self.caches, self.samples.key(index))
+                raise CacheError(f"sample {sample.id!r} has no row in {where}. {missing}")
             kept[index] = False
             self.rejects.add(sample.id or sample.key, sample.fault)
-        if self.reader.rejected:
-            for index in range(len(self.samples)):
-                rejected = self.reader.rejected.get(self.samples.key(index))
-                if rejected is not None:
-                    kept[index] = False
-                    self.rejects.note(rejected.sample_id or rejected.key, rejected.reason, key=rejected.key)
-        return np.flatnonzero(kept)
+        if len(self.caches) > 1:
+            self.teaching = Teaching.of(self.caches, self.samples.keys)
+        if any(cache.reader.rejected for cache in self.caches):
+            self._note_rejected(kept)
+        usable = np.flatnonzero(kept)
+        self.teaching = self.teaching and self.teaching.only(usable)
+        return usable
+
+    def _note_rejected(self, kept: np.ndarray) -> None:
+        """Leave out samples that stage one rejected for every teacher that could have taught them."""
+        taught = np.zeros(len(self.samples), dtype=bool) if self.teaching is None else self.teaching.taught
+        for index in np.flatnonzero(kept & ~taught).tolist():
+            key = self.samples.key(index)
+            rejected = next((found for cache in self.caches if (found := cache.reader.rejected.get(key))), None)
+            if rejected is not None:
+                kept[index] = False
+                self.rejects.note(rejected.sample_id or rejected.key, rejected.reason, key=rejected.key)
 
     def fingerprint(self) -> str:
-        """Digest of the samples and their order in the file."""
-        return hashlib.sha256(self.samples.keys[self.indices].tobytes()).hexdigest()
-
-    def _missing(self, index: int) -> str:
-        assert self.reader is not None
-        try:
-            self.reader.shard_of(self.samples.key(index))
-        except MissingRowError as error:
-            return str(error)
-        raise AssertionError("a row that is there was reported missing")
+        """Digest of the samples and their order in the file; of several teachers, also of who teaches which."""
+        digest = hashlib.sha256(self.samples.keys[self.indices].tobytes())
+        if self.teaching is not None:
+            digest.update(np.ascontiguousarray(self.teaching.weights_KN).tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def shard_of_sample(self) -> np.ndarray:
-        """The shard of each sample's row, ``[samples]``; zeros without a cache."""
+        """The shard of each sample's row, ``[samples]``; zeros without a cache; numbers of their own for several."""
+        if self.teaching is not None:
+            return self.teaching.shard_of_sample
         if self.reader is None:
             return np.zeros(len(self.indices), dtype=np.int64)
         return self.reader.shards_of(self.samples.keys[self.indices])
@@ -173,11 +185,20 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
 
     def __getitems__(self, positions: list[int]) -> list[TrainingExample | FailedSample]:
         """A micro-batch, which may be empty. Its shards are read in parallel; those of later ones are begun."""
-        if self.reader is not None and self.fields:
-            self.reader.prefetch(self.shard_of_sample[positions].tolist())
-            if isinstance(positions, MicroBatchSamples) and self.reader.max_shards >= 2 * WINDOW_SHARDS:
-                self.reader.prefetch(positions.upcoming_shards)
+        upcoming = positions.upcoming_shards if isinstance(positions, MicroBatchSamples) else ()
+        for cache, now, soon in zip(self.caches, *self._shards(positions, upcoming), strict=True):
+            if cache.fields:
+                cache.reader.prefetch(now)
+                if soon and cache.reader.max_shards >= 2 * WINDOW_SHARDS:
+                    cache.reader.prefetch(soon)
         return [self[position] for position in positions]
+
+    def _shards(self, positions: list[int], upcoming: Sequence[int]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+        """The shards of each cache that samples need now, and those of ``upcoming``."""
+        if self.teaching is not None:
+            return self.teaching.shards_of(positions), self.teaching.of_each(upcoming)
+        one = len(self.caches)
+        return [self.shard_of_sample[positions].tolist()][:one], [upcoming][:one]
 
     def __getitem__(self, position: int) -> TrainingExample | FailedSample:
         sample = self.sample(position)
@@ -185,44 +206,29 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         try:
             prepared = self.preparer(sample)
             stored, mask = self._stored(sample, prepared)
+            rows = self._rows(position, sample, prepared)
         except SampleError as error:
             return FailedSample(sample.key, name, str(error), fatal=False)
         except (CacheError, CorruptShardError) as error:
             return FailedSample(sample.key, name, str(error), fatal=True)
         doubtful = tuple(reference for reference in sample.images if reference in self.preparer.doubtful.found)
-        return TrainingExample(name, prepared.input, stored, mask, prepared.truncated, doubtful)
+        return TrainingExample(name, prepared.input, stored, mask, prepared.truncated, doubtful, rows)
 
     def _stored(self, sample: Sample, prepared: Prepared) -> tuple[dict[str, EncodedField], TargetMask | None]:
-        """A sample's cached fields, checked, and which of its tokens have a target, None where all have.
+        """What the only teacher has for a sample; nothing where there are several."""
+        return self.caches[0].stored(sample, prepared, self.collator) if len(self.caches) == 1 else ({}, None)
 
-        Raises:
-            MisalignedRowError: the row does not belong to the sample; names it and the cause.
-        """
-        if self.reader is None or not self.fields:
-            return {}, None
-        if self.cross_model is not None:
-            return self._mapped(sample, prepared, self.reader, self.cross_model)
-        row = self.reader.row(sample.key, {"input_ids", "labels"})
-        stored = self.reader.encoded_fields(sample.key, self.fields)
-        check_row(sample, prepared, row, stored, self.collator)
-        return dict(stored), None
-
-    def _mapped(
-        self, sample: Sample, prepared: Prepared, reader: CacheReader, cross_model: CrossModelMap
-    ) -> tuple[dict[str, EncodedField], TargetMask | None]:
-        """The row of a teacher of another model family, mapped to this student.
-
-        Raises:
-            MisalignedRowError: the two cannot be mapped; names the sample and the cause.
-        """
-        visual = {name for name in self.fields if attention_layer(name) is not None or name == "vision_tokens"}
-        row = reader.row(sample.key, visual | LAYOUT if visual else LAYOUT - {"regions"})
-        check_images(sample, prepared, row)
-        stored = reader.encoded_fields(sample.key, [name for name in self.fields if name not in visual])
-        try:
-            return cross_model(row, prepared.input, stored)
-        except CrossModelError as error:
-            raise MisalignedRowError(f"sample {sample.id!r} cannot be mapped to its row in the cache: {error}") from error
+    def _rows(self, position: int, sample: Sample, prepared: Prepared) -> tuple[TaughtRow, ...]:
+        """What each of several teachers has for a sample; nothing where there is one."""
+        if self.teaching is None:
+            return ()
+        found = []
+        for number, weight in self.teaching.teachers_of(position):
+            try:
+                found.append(TaughtRow(number, weight, *self.caches[number].stored(sample, prepared, self.collator)))
+            except CacheError as error:
+                raise named(self.caches[number], error) from error
+        return tuple(found)
 
     def collate(self, items: Sequence[TrainingExample | FailedSample]) -> dict[str, Any]:
         """Examples to ``{"batch", "targets", "failures", "ids", "truncated", "padding", "doubtful"}``.
@@ -236,8 +242,10 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         if not good:
             return SharedMemoryBatch(batch=None, targets=None, failures=failures, ids=[], truncated=0, padding=0, doubtful=[])
         batch = self.collator([item.input for item in good])
-        targets = Targets()
-        if self.fields:
+        targets: Targets | SeveralTargets = Targets()
+        if self.teaching is not None:
+            targets = collate_several([item.rows for item in good], len(self.caches), batch)
+        elif self.fields:
             targets = collate_targets([item.stored for item in good], batch)
             targets = with_masks(targets, [item.target_mask for item in good if item.target_mask is not None], batch)
         return SharedMemoryBatch(

@@ -63,15 +63,23 @@ def check_budget(data: TrainingSet, lengths: np.ndarray, batch_tokens: int) -> N
 
 
 def _from_cache(data: TrainingSet, student: Vlm) -> np.ndarray | None:
-    """The lengths of the rows in the cache; None where there is none, or where its rows have other ids than the samples."""
-    encoder, counts = data.preparer.encoder, data.samples.image_counts
-    if data.reader is None or data.cross_model is not None or counts is None:
+    """The lengths of the rows in the caches; None where some sample has no row whose ids are those of the student."""
+    encoder, counts, found = data.preparer.encoder, data.samples.image_counts, None
+    if counts is None:
         return None
-    if not has_rows_of_student(student, data.reader.fingerprint, encoder.template, encoder.max_length):
+    keys = data.samples.keys[data.indices]
+    for cache in data.caches:
+        if cache.cross_model is not None:
+            continue
+        if not has_rows_of_student(student, cache.reader.fingerprint, encoder.template, encoder.max_length):
+            continue
+        ids, places = cache.reader.first_dimensions("input_ids"), cache.reader.plan.locate(keys)
+        ids = np.where(places >= 0, ids[places], -1)
+        found = ids if found is None else np.where(found > 0, found, ids)
+    if found is None or (data.teaching is not None and (found <= 0).any()):
         return None
-    ids = data.reader.first_dimensions("input_ids")[data.reader.plan.locate(data.samples.keys[data.indices])]
     images = counts[data.indices] * (student.tokens_per_placeholder - 1)
-    return np.where(ids > 0, ids + images, 0).astype(np.int32)
+    return np.where(found > 0, found + images, 0).astype(np.int32)
 
 
 class _Lengths(Dataset["list[int]"]):

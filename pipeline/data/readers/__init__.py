@@ -1,1 +1,0 @@
-"""Readers of data in tables and archives: Parquet, saved datasets, WebDataset."""
