@@ -267,7 +267,9 @@ DAMAGES: dict[str, Callable[[Storage, str], object]] = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize(
+    "kind", [*list(DAMAGES)[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(DAMAGES)[2:])]
+)
 def test_damage_is_named_refused_by_readers_and_beyond_repair(url, kind):
     name = named(full_cache(url).url, "head")
     storage = open_storage(url)

@@ -79,6 +79,7 @@ def test_a_llava_with_pixtrals_tower_is_read_with_the_processor_that_its_folder_
     assert tokens_of(made.regions_R8).sum() == (made.input_ids == vlm.image_token_id).sum()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_images_of_several_shapes_mix_in_a_batch_of_pixtrals(pixtral):
     vlm = load_vlm(pixtral)

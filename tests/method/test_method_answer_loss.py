@@ -342,6 +342,7 @@ def test_pure_half_precision_parameters_get_gradients_of_their_own_type():
 # Beside the rest of torch.
 
 
+@pytest.mark.slow
 def test_a_compiled_model_may_call_it():
     """Traced, differentiated ahead of time, and run eagerly: generating code takes a minute and has no part in it."""
     case = make_case(SETTINGS["topk"])

@@ -151,6 +151,7 @@ def test_rows_of_held_out_samples_in_the_runs_own_cache_are_found(tmp_path):
     assert set(TERMS) | {"agreement"} <= figures["held_out"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["sft", "paper", "logits-only"])
 def test_each_recipe_measures_its_own_terms(tmp_path, data, cache, held_out, held_cache, recipe):
     figures = train(data, cache, tmp_path / "out", recipe=recipe, max_steps=2, **settings(held_out, held_cache))
@@ -159,6 +160,7 @@ def test_each_recipe_measures_its_own_terms(tmp_path, data, cache, held_out, hel
     assert 0 <= figures["held_out"]["agreement"] <= 1
 
 
+@pytest.mark.slow
 def test_an_online_teacher_gives_the_figures_of_the_cache(tmp_path, data, cache, held_out, held_cache):
     given = {"learning_rate": 0.0, "max_steps": 1, "eval_data": str(held_out)}
     cached = train(data, cache, tmp_path / "cached", eval_cache=str(held_cache), **given)["held_out"]
@@ -196,6 +198,7 @@ def test_a_stopped_run_goes_on_with_the_same_evaluations_and_the_same_best(
     assert student_sha256(tmp_path / "out") == student_sha256(undisturbed)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_signals_put_off_twice_is_made_by_the_run_after(
     tmp_path, data, cache, held_out, held_cache, judged, monkeypatch
 ):

@@ -39,8 +39,8 @@ def sigterm_at(step, monkeypatch):
     monkeypatch.setattr(RunCallback, "on_step_end", on_step_end)
 
 
-# The first step, the end of an epoch, and the last step but one; the others are alike.
-STEPS = [step if step in (1, 6, 11) else pytest.param(step, marks=pytest.mark.slow) for step in range(1, 12)]
+# The end of an epoch; the others are alike.
+STEPS = [step if step == 6 else pytest.param(step, marks=pytest.mark.slow) for step in range(1, 12)]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -58,6 +58,7 @@ def test_a_run_stopped_at_any_step_resumes_to_bit_identical_weights_and_metrics(
     assert without_time(metrics(out)) == without_time(metrics(run))
 
 
+@pytest.mark.slow
 def test_a_run_with_muon_resumes_to_bit_identical_weights(data, cache, tmp_path, monkeypatch):
     train(data, cache, tmp_path / "whole", optimizer="muon")
     with monkeypatch.context() as patch:
@@ -68,6 +69,7 @@ def test_a_run_with_muon_resumes_to_bit_identical_weights(data, cache, tmp_path,
     assert student_sha256(tmp_path / "out") == student_sha256(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_stopped_twice_resumes_twice(run, data, cache, tmp_path, monkeypatch):
     out = tmp_path / "out"
     for step, resume in ((2, False), (7, True)):
@@ -180,7 +182,7 @@ def start_method(request):
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("start_method", "place", "workers"),
-    [("fork", "local", 2), ("fork", "s3", 2), pytest.param("spawn", "s3", 1, marks=pytest.mark.slow)],
+    [("fork", "local", 2), *(pytest.param(start, "s3", n, marks=pytest.mark.slow) for start, n in (("fork", 2), ("spawn", 1)))],
     indirect=["start_method"],
 )
 def test_loader_processes_change_nothing(run, data, cache, tmp_path, request, start_method, place, workers):
@@ -191,6 +193,7 @@ def test_loader_processes_change_nothing(run, data, cache, tmp_path, request, st
     assert student_sha256(tmp_path / "out") == student_sha256(run)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_signal_to_every_process_of_a_job_still_writes_a_checkpoint(data, cache, tmp_path, door):
     """SLURM signals loader processes too: one that died of it would take the run down."""

@@ -145,6 +145,7 @@ def little_memory(monkeypatch):
         yield tried
 
 
+@pytest.mark.slow
 def test_stage_one_writes_everything_with_little_memory_and_rejects_what_never_fits(tmp_path, little_memory):
     data = write_data(tmp_path / "small.json", [*SAMPLES[:2], LONG, SAMPLES[4]])
     # Without logits: their calibration would see the long sample, too.

@@ -75,6 +75,7 @@ def test_a_killed_loader_ends_the_run_as_something_to_try_again(data, cache, tmp
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_stopped_loaders_end_the_run_when_the_longest_wait_is_over(data, cache, tmp_path, monkeypatch):
     at_step(2, monkeypatch, lambda loaders: [os.kill(one.pid, signal.SIGSTOP) for one in loaders])
     with pytest.raises(TransientError, match=r"gave no batch in 1 seconds.*--resume"):

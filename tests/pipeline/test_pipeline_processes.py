@@ -183,6 +183,7 @@ def test_samples_without_images_stall_no_process(door, monkeypatch, data, cache,
     assert [one.code for one in finished] == [0, 0], finished[0].stderr
 
 
+@pytest.mark.slow
 def test_a_sample_that_one_process_rejects_is_counted_by_all_of_them(door, data, cache, tmp_path, monkeypatch):
     images = tmp_path / "images"
     shutil.copytree(IMAGES, images)

@@ -70,6 +70,7 @@ def test_a_crash_between_shard_and_record_leaves_nothing_that_counts(tmp_path, d
     assert content(tmp_path / "cache") == content(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_ends_the_real_process_with_exit_code_75_and_a_rerun_completes_the_same_cache(
     tmp_path, door, twelve, expected, name
@@ -91,6 +92,7 @@ def test_a_signal_ends_the_real_process_with_exit_code_75_and_a_rerun_completes_
     assert content(tmp_path / "cache") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [2, 5])
 def test_any_other_number_of_workers_takes_exactly_what_is_left(tmp_path, twelve, expected, second):
     cache = tmp_path / "cache"
@@ -104,12 +106,14 @@ def test_any_other_number_of_workers_takes_exactly_what_is_left(tmp_path, twelve
     assert content(cache) == expected
 
 
+@pytest.mark.slow
 def test_who_steals_completes_the_cache_alone(tmp_path, twelve, expected):
     done = write_cache(twelve, tmp_path / "cache", rank=1, world_size=3, steal=True)
     assert (done["new_samples"], done["complete"]) == (12, True)
     assert content(tmp_path / "cache") == expected
 
 
+@pytest.mark.slow
 def test_the_content_depends_on_neither_format_nor_shard_size_nor_order_nor_threads(tmp_path, twelve):
     """One sample a forward pass: other batches round differently, in the last bit."""
     one = {"batch_tokens": 1}
@@ -142,6 +146,7 @@ def test_a_straggler_that_finishes_after_its_replacement_harms_nobody(tmp_path, 
     assert content(tmp_path / "cache") == content(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_stopped_worker_that_wakes_after_its_shards_were_taken_harms_nobody(tmp_path, door, twelve, expected):
     arguments = ["cache-teacher", "--teacher", TEACHER, "--data", twelve, "--images", IMAGES, "--device", "cpu"]
@@ -159,6 +164,7 @@ def test_a_stopped_worker_that_wakes_after_its_shards_were_taken_harms_nobody(tm
     assert content(tmp_path / "cache") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_identical_workers_at_once_harm_nobody(tmp_path, door, twelve, expected):
     arguments = ["cache-teacher", "--teacher", TEACHER, "--data", twelve, "--images", IMAGES, "--device", "cpu"]
@@ -186,6 +192,7 @@ def test_resuming_reads_the_samples_that_are_left_and_no_others(tmp_path, data, 
     assert content(tmp_path / "cache") == content(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["a letter", "the place"])
 def test_a_data_file_of_the_same_size_that_has_changed_is_refused(tmp_path, data, change):
     copy = tmp_path / "data.json"

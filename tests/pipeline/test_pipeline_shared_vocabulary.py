@@ -113,6 +113,7 @@ def fit(student, cache, **changes):
     return check_student_compatible(student, {**reader.fingerprint, **changes}, "v1", 2048, "cache", needs=ALL, fields=fields)
 
 
+@pytest.mark.slow
 def test_a_cache_made_by_the_option_serves_three_steps_of_align_kd(place, tmp_path):
     options = ["--teacher", place / "llava", "--data", place / "data.json", "--images", IMAGES, "--cache", tmp_path / "cache"]
     options += ["--logit-vocabulary", SHARED, "--device", "cpu"]
@@ -225,6 +226,7 @@ def test_an_answer_with_a_token_beyond_the_ids_kept_is_rejected_by_name_and_a_qu
     assert not CacheReader(write(place, "last-too", data="last.json")).rejected
 
 
+@pytest.mark.slow
 def test_a_wider_head_of_the_students_own_make_is_met_as_it_is(data, tmp_path, student_vlm):
     teacher = str(with_vocabulary(TEACHER, tmp_path / "wide", HEAD))
     write_cache(data, tmp_path / "whole", teacher=teacher)

@@ -109,6 +109,7 @@ def test_rows_hold_no_attention_and_no_vision_tokens_and_the_cache_holds_the_sli
     assert content(sliced) != content(exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", ["sliced", "towerless"])
 @pytest.mark.parametrize("features", [False, True], ids=["pixels", "features in memory"])
 def test_a_slice_trains_loss_by_loss_as_exact_targets_do(data, expected, tmp_path, request, kept, features):
@@ -135,6 +136,7 @@ def test_the_command_line_goes_from_a_slice_to_the_same_student(door, data, tmp_
     assert_same_metrics(metrics(tmp_path / "out"), expected)
 
 
+@pytest.mark.slow
 def test_a_student_with_another_tower_learns_from_the_teachers_own(data, sliced, exact, other_tower, tmp_path):
     for name, cache in (("sliced", sliced), ("exact", exact)):
         train(data, cache, tmp_path / name, student=str(other_tower), **THREE)
@@ -157,6 +159,7 @@ def test_equal_weights_read_at_another_layer_are_another_tower(data, towerless, 
         train(data, towerless, tmp_path / "out", student=str(student))
 
 
+@pytest.mark.slow
 def test_a_tower_that_is_shared_is_not_read(data, sliced, expected, tmp_path, other_tower):
     cache = shutil.copytree(sliced, tmp_path / "cache")
     (tower,) = (cache / "tensors").glob("slice.tower-*")
@@ -167,6 +170,7 @@ def test_a_tower_that_is_shared_is_not_read(data, sliced, expected, tmp_path, ot
         train(data, cache, tmp_path / "other", student=str(other_tower))
 
 
+@pytest.mark.slow
 def test_a_slice_in_16_bits_keeps_16_bits_and_finds_the_tower_of_a_float32_student(data, tmp_path, student_vlm):
     settings = {"dtype": "bfloat16", "settings": EXACT}
     write_cache(data, tmp_path / "sliced", alignment="slice", slice_without_tower=True, **settings)
@@ -181,6 +185,7 @@ def test_a_slice_in_16_bits_keeps_16_bits_and_finds_the_tower_of_a_float32_stude
     assert_same_metrics(metrics(tmp_path / "out-sliced"), metrics(tmp_path / "out-exact"), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_head_mean_is_honoured(data, tmp_path):
     settings = TargetSettings(attention="mean", attention_codec="exact", vision_codec="exact")
     for name in ("targets", "slice"):
@@ -191,6 +196,7 @@ def test_a_head_mean_is_honoured(data, tmp_path):
         train(data, tmp_path / "slice", tmp_path / "out", **THREE)
 
 
+@pytest.mark.slow
 def test_stage_one_captures_no_attention_and_runs_no_teacher_where_no_logits_are_wanted(data, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(run_teacher_module, "capture", lambda *a, **k: asked.append(k["attention"]) or capture(*a, **k))
@@ -237,6 +243,7 @@ def test_a_cache_of_targets_and_one_with_a_slice_do_not_go_on_as_each_other(data
         write_cache(data, towerless, settings=EXACT, alignment="slice")
 
 
+@pytest.mark.slow
 def test_stage_two_resumes_to_bit_identical_weights_and_its_checkpoints_hold_no_slice(data, sliced, tmp_path, monkeypatch):
     train(data, sliced, tmp_path / "whole", max_steps=4)
     with monkeypatch.context() as patch:
@@ -249,6 +256,7 @@ def test_stage_two_resumes_to_bit_identical_weights_and_its_checkpoints_hold_no_
         assert b"teacher_slice" not in checkpoint.read_bytes()[:100_000]
 
 
+@pytest.mark.slow
 def test_a_converted_cache_trains_the_same_student(data, sliced, tmp_path):
     convert(str(sliced), str(tmp_path / "tar"), "webdataset")
     for name, cache in (("zarr", sliced), ("tar", tmp_path / "tar")):

@@ -114,6 +114,7 @@ def test_batches_stay_under_the_budget_and_are_a_pure_function_of_the_samples(tm
     assert stage.load(first[1]).batch.samples == 2
 
 
+@pytest.mark.slow
 def test_an_image_is_stored_once_however_many_samples_share_it(tmp_path):
     """Samples of three images and none in turn, so that file order would put each image into every shard."""
     records = [
@@ -175,6 +176,7 @@ def test_rejected_samples_of_earlier_runs_count_too(tmp_path):
     assert write_cache(data, tmp_path / "cache", max_rejected=3)["samples_rejected"] == 3
 
 
+@pytest.mark.slow
 def test_a_dry_run_estimates_and_writes_nothing(tmp_path, data):
     figures = dry_run(stage_one_config(data, tmp_path / "cache"))
     assert list(tmp_path.iterdir()) == []
@@ -188,6 +190,7 @@ def test_a_dry_run_estimates_and_writes_nothing(tmp_path, data):
     assert figures["positions_per_sample"] * 6 == pytest.approx(real["tokens"], abs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "changes"),
     [

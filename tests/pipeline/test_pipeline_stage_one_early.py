@@ -89,6 +89,7 @@ def test_a_cache_without_room_is_refused_before_a_shard_is_written(tmp_path, dat
     assert not (tmp_path / "cache" / "cache.json").exists()
 
 
+@pytest.mark.slow
 def test_a_cache_with_just_enough_room_is_written(tmp_path, data, monkeypatch):
     need = dry_run(stage_one_config(data, tmp_path / "cache"))["bytes"]
     monkeypatch.setattr(place.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 2 * need))

@@ -44,6 +44,7 @@ def test_nothing_is_said_of_truncation_where_there_is_none(long_data, tmp_path, 
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING and r.name.startswith("alignkd")]
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_truncated_samples_that_it_tried(long_data, tmp_path):
     found = [dry_run(stage_one_config(long_data, tmp_path / "cache", max_length=length)) for length in (SHORT, 2048)]
     assert [figures["truncated_of_tried"] for figures in found] == [2, 0]

@@ -79,18 +79,21 @@ def loss_and_gradients(recipe, batch, targets, codec):
     return {name: value.item() for name, value in {"loss": outputs["loss"], **outputs["terms"]}.items()}, gradients
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("recipe", "settings", "bound"),
     [
-        ("align-kd", TargetSettings(attention_codec="float16", vision_codec="float16"), 2e-3),
-        ("paper", TargetSettings(attention_codec="float16", vision_codec="float16"), 2e-3),
-        ("align-kd", exact(logits=LogitSettings("topk", top_k=512)), 5e-3),
-        ("align-kd", exact(logits=LogitSettings("sampled")), 5e-3),
-        ("align-kd", exact(logits=LogitSettings("hidden")), 5e-2),
-        ("align-kd", exact(logits=LogitSettings("hidden", hidden_bits=16)), 2e-3),
+        pytest.param("align-kd", TargetSettings(attention_codec="float16", vision_codec="float16"), 2e-3, marks=SLOW),
+        pytest.param("paper", TargetSettings(attention_codec="float16", vision_codec="float16"), 2e-3, marks=SLOW),
+        pytest.param("align-kd", exact(logits=LogitSettings("topk", top_k=512)), 5e-3, marks=SLOW),
+        pytest.param("align-kd", exact(logits=LogitSettings("sampled")), 5e-3, marks=SLOW),
+        pytest.param("align-kd", exact(logits=LogitSettings("hidden")), 5e-2, marks=SLOW),
+        pytest.param("align-kd", exact(logits=LogitSettings("hidden", hidden_bits=16)), 2e-3, marks=SLOW),
         ("align-kd", TargetSettings(), 1e-2),
-        ("align-kd", TargetSettings(attention_codec="int8-rows"), 3e-2),
-        ("align-kd", TargetSettings(attention_codec="sqrt4", vision_codec="int4-blocks"), 2e-1),
+        pytest.param("align-kd", TargetSettings(attention_codec="int8-rows"), 3e-2, marks=SLOW),
+        pytest.param("align-kd", TargetSettings(attention_codec="sqrt4", vision_codec="int4-blocks"), 2e-1, marks=SLOW),
     ],
 )
 def test_cached_targets_give_the_loss_and_gradients_of_targets_made_online(
@@ -188,6 +191,7 @@ def test_the_student_loads_again_from_both_layouts_with_identical_outputs(run, s
     assert torch.equal(captured[0].vision_BVD, captured[1].vision_BVD)
 
 
+@pytest.mark.slow
 def test_the_official_folder_can_be_moved_and_trained_on_again(run, tmp_path, data, cache):
     shutil.copytree(run / "student-official", tmp_path / "moved")
     train(data, cache, tmp_path / "out", student=str(tmp_path / "moved"), max_steps=1)
@@ -200,6 +204,7 @@ def test_two_runs_of_one_seed_are_bit_identical_and_of_two_seeds_are_not(run, da
     assert student_sha256(tmp_path / "other") != student_sha256(run)
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_takes_as_many_samples_a_step_as_one_large_batch(data, cache, tmp_path):
     train(data, cache, tmp_path / "out", batch_size=1, gradient_accumulation=4, epochs=2.0)
     lines = metrics(tmp_path / "out")
@@ -208,6 +213,7 @@ def test_gradient_accumulation_takes_as_many_samples_a_step_as_one_large_batch(d
         assert line["loss"] == pytest.approx(sum(v for k, v in line.items() if k.startswith("weighted/")), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_tower_features_kept_in_memory_give_the_same_metrics(run, data, cache, tmp_path):
     train(data, cache, tmp_path / "out", cache_tower_features=True, max_steps=4, epochs=4.0)
     train(data, cache, tmp_path / "plain", max_steps=4, epochs=4.0)
@@ -215,12 +221,14 @@ def test_tower_features_kept_in_memory_give_the_same_metrics(run, data, cache, t
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_metrics(run, data, cache, tmp_path):
     train(data, cache, tmp_path / "out", gradient_checkpointing=True)
     for ours, theirs in zip(without_time(metrics(tmp_path / "out")), without_time(metrics(run)), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_projector_may_have_its_own_learning_rate(data, cache, tmp_path, student_vlm):
     train(data, cache, tmp_path / "out", projector_learning_rate=0.0, max_steps=3)
     trained = load_vlm(tmp_path / "out" / "student")
@@ -229,6 +237,7 @@ def test_the_projector_may_have_its_own_learning_rate(data, cache, tmp_path, stu
     assert student_vlm.weights_fingerprint() != trained.weights_fingerprint()
 
 
+@pytest.mark.slow
 def test_fine_tuning_needs_no_cache(data, tmp_path):
     train(data, None, tmp_path / "out", recipe="sft", max_steps=2)
     line = metrics(tmp_path / "out")[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 
 import pytest
@@ -75,13 +76,21 @@ def test_easy_vqa_that_is_missing_is_named_with_its_extra(monkeypatch):
 # --- what a resumed run finds ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def stopped(data, cache, tmp_path, monkeypatch):
-    """A run that was stopped after its second step, and how to resume it."""
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def stopped_run(data, cache, tmp_path_factory):
+    """A run that was stopped after its second step, of which tests damage copies."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    with pytest.MonkeyPatch.context() as patch:
         sigterm_at(2, patch)
         with pytest.raises(Interrupted, match="stopped by SIGTERM at step 2; continue with --resume"):
-            train(data, cache, tmp_path / "out")
+            train(data, cache, out)
+    return out
+
+
+@pytest.fixture
+def stopped(stopped_run, data, cache, tmp_path):
+    """A copy of the stopped run, and how to resume it."""
+    shutil.copytree(stopped_run, tmp_path / "out")
     return tmp_path / "out", lambda: train(data, cache, tmp_path / "out", resume=True)
 
 
@@ -128,6 +137,7 @@ def test_another_student_than_the_checkpoints_is_refused(stopped, data, cache):
         train(data, cache, out, resume=True)
 
 
+@pytest.mark.slow
 def test_checkpoints_and_resume_points_are_logged(stopped, caplog):
     out, resume = stopped
     with caplog.at_level(logging.INFO, logger="alignkd"):

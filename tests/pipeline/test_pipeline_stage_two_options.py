@@ -32,6 +32,7 @@ def online(tmp_path_factory, data, cache):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "alignment", "bound"),
     [
@@ -53,6 +54,7 @@ def test_cached_and_online_runs_have_the_same_losses_step_by_step(data, tmp_path
             assert cached[name] == pytest.approx(wanted[name], rel=bound), (cached["step"], name)
 
 
+@pytest.mark.slow
 def test_an_online_teacher_needs_no_cache(data, tmp_path):
     result = train(data, None, tmp_path / "out", online_teacher=str(TEACHER), template="v1", max_steps=2)
     assert result["steps"] == 2
@@ -71,6 +73,7 @@ def test_an_online_teacher_that_does_not_fit_is_refused_with_both_values(data, t
 # --- LoRA ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lora_trains_updates_of_the_decoder_and_the_projector_alone_and_merges_them(data, cache, tmp_path):
     train(data, cache, tmp_path / "out", lora=True, lora_rank=4, lora_alpha=8, learning_rate=1e-2)
     before = load_vlm(STUDENT).model.state_dict()
@@ -105,6 +108,7 @@ def test_a_lora_run_resumes_to_the_same_student(data, cache, tmp_path, monkeypat
 # --- order -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -126,6 +130,7 @@ def test_batches_see_every_sample_once_an_epoch_and_resume_exactly(data, cache, 
     assert student_sha256(tmp_path / "out") == student_sha256(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_padding_that_a_run_computes_is_in_its_lines_and_its_result(run, data, cache, tmp_path):
     result = train(data, cache, tmp_path / "out", batch_size=6, epochs=1.0)
     (line,) = metrics(tmp_path / "out")
@@ -137,6 +142,7 @@ def test_the_padding_that_a_run_computes_is_in_its_lines_and_its_result(run, dat
     assert metrics(run)[-1]["padding_share"] < line["padding_share"]  # three micro-batches of like lengths, not one of all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "option"), [(True, "--group-by-length"), (False, "--no-group-by-length")])
 def test_a_resume_across_the_choice_of_grouping_is_refused_with_the_option_to_give(
     data, cache, tmp_path, monkeypatch, before, option
@@ -149,6 +155,7 @@ def test_a_resume_across_the_choice_of_grouping_is_refused_with_the_option_to_gi
         train(data, cache, tmp_path / "out", group_by_length=not before, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["without the setting", "with another grouping"])
 def test_a_run_of_an_earlier_version_is_resumed_only_as_it_took_its_samples(data, cache, tmp_path, monkeypatch, version):
     out, grouped = tmp_path / "out", version == "with another grouping"
@@ -178,6 +185,7 @@ def test_a_budget_too_small_for_a_sample_names_it(data, cache, tmp_path):
 # --- what is watched ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gradient_norms_of_each_term_are_logged_and_change_nothing(run, data, cache, tmp_path):
     train(data, cache, tmp_path / "out", term_gradients=True)
     for line, plain in zip(metrics(tmp_path / "out"), metrics(run), strict=True):

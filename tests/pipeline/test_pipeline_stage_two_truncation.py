@@ -29,6 +29,7 @@ def long_cache(tmp_path_factory, long_data):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_truncated_samples_are_counted_in_every_line_and_reported_once(long_data, long_cache, tmp_path, caplog, workers):
     result = train(long_data, long_cache, tmp_path / "out", epochs=2.0, workers=workers)

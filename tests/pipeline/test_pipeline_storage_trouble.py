@@ -74,6 +74,7 @@ TROUBLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TROUBLES)
 def test_trouble_in_the_middle_is_one_message_and_a_rerun_completes_the_same_cache(
     tmp_path, eight, expected, monkeypatch, name
@@ -134,6 +135,7 @@ def test_an_object_store_that_stops_answering_is_one_message_and_a_rerun_complet
     assert content(s3_url) == expected
 
 
+@pytest.mark.slow
 def test_an_object_store_that_stumbles_is_asked_again_and_nothing_is_lost(s3, s3_url, eight, expected, monkeypatch):
     monkeypatch.setattr(RemoteStorage, "first_wait_s", 0.001)
     faults = [s3.fail(kind, "PUT", name) for kind, name in (("500", "shards/"), ("drop after", "commits/"), ("drop", "runs/"))]

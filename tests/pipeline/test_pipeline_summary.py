@@ -49,6 +49,7 @@ def test_a_run_too_short_for_a_warning_to_last_says_at_the_end_what_its_last_lin
     assert "below 1% of the loss in the last log line (now 0.00%, step 12): it has almost no effect" in warning
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_the_summary_is_the_last_thing_on_the_console_and_its_command_runs(door, data, cache, tmp_path):
     out = tmp_path / "a run"
@@ -91,6 +92,7 @@ def test_rejected_samples_are_one_warning_with_their_reasons_by_count():
     assert "/data/1.png" not in warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_that_show_nothing_are_named_at_the_end_whoever_read_them(tmp_path, workers):
     folder = tmp_path / "images"

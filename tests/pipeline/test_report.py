@@ -117,6 +117,7 @@ def test_printed_parts_add_up_and_each_is_within_one_unit(parts, digits):
     assert all(abs(units - part * 10**digits) < 1 + 1e-6 for units, part in zip(as_units, parts, strict=True))
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_show_what_differs_alone(tmp_path):
     lines = [log_line(step) for step in (1, 2, 3)]
     first = write_run(tmp_path / "a" / "out", lines, learning_rate=1e-3)
@@ -139,6 +140,7 @@ def test_runs_side_by_side_show_what_differs_alone(tmp_path):
     assert any(alt.startswith("loss: a/out") and "b/out" in alt for alt in page.images)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finished_says_so_and_its_torn_line_is_left_out(tmp_path):
     folder = write_run(tmp_path / "run", [log_line(1), log_line(2)])
     with (folder / "metrics.jsonl").open("a") as file:
@@ -170,6 +172,7 @@ def test_a_run_that_goes_on_is_said_to_run(tmp_path):
     assert read_runs([folder])[0].state == "runs now, at step 1 of 100"
 
 
+@pytest.mark.slow
 def test_samples_without_a_trained_student_say_when_it_comes(tmp_path, data):
     folder = write_run(tmp_path / "run", [log_line(1)], student=str(STUDENT), data=str(data))
     page, figures = page_of(tmp_path, folder, samples=1)
@@ -199,12 +202,14 @@ def test_held_out_figures_are_shown_whatever_they_are_called(tmp_path):
     assert sum(alt.startswith(("samples: ", "seconds: ")) for alt in page.images) == 0
 
 
+@pytest.mark.slow
 def test_values_that_json_could_not_hold_are_gaps(tmp_path):
     folder = write_run(tmp_path / "run", [log_line(1), log_line(2, loss=None, supervised=10**40), log_line(3)])
     page, _ = page_of(tmp_path, folder, samples=0)
     assert any(alt.startswith("loss: run 2.1 at step 1, 0.7667 at step 3") for alt in page.images)
 
 
+@pytest.mark.slow
 def test_warnings_are_shown(tmp_path):
     folder = write_run(
         tmp_path / "run", [log_line(1)], result={"warnings": ["attention was below 1%", "cut <b>"], "processes": 2}
@@ -216,6 +221,7 @@ def test_warnings_are_shown(tmp_path):
     assert figures["runs"][0]["command"].startswith("torchrun --nproc-per-node 2 --no-python alignkd distill ")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_resumed_with_learned_weights_and_lora_says_so(tmp_path):
     lines = [log_line(step, **{"precision/attention": 1.0 + step}) for step in (1, 2)]
     folder = write_run(tmp_path / "run", lines, result={"warnings": []}, recipe="beta-kd", lora=True, resume=True)
@@ -270,6 +276,7 @@ def test_whatever_the_files_hold_there_is_a_page_or_one_message(tmp_path_factory
         assert not isinstance(chosen.get("recipe", {}), dict)
 
 
+@pytest.mark.slow
 def test_text_from_others_is_escaped_wherever_it_is_shown(tmp_path):
     data = write_data(tmp_path / "d.json", [{**SAMPLES[0], "id": EVIL}])
     folder = write_run(
@@ -408,6 +415,7 @@ def test_what_is_no_run_is_refused_with_one_message(door, tmp_path, name):
     assert not (tmp_path / "page").exists()
 
 
+@pytest.mark.slow
 def test_the_command_prints_its_figures_as_json(door, tmp_path):
     folder = write_run(tmp_path / "run", [log_line(1), log_line(4)])
     finished = door("report", folder, "--to", tmp_path / "page", "--samples", 0, "--json")
@@ -420,6 +428,7 @@ def test_the_command_prints_its_figures_as_json(door, tmp_path):
     assert said.stdout.splitlines()[-1] == f"report: {tmp_path / 'page' / 'report.html'}"
 
 
+@pytest.mark.slow
 def test_a_page_without_attention_loads_no_torch(tmp_path, cache):
     folder = write_run(tmp_path / "run", [log_line(1)], cache=str(cache))
     words = ["report", str(folder), "--to", str(tmp_path / "page"), "--samples", "0"]
@@ -497,6 +506,7 @@ def seen(scale, heads=2):
     return Seen(np.zeros((4, 6, 3), np.float32), attention_HTV, region(0, (2, 3))[None])
 
 
+@pytest.mark.slow
 def test_all_panels_have_one_scale_which_one_bar_shows(monkeypatch):
     from alignkd.pipeline.report import attention_grid as module
 
@@ -518,6 +528,7 @@ def test_names_tell_runs_apart():
     assert unique_names([Path("/x/a"), Path("/x/a")]) == ["/x/a (1)", "/x/a (2)"]
 
 
+@pytest.mark.slow
 def test_answers_of_benchmarks_and_those_that_differ_are_shown(tmp_path):
     runs = []
     for name, score in (("a", 0.0), ("b", 1.0)):
