@@ -5,7 +5,8 @@ by piece, and each image is one placeholder id; 4. everything except the answers
 
 Source: ``preprocess_multimodal``, ``preprocess_plain``, ``preprocess_v1`` and ``tokenizer_image_token`` of the reference
 training code (after LLaVA's). Their quirks are kept, since a model trained with them expects them; the golden tests compare
-the ids. One difference: a turn with several ``<image>`` keeps them all, where the reference keeps one.
+the ids. Two differences: a turn with several ``<image>`` keeps them all, where the reference keeps one; and the text of a
+system turn takes the place of the system text of ``v1``, where the reference knows no system turns.
 """
 
 from collections.abc import Iterator, Sequence
@@ -68,10 +69,38 @@ class Encoded:
 
 
 Turns = Sequence[tuple[str, str]]
-"""``(speaker, text)`` pairs, speaker ``human`` or ``gpt``."""
+"""``(speaker, text)`` pairs, speaker ``human``, ``gpt`` or ``system``. A system turn without words is as if it were absent."""
 
 Part = tuple[str, bool]
 """Text of a prompt, and whether it is the conversation's own; the template's otherwise."""
+
+
+def split_system(turns: Turns) -> tuple[str, list[tuple[str, str]]]:
+    """The text of a system turn at the beginning, "" for none, and the other turns.
+
+    Raises:
+        PromptError: a system turn stands elsewhere.
+    """
+    worded = [(number, turn) for number, turn in enumerate(turns) if turn[0] != "system" or turn[1].strip()]
+    system = worded.pop(0)[1][1] if worded and worded[0][1][0] == "system" else ""
+    for number, (speaker, _) in worded:
+        if speaker == "system":
+            raise PromptError(f"turn {number} is a system turn: expected one at most, before turns that alternate human, gpt")
+    return system, [turn for _, turn in worded]
+
+
+def refuse_system(turns: Turns, template: str) -> list[tuple[str, str]]:
+    """The turns without system turns that say nothing.
+
+    Raises:
+        PromptError: a system turn has words.
+    """
+    if any(speaker == "system" and text.strip() for speaker, text in turns):
+        raise PromptError(
+            f"the template {template} has no place for a system turn: use a template that has one, or take the turn out of the"
+            " data"
+        )
+    return [turn for turn in turns if turn[0] != "system"]
 
 
 def encode_conversation(turns: Turns, *, template: str, tokenizer: Any, has_image: bool, max_length: int) -> Encoded:
@@ -106,6 +135,7 @@ def encode_question(turns: Turns, *, template: str, tokenizer: Any, has_image: b
     if not turns or turns[-1][0] != "gpt":
         raise PromptError("the last turn must be the answer ('gpt') to compare with")
     if template == "plain":
+        turns = refuse_system(turns, template)
         text = IMAGE_TAG * sum(t.count(IMAGE_TAG) for _, t in turns) if has_image else ""
     else:
         text = _v1_text([*turns[:-1], ("gpt", "")])
@@ -120,8 +150,9 @@ def parts_of(turns: Turns, *, template: str, has_image: bool) -> tuple[list[Part
     """
     turns = _image_first(turns) if has_image else list(turns)
     if template == "plain":
-        return list(_plain_parts(turns, has_image)), 1
-    return list(_v1_parts(turns)), int(bool(turns) and turns[0][0] != "human")
+        return list(_plain_parts(refuse_system(turns, template), has_image)), len(turns) - 1
+    asked = next((number for number, (speaker, _) in enumerate(turns) if speaker == "human"), len(turns))
+    return list(_v1_parts(turns)), 0 if split_system(turns)[0] else asked
 
 
 def tokenize_with_images(text: str, tokenizer: Any) -> list[int]:
@@ -146,12 +177,15 @@ def _image_first(turns: Turns) -> list[tuple[str, str]]:
     for speaker, text in turns:
         count = text.count(IMAGE_TAG)
         if count:
+            if speaker == "system":
+                raise PromptError("its system turn holds an image: images belong to questions")
             text = (f"{IMAGE_TAG}\n" * count + text.replace(IMAGE_TAG, "").strip()).strip()
         reordered.append((speaker, text))
     return reordered
 
 
 def _encode_plain(turns: Turns, tokenizer: Any, has_image: bool) -> tuple[list[int], list[int]]:
+    turns = refuse_system(turns, "plain")
     if len(turns) != 2:
         raise PromptError(f"the plain template takes one question and one answer, found {len(turns)} turns")
     images, *answer = (text for text, _ in _plain_parts(turns, has_image))
@@ -171,15 +205,25 @@ def _v1_text(turns: Turns) -> str:
 
 
 def _v1_parts(turns: Turns) -> Iterator[Part]:
-    if turns and turns[0][0] != "human":
+    system, turns = split_system(turns)
+    if system:
+        _check_v1_system(system)
+    elif turns and turns[0][0] != "human":
         turns = turns[1:]
-    yield SYSTEM + " ", False
+    yield system or SYSTEM, bool(system)
+    yield " ", False
     for index, (speaker, message) in enumerate(turns):
         if speaker != ("human", "gpt")[index % 2]:
             raise PromptError(f"turn {index} is from {speaker!r}; turns must alternate human, gpt")
         yield _ROLES[speaker] + (": " if message else ":"), False
         yield message, True
         yield (" ", _END)[index % 2] if message else "", False
+
+
+def _check_v1_system(text: str) -> None:
+    """Refuse what the count of supervised ids would take for the end or the beginning of an answer."""
+    if mark := next((mark for mark in (_END, _ANSWER_MARK) if mark in text + " "), None):
+        raise PromptError(f"its system turn holds {mark.strip()!r}, which in the template v1 marks an answer")
 
 
 def _encode_v1(turns: Turns, tokenizer: Any, has_image: bool, max_length: int) -> tuple[list[int], list[int], int]:

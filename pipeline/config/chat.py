@@ -21,6 +21,9 @@ class ChatConfig(Settings):
         metavar="TEXT",
         help="A question; may be repeated. Without it, standard input holds them.",
     )
+    system: str | None = setting(
+        None, group="data", metavar="TEXT", help="Text of a system turn before the first question, where the template has them."
+    )
     template: str | None = shared.template()
     prompt_date: str | None = shared.prompt_date()
     max_length: int | None = setting(

@@ -37,7 +37,8 @@ class TinyFamily:
     ``plain``: what the model itself takes for a conversation, ``[1, S]`` each, without alignkd; None: the processor's chat
     template is asked. With ``opened`` the last answer is about to begin.
     ``keeps_quirks``: its prompts are its training code's to the letter, which neither refuses special tokens nor counts ids of
-    text alone. ``reach``: how far beside its box, in boxes, a vision token may see best.
+    text alone. ``takes_system``: whether its prompts have a place for a system turn. ``reach``: how far beside its box, in
+    boxes, a vision token may see best.
     """
 
     write: Callable[[Path, int], None]
@@ -50,6 +51,7 @@ class TinyFamily:
     image_after_text: bool = True
     plain: Callable[[Path, Turns, Sequence[Image.Image], bool], dict[str, Any]] | None = None
     keeps_quirks: bool = False
+    takes_system: bool = True
     reach: float = 0.25
 
 
@@ -63,10 +65,17 @@ FAMILIES = {
     "idefics3": TinyFamily(make_idefics3.write, "<end_of_utterance>"),
     "qwen3_vl": TinyFamily(make_qwen3_vl.write, "<|im_end|>"),
     "paligemma": TinyFamily(
-        make_paligemma.write, "<eos>", several_turns=False, without_image=False, plain=make_paligemma.plain
+        make_paligemma.write,
+        "<eos>",
+        several_turns=False,
+        without_image=False,
+        plain=make_paligemma.plain,
+        takes_system=False,
     ),
-    "gemma3": TinyFamily(make_gemma3.write, "<end_of_turn>"),
-    "instructblip": TinyFamily(make_instructblip.write, "</s>", covers="nothing", plain=make_instructblip.plain),
+    "gemma3": TinyFamily(make_gemma3.write, "<end_of_turn>", takes_system=False),
+    "instructblip": TinyFamily(
+        make_instructblip.write, "</s>", covers="nothing", plain=make_instructblip.plain, takes_system=False
+    ),
     "minigpt4": TinyFamily(make_minigpt4.write, "###", covers="nothing", plain=make_minigpt4.plain),
     # Its last convolution is centred on every second patch, half a patch beside the middle of a token's box, and three wide.
     "mobilevlm_v1": TinyFamily(

@@ -40,6 +40,11 @@ ONE = Conversation("one", (("human", "<image>\nWhat colour is the cat?"), ("gpt"
 BYTES = Conversation(
     "bytes", (("human", "<image>\nWhich? \u65e5\u672c"), ("gpt", "a dog \u00e9\u00e8 \U0001f600 caf\u00e9")), ((30, 70),)
 )
+SYSTEM_TURN = Conversation(
+    "system",
+    (("system", "Answer in two words,\nna\u00efve ones."), ("human", "<image>\nWhat is it?"), ("gpt", "a dog")),
+    ((48, 40),),
+)
 CONVERSATIONS = [
     ONE,
     BYTES,

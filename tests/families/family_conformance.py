@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, TinyFamily
-from conversations import BYTES, ONE, Conversation, suiting
+from conversations import BYTES, ONE, SYSTEM_TURN, Conversation, suiting
 from PIL import Image
 from plain_transformers import forward, plain_inputs, plain_model
 
 from alignkd.capture.attention import Captured, capture, enable_capture
 from alignkd.inputs.batch import Batch, ModelInput
-from alignkd.inputs.prompts import IGNORE
+from alignkd.inputs.prompts import IGNORE, PromptError
 from alignkd.inputs.regions import boxes, tokens_of
 from alignkd.losses.recipes import get_recipe
 from alignkd.models.encoders.chat import ChatEncoder
@@ -163,6 +163,34 @@ class FamilyConformance:
             last = made.spans[made.labels != IGNORE]
             told = "".join(words[start:end] for start, end in dict.fromkeys(map(tuple, last.tolist())))
             assert told == "".join("".join(text.split()) for text in conversation.answers), conversation.name
+
+    def test_a_system_turn_takes_part_in_the_prompt_or_the_sample_is_refused(self, name, family, folder, vlm):
+        encoder, turns = vlm.encoder(vlm.default_template, LENGTH), SYSTEM_TURN.turns
+        images = [encoder.load(image) for image in SYSTEM_TURN.images]
+        if not family.takes_system:
+            for use in (encoder.encode, encoder.question):
+                with pytest.raises(PromptError, match="no place for a system turn"):
+                    use(turns, images)
+            with pytest.raises(PromptError, match="no place for a system turn"):
+                encoder.plan(turns, len(images), SYSTEM_TURN.sizes)
+            turns = turns[1:]  # what follows is that a system turn without words is none
+        made, _ = encoder.encode(turns, images)
+        blank, _ = encoder.encode([("system", " \n"), *SYSTEM_TURN.turns[1:]], images)
+        without, _ = encoder.encode(SYSTEM_TURN.turns[1:], images)
+        assert same_input(blank, without)
+        if not family.takes_system:
+            return
+        theirs = plain_inputs(folder, name, family, SYSTEM_TURN)
+        assert batch_of(vlm, [made]).input_ids_BS[0].tolist() == theirs["input_ids"][0].tolist()
+        assert made.input_ids.tolist() != without.input_ids.tolist()
+        assert answer_runs(made) == answer_runs(without)
+        planned = encoder.plan(turns, len(images), SYSTEM_TURN.sizes)
+        assert planned.length == theirs["input_ids"].shape[1]
+        asked = plain_inputs(folder, name, family, SYSTEM_TURN, opened=True)["input_ids"][0].tolist()
+        assert batch_of(vlm, [encoder.question(turns, images)]).input_ids_BS[0].tolist() == asked
+        words = "".join("".join(text.replace("<image>", "").split()) for _, text in turns)
+        told = "".join(words[start:end] for start, end in dict.fromkeys(map(tuple, made.spans.tolist())))
+        assert told == words
 
     def test_the_encoder_gives_the_same_input_in_another_process(self, family, vlm):
         encoder = vlm.encoder(vlm.default_template, LENGTH)

@@ -135,13 +135,18 @@ def plain(folder: Path, turns: Sequence[tuple[str, str]], images: Sequence[Image
     def add(text: str) -> None:
         ids.extend(tokenizer(text, add_special_tokens=False).input_ids)
 
-    for number, (speaker, text) in enumerate(turns):
+    before = "###"
+    for speaker, text in turns:
+        if speaker == "system":
+            before = f"{text}###"
+            continue
         if speaker == "gpt":
             add(f"{text}###")
             continue
         count, question = text.count("<image>"), text.replace("<image>", "").strip()
         shown = " ".join(["<Img><ImageHere></Img>"] * count + [question])
-        first, *rest = f"{'' if number else '###'}Human: {shown} ###Assistant: ".split("<ImageHere>")
+        first, *rest = f"{before}Human: {shown} ###Assistant: ".split("<ImageHere>")
+        before = ""
         add(first)
         for segment in rest:
             ids.extend([-200] * QUERIES)

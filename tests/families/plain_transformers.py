@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 from alignkd.models.encoders.processors import load_processor
 
-ROLES = {"human": "user", "gpt": "assistant"}
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 def plain_model(folder: Path, attention: str = "sdpa") -> Any:

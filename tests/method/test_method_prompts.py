@@ -59,6 +59,8 @@ def oracle_v1(turns, tokenizer, has_image, max_length):
     if turns[0][0] == "gpt":
         turns = turns[1:]
     text = SYSTEM + " "
+    if turns[0][0] == "system":
+        text, turns = turns[0][1] + " ", turns[1:]
     for who, said in turns:
         text += "USER:" if who == "human" else "ASSISTANT:"
         if said:
@@ -236,6 +238,39 @@ def test_a_first_turn_of_the_assistant_is_left_out(tokenizer):
     assert with_greeting.labels.tolist() == encode(turns, "v1", tokenizer).labels.tolist()
 
 
+@settings(max_examples=80)
+@given(conversations(), TEXTS.filter(lambda text: text.strip()), st.sampled_from([2048, 40]))
+def test_the_text_of_a_system_turn_takes_the_place_of_the_templates_own(either, turns, system, max_length):
+    has_image = any("<image>" in text for _, text in turns)
+    assume("</s>" not in system and " ASSISTANT: " not in system + " ")
+    assert_equals_oracle([("system", system), *turns], "v1", either, has_image, max_length)
+    blank = encode([("system", " \n"), *turns], "v1", either, has_image=has_image)
+    without = encode(turns, "v1", either, has_image=has_image)
+    assert blank.input_ids.tolist() == without.input_ids.tolist()
+    assert blank.labels.tolist() == without.labels.tolist()
+
+
+@pytest.mark.parametrize("mark", ["</s>", " ASSISTANT: ", " ASSISTANT:"])
+def test_a_system_turn_that_would_move_the_labels_is_refused_with_what_it_holds(tokenizer, mark):
+    turns = [("system", f"Say so{mark}"), ("human", "a"), ("gpt", "b")]
+    with pytest.raises(PromptError, match=f"its system turn holds '{mark.strip()}'"):
+        encode(turns, "v1", tokenizer, has_image=False)
+
+
+def test_a_template_without_a_place_for_a_system_turn_refuses_it(tokenizer):
+    turns = [("system", "Be brief."), ("human", "<image>"), ("gpt", "b")]
+    for use in (encode, lambda *given: encode_question(given[0], template="plain", tokenizer=tokenizer, has_image=True)):
+        with pytest.raises(PromptError, match="the template plain has no place for a system turn"):
+            use(turns, "plain", tokenizer)
+    blank = encode([("system", ""), *turns[1:]], "plain", tokenizer)
+    assert blank.input_ids.tolist() == encode(turns[1:], "plain", tokenizer).input_ids.tolist()
+
+
+def test_an_image_in_a_system_turn_is_refused(tokenizer):
+    with pytest.raises(PromptError, match="its system turn holds an image"):
+        encode([("system", "See <image>"), ("human", "a"), ("gpt", "b")], "v1", tokenizer)
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_an_empty_answer_is_encoded_as_the_reference_does(tokenizer, template):
     encoded = assert_equals_oracle([("human", "<image>\nWhat?"), ("gpt", "")], template, tokenizer, True)
@@ -279,6 +314,9 @@ def test_plain_takes_two_turns_only(tokenizer, turns):
         [("human", "a"), ("human", "b")],
         [("human", "a"), ("gpt", "b"), ("gpt", "c")],
         [("human", "a"), ("system", "b")],
+        [("human", "a"), ("gpt", "b"), ("system", "c"), ("human", "d"), ("gpt", "e")],
+        [("system", "a"), ("system", "b"), ("human", "c"), ("gpt", "d")],
+        [("system", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")],
         [("gpt", "a"), ("gpt", "b")],
     ],
 )

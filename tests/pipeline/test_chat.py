@@ -63,6 +63,21 @@ def test_the_prompt_is_what_show_puts_before_the_answer(vlm):
     torch.testing.assert_close(asked.images, before, atol=1e-5, rtol=1e-4)
 
 
+def test_a_system_turn_stands_before_every_question_and_survives_a_new_conversation(vlm):
+    conversation = talk(vlm, system="Answer in one word.")
+    for _ in range(2):
+        asked = ["Which?", "Why?"]
+        for number, question in enumerate(asked):
+            turns, given, _ = conversation.prompt(question)
+            whole = vlm.encoder("v1", 2048).question([("system", "Answer in one word."), *turns, ("gpt", "")], [])
+            assert given.input_ids.tolist() == whole.input_ids.tolist()
+            assert len(turns) == 2 * number + 1
+            conversation.ask(question, nothing)
+        conversation.begin_anew()
+    _, without, _ = talk(vlm).prompt("Which?")
+    assert without.input_ids.tolist() != talk(vlm, system="Answer in one word.").prompt("Which?")[1].input_ids.tolist()
+
+
 def test_a_conversation_without_a_picture_is_text_alone(vlm):
     conversation = talk(vlm)
     _, asked, _ = conversation.prompt("What is an <image>?")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.encoder import Planned
-from alignkd.inputs.prompts import IGNORE, IMAGE_TAG, Encoded, Part, PromptError, Turns
+from alignkd.inputs.prompts import IGNORE, IMAGE_TAG, Encoded, Part, PromptError, Turns, refuse_system, split_system
 from alignkd.inputs.regions import region_without_coordinates, stack
 from alignkd.inputs.spans import NO_SPANS, places
 from alignkd.models.encoders.templates.special_tokens import structure_tokens
@@ -62,6 +62,8 @@ class SegmentEncoder(ABC):
     with_spans = True
     marks: ClassVar[tuple[str, ...]] = ()
     """What the model does not read as text, in addition to the special tokens."""
+    takes_system: ClassVar[bool] = False
+    """Whether :meth:`segments` has a place for a system turn before all other turns."""
 
     @property
     @abstractmethod
@@ -105,17 +107,19 @@ class SegmentEncoder(ABC):
         """The planned ids with the images."""
         made = planned.encoded
         assert made is not None, "made by plan"
-        return self._input(made.input_ids, made.labels, planned.spans, turns, images), made.truncated
+        return self._input(made.input_ids, made.labels, planned.spans, self._usable(turns), images), made.truncated
 
     def question(self, turns: Turns, images: Sequence[torch.Tensor]) -> ModelInput:
         """The prompt; its labels are all ignored."""
         if not turns or turns[-1][0] != "gpt":
             raise PromptError("the last turn must be the answer ('gpt') to compare with")
+        turns = self._usable(turns)
         made, spans = self._encode(turns[:-1], len(images), whole=True)
         return self._input(made.input_ids, np.full_like(made.labels, IGNORE), spans, turns, images)
 
     def _encode(self, turns: Turns, images: int, *, whole: bool = False) -> tuple[Encoded, np.ndarray]:
         """Ids and labels, and the spans ``[L, 2]``; ``whole``: not cut at the maximum length."""
+        turns = self._usable(turns)
         self._check(turns, images)
         segments = self.segments(turns, images) if images else self._without_images(turns)
         parts, before = [], 0
@@ -129,6 +133,13 @@ class SegmentEncoder(ABC):
         spans = spans[:length] if len(spans) == len(ids) else NO_SPANS
         labels = np.where(supervised, ids, IGNORE)
         return Encoded(ids[:length], labels[:length], truncated=length < len(ids)), spans
+
+    def _usable(self, turns: Turns) -> list[tuple[str, str]]:
+        """The turns without system turns that say nothing."""
+        if not self.takes_system:
+            return refuse_system(turns, self.template)
+        system, others = split_system(turns)
+        return [("system", system), *others] if system else others
 
     def _without_images(self, turns: Turns) -> list[Segment]:
         """A conversation without images in segments: an image tag in its text is text, as in LLaVA's training code."""
@@ -158,9 +169,12 @@ class SegmentEncoder(ABC):
         specials = {*structure_tokens(self.tokenizer), *self.marks} - {IMAGE_TAG}
         if not images and named and IMAGE_TAG in self.tokenizer.get_vocab():
             specials.add(IMAGE_TAG)
+        first = int(bool(turns) and turns[0][0] == "system")
         for number, (speaker, text) in enumerate(turns):
-            if speaker != ("human", "gpt")[number % 2]:
+            if number >= first and speaker != ("human", "gpt")[(number - first) % 2]:
                 raise PromptError(f"turn {number} is from {speaker!r}; turns must alternate human, gpt")
+            if number < first and images and IMAGE_TAG in text:
+                raise PromptError("its system turn holds an image: images belong to questions")
             if _TAG_AS_TEXT in text:
                 raise PromptError("its text holds U+FDD2, which is not a Unicode character")
             if found := next((token for token in specials if token in text), None):

@@ -37,11 +37,13 @@ class MiniGpt4Encoder(SegmentEncoder):
     """``###Human: <Img>(image)</Img> question ###Assistant: answer###``, split at the image and where the answer begins.
 
     The model was tuned with this prompt, on one question and one answer; further turns follow the answer's ``###``. Images come
-    first in their turn, as in the training prompts. Source: ``prompt_template``, ``prompts/alignment.txt`` and ``end_sym`` of
-    its stage two.
+    first in their turn, as in the training prompts. A system turn stands before the first ``###``, as in the release's demo.
+    Source: ``prompt_template``, ``prompts/alignment.txt`` and ``end_sym`` of its stage two; ``CONV_VISION_Vicuna0`` of
+    ``minigpt4/conversation/conversation.py``.
     """
 
     marks: ClassVar[tuple[str, ...]] = (_END,)
+    takes_system: ClassVar[bool] = True
 
     @property
     def image(self) -> Segment:
@@ -51,11 +53,16 @@ class MiniGpt4Encoder(SegmentEncoder):
     def segments(self, turns: Turns, images: int) -> list[Segment]:
         """See :class:`SegmentEncoder`."""
         made = [Segment(ids=(int(self.tokenizer.bos_token_id),))]
-        for number, (speaker, text) in enumerate(turns):
+        opening: list[Part] = [(_END, False)]
+        for speaker, text in turns:
+            if speaker == "system":
+                opening = [(own_text(text), True), *opening]
+                continue
             if speaker == "gpt":
                 made.append(Segment(((own_answer(text), True), (_END, False)), supervised=True))
                 continue
-            before: list[Part] = [(f"{_END if number == 0 else ''}Human: ", False)]
+            before: list[Part] = [*opening, ("Human: ", False)]
+            opening = []
             for _ in range(text.count(IMAGE_TAG)):
                 made += [Segment((*before, ("<Img>", False))), self.image]
                 before = [("</Img> ", False)]

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from alignkd.inputs.encoder import Planned
-from alignkd.inputs.prompts import IMAGE_TAG, PromptError, Turns
+from alignkd.inputs.prompts import IMAGE_TAG, PromptError, Turns, refuse_system
 from alignkd.inputs.regions import region
 from alignkd.models.encoders.chat import ChatEncoder
 from alignkd.models.encoders.chat_processing import Processed, process
@@ -44,6 +44,7 @@ class PrefixEncoder(ChatEncoder):
         return f"{self.processor.image_token * images}{question}\n"
 
     def _texts(self, turns: Turns, images: int, count: int) -> list[str]:
+        turns = refuse_system(turns, self.template)
         speakers = [speaker for speaker, _ in turns]
         if speakers != ["human", "gpt"][:count]:
             raise PromptError(f"the prefix template takes one question and one answer, found turns from {speakers}")

@@ -58,13 +58,17 @@ def check_pictures(files: Sequence[str]) -> None:
 
 @dataclass
 class Conversation:
-    """Questions and answers so far about ``images``, by absolute path. ``limit``: positions that it may take, None for any."""
+    """Questions and answers so far about ``images``, by absolute path. ``limit``: positions that it may take, None for any.
+
+    ``system``: the text of a system turn before them, "" for none.
+    """
 
     vlm: Vlm
     preparer: Preparer
     images: tuple[str, ...]
     decoding: Decoding
     limit: int | None
+    system: str = ""
     turns: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
@@ -77,6 +81,7 @@ class Conversation:
         template: str,
         max_length: int | None = None,
         prompt_date: str | None = None,
+        system: str = "",
     ) -> "Conversation":
         """One that begins with some pictures: they are read, and the frozen tower runs, once.
 
@@ -93,7 +98,7 @@ class Conversation:
         preparer.features = {reference: (digest, values[0]) for reference, (values, digest) in loaded.items()}
         if vlm.caches_tower and images:
             preparer.features = dict(tower_features(vlm, preparer, list(dict.fromkeys(images))))
-        return cls(vlm, preparer, images, decoding, limit)
+        return cls(vlm, preparer, images, decoding, limit, system)
 
     def ask(self, question: str, write: Callable[[str], None], *, may_stop: bool = False) -> Answered:
         """The answer to a question, which becomes part of the conversation; ``write`` gets its text piece by piece.
@@ -137,7 +142,7 @@ class Conversation:
                 f"the conversation names {named} pictures with {IMAGE_TAG}, and --image gives {len(self.images)}: leave"
                 f" {IMAGE_TAG} out of the question{f', or: {_CONTINUE}' if self.turns else ''}"
             )
-        sample = Sample("", self.images, (*turns, ("gpt", "")), "")
+        sample = Sample("", self.images, (("system", self.system), *turns, ("gpt", "")), "")
         try:
             given = self.preparer.question(sample)
         except PromptError as error:

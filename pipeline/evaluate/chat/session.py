@@ -72,6 +72,7 @@ def open_conversation(config: ChatConfig) -> Conversation:
         template=config.template or vlm.default_template,
         max_length=config.max_length,
         prompt_date=config.prompt_date,
+        system=config.system or "",
     )
 
 

@@ -61,7 +61,7 @@ class ChatTemplate:
         Raises:
             PromptError: the template rejects the conversation, or reaches a limit.
         """
-        given = sum(len(part.get("text", "")) for message in messages for part in message["content"])
+        given = sum(map(_length, messages))
         variables = {**self._variables, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": opened}
         try:
             return render(self._compiled, variables, given=given, marked=marked)
@@ -88,6 +88,12 @@ class ChatTemplate:
     @cached_property
     def _tree(self) -> nodes.Template:
         return ImmutableSandboxedEnvironment(extensions=[GenerationBlocks, ext.loopcontrols]).parse(self.source)
+
+
+def _length(message: Message) -> int:
+    """Characters of a message's texts."""
+    content = message["content"]
+    return len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)
 
 
 def _longest_first(texts: Iterator[str]) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Readers of data in tables and archives: Parquet, saved datasets, WebDataset."""

@@ -1,0 +1,99 @@
+"""The text of a Parquet file as an Arrow file, made once: a Parquet row group has to be decoded as a whole to get at one row.
+
+Of images only references are copied. Where an image has no path, its bytes are read, in batches, for their SHA-256.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from alignkd.errors import DataError, wrap_errors
+from alignkd.pipeline.data.readers.columns import (
+    IMAGES,
+    embeds_images,
+    image_values,
+    is_list,
+    needs_bytes,
+    record_columns,
+    references,
+)
+
+_ROWS, _ROWS_WITH_BYTES = 4096, 64
+
+
+def open_parquet(file: Path | BinaryIO, where: str) -> pq.ParquetFile:
+    """A Parquet file; its footer alone is read.
+
+    Raises:
+        DataError: it is none, or cut short; ``where`` names it.
+    """
+    with wrap_errors(DataError, f"{where}: not a whole Parquet file; copy or download it again", pa.ArrowException, OSError):
+        return pq.ParquetFile(file)
+
+
+def write_text(parquet: pq.ParquetFile, target: Path, where: str) -> None:
+    """Write what records need of a Parquet file to ``target``, an Arrow file of as many rows.
+
+    Raises:
+        DataError: a column is missing, or a part of the file is damaged.
+    """
+    columns = record_columns(parquet.schema_arrow, where)
+    schema = pa.schema([_text_field(parquet.schema_arrow.field(name)) for name in columns])
+    with (
+        wrap_errors(DataError, f"{where}: damaged", pa.ArrowException, OSError),
+        pa.OSFile(str(target), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        for batch in _batches(parquet, columns):
+            arrays = [_text_array(batch.column(field.name), field) for field in schema]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+
+
+def read_images(parquet: pq.ParquetFile, group: int, where: str) -> Iterator[list[bytes | str]]:
+    """The images of each row of a row group, in its order: bytes, or a path where the file has no bytes; read in batches.
+
+    Raises:
+        DataError: a part of the file is damaged.
+    """
+    columns = [name for name in record_columns(parquet.schema_arrow, where) if name in IMAGES]
+    with wrap_errors(DataError, f"{where}, row group {group}: damaged", pa.ArrowException, OSError):
+        for batch in parquet.iter_batches(_ROWS_WITH_BYTES, [group], columns, use_threads=False):
+            for row in batch.to_pylist():
+                value: Any = next((row[name] for name in columns if row[name] is not None), [])
+                yield image_values(value)
+
+
+def _batches(parquet: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Record batches of all rows, with the bytes of images only in row groups where references need them."""
+    text = [path for path in _leaves(parquet) if path.split(".")[0] in columns and not _is_bytes_of_image(parquet, path)]
+    images = [name for name in columns if name in IMAGES and embeds_images(parquet.schema_arrow.field(name).type)]
+    paths = [path for path in text if path.split(".")[0] in images]
+    for group in range(parquet.num_row_groups):
+        found = parquet.iter_batches(_ROWS, [group], paths, use_threads=False) if images else ()
+        if any(name not in batch.schema.names or needs_bytes(batch.column(name)) for batch in found for name in images):
+            yield from parquet.iter_batches(_ROWS_WITH_BYTES, [group], columns, use_threads=False)
+        else:
+            yield from parquet.iter_batches(_ROWS, [group], text, use_threads=False)
+
+
+def _leaves(parquet: pq.ParquetFile) -> list[str]:
+    return [parquet.schema.column(i).path for i in range(len(parquet.schema))]
+
+
+def _is_bytes_of_image(parquet: pq.ParquetFile, path: str) -> bool:
+    name, _, rest = path.partition(".")
+    return name in IMAGES and embeds_images(parquet.schema_arrow.field(name).type) and rest.rpartition(".")[2] != "path"
+
+
+def _text_field(field: pa.Field) -> pa.Field:
+    """The field of the copy: of images their references."""
+    if field.name not in IMAGES or not embeds_images(field.type):
+        return field
+    return pa.field(field.name, pa.list_(pa.string()) if is_list(field.type) else pa.string())
+
+
+def _text_array(array: pa.Array, field: pa.Field) -> pa.Array:
+    return array if array.type == field.type else pa.array(references(array), field.type)

@@ -1,0 +1,69 @@
+"""Samples of a WebDataset shard: members of one basename that follow each other, as ``webdataset`` groups them."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from alignkd.pipeline.data.readers.tar_members import Member
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "avif", "heic"})
+_META = re.compile(r"__[^/]*__($|/)")
+_NUMBER = re.compile(r"\d+")
+
+
+class Group(NamedTuple):
+    """The members of a sample: its key, each member by what follows the key and a dot, and a suffix that comes twice ("")."""
+
+    key: str
+    members: dict[str, Member]
+    twice: str
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where the first header begins, and the bytes from there to the end of the last member."""
+        first = min(member.header for member in self.members.values())
+        return first, max(member.stop for member in self.members.values()) - first
+
+    @property
+    def text(self) -> Member | None:
+        """The member KEY.json."""
+        return self.members.get("json")
+
+    @property
+    def images(self) -> list[Member]:
+        """The images in their order: by the number in their suffix (``KEY.0.jpg``, ``KEY.img1.png``), else as they lie."""
+        found = [(suffix, member) for suffix, member in self.members.items() if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
+        return [member for _, member in sorted(found, key=lambda entry: _number(entry[0]))]
+
+
+def groups(members: Iterable[Member]) -> Iterator[Group]:
+    """The samples of an archive; members without a suffix and those named ``__NAME__`` belong to none."""
+    key, found, twice = "", dict[str, Member](), ""
+    for member in members:
+        base, suffix = split_name(member.name)
+        if not suffix:
+            continue
+        if base != key:
+            if found:
+                yield Group(key, found, twice)
+            key, found, twice = base, {}, ""
+        if suffix in found:
+            twice = suffix
+        else:
+            found[suffix] = member
+    if found:
+        yield Group(key, found, twice)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The key and the suffix of a member: its last part is cut at its first dot; two empty texts where it has none."""
+    if _META.match(name):
+        return "", ""
+    folder, slash, last = name.rpartition("/")
+    base, dot, suffix = last.partition(".")
+    return (folder + slash + base, suffix.lower()) if base and dot else ("", "")
+
+
+def _number(suffix: str) -> int:
+    match = _NUMBER.search(suffix.rpartition(".")[0])
+    return int(match[0][:18]) if match else 0

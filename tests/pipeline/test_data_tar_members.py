@@ -1,0 +1,112 @@
+"""The members of tar archives, and how they make samples: as tarfile and webdataset read them."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+
+import pytest
+import webdataset as wds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alignkd.errors import DataError
+from alignkd.pipeline.data.readers.tar_members import members
+from alignkd.pipeline.data.readers.tar_samples import groups
+
+NAMES = st.text("abc/.012_é", min_size=1, max_size=140).map(lambda name: name.strip("/")).filter(lambda name: name.strip("./"))
+FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+
+
+def archive(*files, format=tarfile.PAX_FORMAT, **headers):
+    """Bytes of an archive of (name, content) or TarInfo."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=format) as tar:
+        for file in files:
+            if isinstance(file, tarfile.TarInfo):
+                tar.addfile(file)
+            else:
+                info = tarfile.TarInfo(file[0])
+                info.size = len(file[1])
+                tar.addfile(info, io.BytesIO(file[1]))
+    return out.getvalue()
+
+
+def read(data):
+    return [(m.name, data[m.start : m.stop]) for m in members(io.BytesIO(data), len(data), "shard.tar")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(NAMES, st.binary(max_size=1100)), max_size=6), st.sampled_from(FORMATS))
+def test_names_and_bytes_are_those_that_tarfile_reads(files, form):
+    try:
+        data = archive(*files, format=form)
+    except ValueError:  # names that ustar cannot hold
+        return
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        expected = [(info.name, tar.extractfile(info).read()) for info in tar if info.isreg()]
+    assert read(data) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b", "d/a", "__meta__", "d.e/c"]),
+            st.sampled_from(["", ".json", ".jpg", ".0.JPG", ".img1.png"]),
+        ),
+        max_size=8,
+    )
+)
+def test_samples_are_those_of_webdataset(tmp_path_factory, names):
+    path = tmp_path_factory.mktemp("wds") / "shard.tar"
+    path.write_bytes(archive(*((base + suffix, str(i).encode()) for i, (base, suffix) in enumerate(names))))
+    data = path.read_bytes()
+    found = list(groups(members(io.BytesIO(data), len(data), "shard.tar")))
+    try:
+        theirs = list(wds.WebDataset(str(path), shardshuffle=False, empty_check=False))
+    except ValueError:
+        assert any(group.twice for group in found)
+        return
+    assert not any(group.twice for group in found)
+    ours = [{"__key__": group.key, **{s: data[m.start : m.stop] for s, m in group.members.items()}} for group in found]
+    assert ours == [{k: v for k, v in sample.items() if k == "__key__" or not k.startswith("__")} for sample in theirs]
+
+
+def test_images_come_in_the_order_of_their_numbers():
+    data = archive(*((f"a.{suffix}", b"") for suffix in ("json", "img10.png", "img2.png", "img1.png")))
+    (group,) = groups(members(io.BytesIO(data), len(data), "shard.tar"))
+    assert [image.name for image in group.images] == ["a.img1.png", "a.img2.png", "a.img10.png"]
+
+
+def test_links_folders_and_devices_are_no_members():
+    special = []
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+        info = tarfile.TarInfo("a.jpg")
+        info.type, info.linkname = kind, "/etc/passwd"
+        special.append(info)
+    assert read(archive(*special, ("a.json", b"{}"))) == [("a.json", b"{}")]
+
+
+WHOLE = archive(("a.json", b"{}" * 300), ("a.jpg", b"x" * 700), ("ü" * 90 + ".json", b"{}"), format=tarfile.PAX_FORMAT)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 512, 700, 1024, 1536, 2048, 3000, 3584, 4096, 4608])
+def test_an_archive_that_is_cut_short_is_one_message(kept):
+    assert kept < len(WHOLE) - 10240 + 5120
+    with pytest.raises(DataError, match=r"shard\.tar: not a whole tar archive: (cut short|empty|no header)"):
+        read(WHOLE[:kept])
+
+
+def test_a_damaged_header_or_another_file_is_one_message():
+    for data in (os.urandom(4096), WHOLE[:4] + b"?" + WHOLE[5:], b"PK\3\4" + bytes(2000)):
+        with pytest.raises(DataError, match="no header of a tar archive"):
+            read(data)
+
+
+def test_a_name_that_claims_any_memory_is_not_read():
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 1 << 40
+    with pytest.raises(DataError, match="at most"):
+        read(info.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
