@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from alignkd.models.registry import FamilyRecord as FamilyRecord
     from alignkd.models.registry import register_family as register_family
     from alignkd.objective import Objective as Objective
+    from alignkd.pipeline.answer.run import answer as answer
     from alignkd.pipeline.cache_admin.webdataset_rows import decode_row as decode_row
+    from alignkd.pipeline.config.answer import AnswerConfig as AnswerConfig
     from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig as CacheTeacherConfig
     from alignkd.pipeline.config.distill import DistillConfig as DistillConfig
     from alignkd.pipeline.config.evaluate import EvaluateConfig as EvaluateConfig
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "AlignkdError": "errors",
+    "AnswerConfig": "pipeline.config.answer",
     "CacheReader": "cache_store.protocol.reader",
     "CacheTeacherConfig": "pipeline.config.cache_teacher",
     "DistillConfig": "pipeline.config.distill",
@@ -49,6 +52,7 @@ _PUBLIC = {
     "Objective": "objective",
     "Recipe": "losses.recipes",
     "TargetSettings": "pipeline.config.targets",
+    "answer": "pipeline.answer.run",
     "cache_teacher": "pipeline.stage_one.worker",
     "decode_row": "pipeline.cache_admin.webdataset_rows",
     "distill": "pipeline.training.run",
