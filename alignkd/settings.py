@@ -97,6 +97,14 @@ def types_of(config: type[Any]) -> dict[str, tuple[type, ...]]:
     return {name: _plain_types(hint) for name, hint in get_type_hints(config).items()}
 
 
+def element_type(config: type[Any], name: str) -> type:
+    """The type of each value of a field that takes several: ``float`` of ``tuple[float, ...]``."""
+    hint = get_type_hints(config)[name]
+    arms = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    found: type = next((get_args(arm)[0] for arm in arms if get_origin(arm) is tuple), str)
+    return found
+
+
 def _plain_types(hint: Any) -> tuple[type, ...]:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -129,20 +137,28 @@ class Settings:
 
     def _check_field(self, field: dataclasses.Field[Any], declared: Setting) -> None:
         value, accepted = getattr(self, field.name), types_of(type(self))[field.name]
+        if isinstance(value, list | tuple) and tuple in accepted:
+            # What may be given several times, and was not: one value is that value, so that one way to say it has one record.
+            value = tuple(os.fspath(one) if isinstance(one, os.PathLike) else one for one in value)
+            value = value[0] if len(value) == 1 and str in accepted else value or field.default
+            object.__setattr__(self, field.name, value)
         if value is None and field.default is None:
             return
+        if value is dataclasses.MISSING:
+            raise ConfigError(f"{flag_of(field)} is empty: expected one value or more")
         if isinstance(value, os.PathLike) and str in accepted:
             value = os.fspath(value)
             object.__setattr__(self, field.name, value)
-        if isinstance(value, list) and tuple in accepted:
-            value = tuple(value)
-            object.__setattr__(self, field.name, value)
-        if not _is_of(value, accepted):
+        if not _is_of(value, accepted) or not _elements_are(value, element_type(type(self), field.name)):
             names = " or ".join(kind.__name__ for kind in accepted)
             raise ConfigError(f"{flag_of(field)} is {value!r}: expected {names}")
         for one in value if isinstance(value, tuple) else (value,):
             if expected := declared.refusal(one):
                 raise ConfigError(f"{flag_of(field)} is {one!r}: expected {expected}")
+
+
+def _elements_are(value: Any, kind: type) -> bool:
+    return not isinstance(value, tuple) or all(_is_of(one, (kind,)) for one in value)
 
 
 def _is_of(value: Any, accepted: tuple[type, ...]) -> bool:

@@ -137,14 +137,25 @@ def row_pieces(reader: CacheReader, row: Row, text: str | None) -> list[str]:
     return ["".join(characters[start:end]) or name for (start, end), name in zip(spans, names, strict=True)]
 
 
-def recorded_inputs(reader: CacheReader) -> tuple[str, str | None] | None:
-    """``--data`` and ``--images`` of a run that wrote the cache, as they were typed; None where no record says so."""
+def recorded_inputs(reader: CacheReader) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """``--data`` and ``--images`` of a run that wrote the cache, as they were typed; None where no record says so.
+
+    What lies on a network is not looked up for a record, which may come from others.
+    """
     for name in reader.storage.names(RUNS):
         with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
             configuration = json.loads(reader.storage.read(f"{RUNS}/{name}"))["configuration"]
-            if isinstance(configuration["data"], str) and isinstance(configuration["images"], str | None):
-                return configuration["data"], configuration["images"]
+            data, images = _paths(configuration["data"]), _paths(configuration["images"] or [])
+            if data and all("://" not in path and "::" not in path for path in (*data, *images)):
+                return data, images
     return None
+
+
+def _paths(value: Any) -> tuple[str, ...]:
+    found = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(path, str) and path for path in found):
+        raise ValueError("expected paths")
+    return found
 
 
 def turns_images(reader: CacheReader) -> bool:

@@ -6,16 +6,14 @@ from alignkd.pipeline.config import shared
 from alignkd.pipeline.config.cache_layout import ALIGNMENTS
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH, SHARD_FORMATS
 from alignkd.pipeline.config.targets import TargetSettings
-from alignkd.settings import Settings, setting
+from alignkd.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheTeacherConfig(Settings):
+class CacheTeacherConfig(shared.DataSettings):
     """What ``alignkd cache-teacher`` is asked to do. ``attention_layers``: see :mod:`alignkd.losses.layers`."""
 
     teacher: str = setting(group="model", help="Folder of the teacher's checkpoint.")
-    data: str = shared.data()
-    images: str | None = shared.images()
     cache: str = setting(group="storage", help="Where the cache is written: a folder, or a URL such as s3://bucket/cache.")
     template: str | None = shared.template()
     prompt_date: str | None = shared.prompt_date()

@@ -6,13 +6,13 @@ from typing import Literal
 from alignkd.losses.recipes import RECIPES, Recipe
 from alignkd.pipeline.config import shared
 from alignkd.pipeline.config.shared import DTYPES
-from alignkd.settings import Settings, setting
+from alignkd.settings import setting
 
 OptimizerName = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(Settings):
+class DistillConfig(shared.DataSettings):
     """What ``alignkd distill`` is asked to do.
 
     ``template`` and ``max_length`` default to the cache's; a template that the student does not know, to the student's own.
@@ -24,8 +24,6 @@ class DistillConfig(Settings):
     cache: str | None = setting(
         None, group="data", help="The cache that cache-teacher wrote. Not needed by recipes without a teacher, such as sft."
     )
-    data: str = shared.data()
-    images: str | None = shared.images()
     out: str = setting(group="storage", aliases=("output-dir",), help="Folder of the run.")
     recipe: Recipe = RECIPES["align-kd"]
     template: str | None = shared.template()

@@ -3,16 +3,14 @@
 from dataclasses import dataclass
 
 from alignkd.pipeline.config import shared
-from alignkd.settings import Settings, setting
+from alignkd.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Settings):
+class EvaluateConfig(shared.DataSettings):
     """What ``alignkd evaluate`` is asked to do."""
 
     model: str = setting(group="model", help="Folder of a checkpoint.")
-    data: str = shared.data()
-    images: str | None = shared.images()
     metric: str = setting(
         "exact", group="data", help="How answers are compared: exact, contains, or a metric that a plugin registers."
     )

@@ -1,8 +1,10 @@
 """Settings that several jobs share."""
 
+from dataclasses import dataclass
 from typing import Any
 
-from alignkd.settings import setting
+from alignkd.errors import ConfigError
+from alignkd.settings import Settings, setting
 
 DEFAULT_MAX_LENGTH = 2048
 DTYPES = ("float32", "bfloat16", "float16")
@@ -12,13 +14,80 @@ VISION_CODECS = ("int8-rows", "int4-blocks", "float16", "exact")
 
 
 def data() -> Any:
-    """The data file."""
-    return setting(group="data", aliases=("data-path",), help="LLaVA-format JSON or JSON lines.")
+    """The data: a file, a folder or a URL, or several."""
+    return setting(
+        group="data",
+        aliases=("data-path",),
+        help="Samples: LLaVA, messages or ShareGPT records in JSON or JSON lines; may be repeated. See docs/data.md.",
+    )
 
 
 def images() -> Any:
-    """The folder of the images."""
-    return setting(None, group="data", aliases=("image-folder", "image-dir"), help="Folder that image paths are relative to.")
+    """The folder of the images, or one for each of several data."""
+    return setting(
+        None,
+        group="data",
+        aliases=("image-folder", "image-dir"),
+        help="Folder that image paths are relative to: one for all --data, or one each.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Settings):
+    """Which samples a job reads: what :func:`alignkd.pipeline.data.open_samples.open_samples` opens."""
+
+    data: str | tuple[str, ...] = data()
+    images: str | tuple[str, ...] | None = images()
+    data_weight: tuple[float, ...] = setting(
+        (),
+        group="data",
+        more_than=0,
+        at_most=1000,
+        default_text="1",
+        help="How often an epoch of distill takes the samples of each --data: once for each --data, in their order.",
+    )
+    limit: int | None = setting(None, group="data", at_least=1, default_text="all", help="Read the first N samples alone.")
+    sample: int | None = setting(
+        None,
+        group="data",
+        at_least=1,
+        default_text="all",
+        help="Use N samples, chosen by a hash of their content: the same ones in every order and shape of the data.",
+    )
+    merge_turns: bool = setting(
+        False, group="data", help="Join consecutive turns of one speaker with a line break; without it, the sample is rejected."
+    )
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other.
+
+        Raises:
+            ConfigError: as many image folders or weights as there are no data for.
+        """
+        data, images = several(self.data), several(self.images)
+        if len(images) > 1 and len(images) != len(data):
+            raise ConfigError(
+                f"--images is given {len(images)} times and --data {len(data)} times: give one for all, or one each"
+            )
+        if self.data_weight and len(self.data_weight) != len(data):
+            raise ConfigError(
+                f"--data-weight is given {len(self.data_weight)} times and --data {len(data)} times: give one for each --data"
+            )
+
+    @property
+    def data_words(self) -> str:
+        """The data as a line of a log names it."""
+        return ", ".join(several(self.data))
+
+    @property
+    def images_words(self) -> str | None:
+        """The image folders as a line of a log names them."""
+        return ", ".join(several(self.images)) or None
+
+
+def several(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The values of a setting that may be given several times."""
+    return () if value is None else (value,) if isinstance(value, str) else value
 
 
 def template() -> Any:

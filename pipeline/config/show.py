@@ -4,16 +4,14 @@ from dataclasses import dataclass
 
 from alignkd.pipeline.config import shared
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
-from alignkd.settings import Settings, setting
+from alignkd.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShowConfig(Settings):
+class ShowConfig(shared.DataSettings):
     """What ``alignkd show`` is asked to do."""
 
     model: str = setting(group="model", help="Folder of a checkpoint.")
-    data: str = shared.data()
-    images: str | None = shared.images()
     id: str | None = setting(None, group="data", default_text="the first", help="Id of the sample.")
     template: str | None = shared.template()
     prompt_date: str | None = shared.prompt_date()

@@ -16,14 +16,14 @@ from PIL import Image
 from alignkd.errors import SampleError, TransientError
 from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.encoder import Encoder, Planned
-from alignkd.models.encoders.image_files import ImageError, image_size, open_image, read_image_bytes
+from alignkd.models.encoders.image_files import ImageError, open_image
 from alignkd.models.encoders.rgb import rgb_by_pillow, what_is_lost
 from alignkd.models.encoders.templates.chat_template import check_date
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.data.doubtful_images import DoubtfulImages
 from alignkd.pipeline.data.image_paths import image_path
+from alignkd.pipeline.data.images.places import place_of, read_place, size_at
 from alignkd.pipeline.data.sample import Sample
-from alignkd.pipeline.runtime.retries import with_retries
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,15 @@ class Prepared:
 
 @dataclass
 class Preparer:
-    """Everything that turns a sample into a model input; safe to send to worker processes."""
+    """Everything that turns a sample into a model input; safe to send to worker processes.
+
+    ``image_root``: the folder of the images, for samples that do not say where theirs are.
+    """
 
     encoder: Encoder
-    image_root: Path
+    image_root: Path | None = None
     features: dict[str, tuple[str, Any]] = field(default_factory=dict)
-    """Tower features by image reference, with the file's SHA-256; an image found here is not read again."""
+    """Tower features by the place of an image, with the file's SHA-256; an image found here is not read again."""
     doubtful: DoubtfulImages = field(default_factory=DoubtfulImages)
 
     @classmethod
@@ -52,7 +55,7 @@ class Preparer:
         *,
         template: str,
         max_length: int,
-        image_root: str | Path | None,
+        image_root: str | Path | None = None,
         with_spans: bool = True,
         prompt_date: str | None = None,
     ) -> "Preparer":
@@ -61,7 +64,17 @@ class Preparer:
         encoder.with_spans = with_spans
         if prompt_date and encoder.prompt_date:
             encoder.prompt_date = check_date(prompt_date)
-        return cls(encoder, Path(image_root or "."))
+        return cls(encoder, None if image_root is None else Path(image_root))
+
+    def places(self, sample: Sample) -> tuple[str, ...]:
+        """Where each image of a sample is; its references where this preparer has an image folder.
+
+        Raises:
+            SampleError: an image lies outside the working directory, and nothing says where it is.
+        """
+        if self.image_root is not None:
+            return sample.images
+        return sample.places or tuple(place_of(None, reference) for reference in sample.images)
 
     def __call__(self, sample: Sample) -> Prepared:
         """Prepare one sample: its text is tokenised once, and each image file is opened once.
@@ -71,7 +84,7 @@ class Preparer:
         """
         check_text(sample)
         with _memory_for(sample):
-            images, digest = self.load_images(sample.images)
+            images, digest = self.load_images(self.places(sample))
             made, truncated = self.encoder.encode(sample.turns, images)
         return Prepared(made, digest, truncated)
 
@@ -84,7 +97,7 @@ class Preparer:
         """
         check_text(sample)
         with _memory_for(sample):
-            sizes = [self._size(reference) for reference in sample.images] if self.encoder.needs_sizes else []
+            sizes = [self._size(place) for place in self.places(sample)] if self.encoder.needs_sizes else []
             return self.encoder.plan(sample.turns, len(sample.images), sizes)
 
     def with_images(self, sample: Sample, text: Planned) -> Prepared:
@@ -94,7 +107,7 @@ class Preparer:
             SampleError: an image cannot be read, or the sample cannot be used with it.
         """
         with _memory_for(sample):
-            images, digest = self.load_images(sample.images)
+            images, digest = self.load_images(self.places(sample))
             made, truncated = self.encoder.finish(sample.turns, text, images)
         return Prepared(made, digest, truncated)
 
@@ -106,19 +119,19 @@ class Preparer:
         """
         check_text(sample)
         with _memory_for(sample):
-            images, _ = self.load_images(sample.images)
+            images, _ = self.load_images(self.places(sample))
             return self.encoder.question(sample.turns, images)
 
-    def load_images(self, references: tuple[str, ...]) -> tuple[list[Any], str]:
-        """A sample's images as the encoder takes them (or features ``[P, C]`` each), and their SHA-256.
+    def load_images(self, places: tuple[str, ...]) -> tuple[list[Any], str]:
+        """Images as the encoder takes them (or features ``[P, C]`` each), and their SHA-256; ``places``: :meth:`places`.
 
         Raises:
             SampleError: an image is missing, damaged, too large or outside the image folder.
             TransientError: storage does not answer, or memory is short.
         """
-        if not references:
+        if not places:
             return [], ""
-        loaded = [self.features.get(reference) or self._load_image(reference) for reference in references]
+        loaded = [self.features.get(place) or self._load_image(place) for place in places]
         digests = [digest for digest, _ in loaded]
         together = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
         return [values for _, values in loaded], together
@@ -129,32 +142,35 @@ class Preparer:
         Raises:
             SampleError: one cannot be read.
         """
-        return [self._decode(reference)[0] for reference in sample.images]
+        return [self._decode(place)[0] for place in self.places(sample)]
 
-    def _size(self, reference: str) -> tuple[int, int]:
-        path = image_path(self.image_root, reference)
+    def _path(self, place: str) -> str:
+        return place if self.image_root is None else str(image_path(self.image_root, place))
+
+    def _size(self, place: str) -> tuple[int, int]:
+        path = self._path(place)
         try:
-            return with_retries(lambda: image_size(path), f"reading image {path}")
+            return size_at(path)
         except ImageError as error:
             raise SampleError(f"image {error}") from error
 
-    def _load_image(self, reference: str) -> tuple[str, Any]:
-        image, digest = self._decode(reference)
+    def _load_image(self, place: str) -> tuple[str, Any]:
+        image, digest = self._decode(place)
         return digest, self.encoder.load(image)
 
-    def _decode(self, reference: str) -> tuple[Image.Image, str]:
+    def _decode(self, place: str) -> tuple[Image.Image, str]:
         """An image in RGB, and the SHA-256 of its file."""
-        path = image_path(self.image_root, reference)
+        path = self._path(place)
         # Encoders from outside of the package may lack the method; they are given what they always were.
         decode = getattr(self.encoder, "decode", rgb_by_pillow)
         try:
-            data = with_retries(lambda: read_image_bytes(path), f"reading image {path}")
-            image = open_image(io.BytesIO(data), str(path))
+            data = read_place(path)
+            image = open_image(io.BytesIO(data), path)
             rgb = decode(image)
         except ImageError as error:
-            raise SampleError(f"image {error}" if str(path) in str(error) else f"image {path}: {error}") from error
+            raise SampleError(f"image {error}" if path in str(error) else f"image {path}: {error}") from error
         if lost := what_is_lost(image, rgb):
-            self.doubtful.add(reference, lost)
+            self.doubtful.add(place, lost)
         return rgb, hashlib.sha256(data).hexdigest()
 
 

@@ -2,14 +2,14 @@
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from alignkd.errors import DataError
-from alignkd.models.encoders.image_files import ImageError, decode_image, read_image_bytes, upright
-from alignkd.pipeline.data.image_paths import image_path
-from alignkd.pipeline.data.samples import SampleFile
+from alignkd.models.encoders.image_files import ImageError, decode_image, upright
+from alignkd.pipeline.config.shared import DataSettings
+from alignkd.pipeline.data.images.places import read_place
+from alignkd.pipeline.data.open_samples import open_samples
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,22 @@ class RowSource:
     text: str
 
 
-def find_source(data: str, images: str | None, key: str, image_sha256: str, *, turned: bool) -> RowSource:
+def find_source(
+    data: str | tuple[str, ...], images: str | tuple[str, ...] | None, key: str, image_sha256: str, *, turned: bool
+) -> RowSource:
     """The sample of a row's key, with its images; ``turned``: as their EXIF orientation says, where the teacher saw them so.
 
     Raises:
         DataError: the data file does not hold it, or an image cannot be read or is not the one the row was made from.
     """
-    samples = SampleFile(data)
+    samples = open_samples(DataSettings(data=data, images=images))
     found = np.flatnonzero((samples.keys == np.frombuffer(bytes.fromhex(key), np.uint8)).all(axis=1))
     if not len(found):
         raise DataError(f"{data} does not hold the sample of this row: give the --data that the cache was written from")
     sample = samples[int(found[0])]
     try:
-        paths = [image_path(Path(images or "."), name) for name in sample.images]
-        files = [read_image_bytes(path) for path in paths]
-        decoded = [decode_image(file, str(path)) for file, path in zip(files, paths, strict=True)]
+        files = [read_place(place) for place in sample.places]
+        decoded = [decode_image(file, place) for file, place in zip(files, sample.places, strict=True)]
     except ImageError as error:
         raise DataError(f"image {error}; give the --images that the cache was written from") from error
     pictures = [np.asarray(upright(image) if turned else image, np.float32) / 255 for image in decoded]

@@ -30,7 +30,12 @@ IMAGE_UNUSED = f"the image is not used: the text has no {IMAGE_TAG}"
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation about zero or more images. ``key``: a hash of the other fields, 32 hexadecimal characters.
+    """One conversation about zero or more images. ``key``: a hash of ``id``, ``images`` and ``turns``, 32 hexadecimal
+    characters.
+
+    ``images``: the references of its images, which are part of the key; ``places``: where the bytes of each are, empty where
+    only the reader of the image folder knows. ``provenance``: the model that wrote its answers, "" for those of the data
+    itself. ``source``: the name of its dataset. None of these three is part of the key.
 
     ``fault``: why its record cannot be read; such a sample has a key of its record and nothing else, and is rejected when it
     is prepared. ``note``: what of its record is read otherwise than its author may have meant.
@@ -42,6 +47,9 @@ class Sample:
     key: str
     fault: str = ""
     note: str = ""
+    places: tuple[str, ...] = ()
+    provenance: str = ""
+    source: str = ""
 
 
 def parse_sample(record: Any, where: str) -> Sample:

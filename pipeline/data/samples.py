@@ -17,27 +17,27 @@ import numpy as np
 
 from alignkd.errors import DataError, SampleError
 from alignkd.pipeline.data import records
+from alignkd.pipeline.data.contract import NO_IMAGE, Samples, Source
+from alignkd.pipeline.data.images.placed import placed
 from alignkd.pipeline.data.sample import Sample, faulty_sample, read_sample
 from alignkd.pipeline.runtime.retries import with_retries
 from alignkd.plain_files import open_plain
-
-_NO_IMAGE = 0
-"""The image hash of a sample without images."""
 
 _log = logging.getLogger(__name__)
 
 
 def _image_hash(references: tuple[str, ...]) -> bytes:
     if not references:
-        return _NO_IMAGE.to_bytes(8, "little")
+        return NO_IMAGE.to_bytes(8, "little")
     return hashlib.blake2b("\0".join(references).encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-class SampleFile:
+class SampleFile(Samples):
     """Random access to the samples of a data file; holds offsets and keys, not texts.
 
     ``SampleFile(path)`` reads the whole file once and checks every sample; ``SampleFile.known`` takes offsets and keys that
-    an earlier reading found. ``numbers`` are the samples' numbers in the file, from 0; None where they are not known.
+    an earlier reading found. With a ``source``, samples say where their images are. ``numbers`` are the samples' numbers in
+    the file, from 0; None where they are not known.
     ``faults`` counts the records that cannot be read.
 
     Raises:
@@ -45,8 +45,10 @@ class SampleFile:
         TransientError: storage does not answer.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    path: Path
+
+    def __init__(self, path: str | Path, source: Source | None = None) -> None:
+        self.path, self.source = Path(path), source
         self._opened: dict[str, BinaryIO] = {}
         self.faults = 0
         try:
@@ -85,25 +87,39 @@ class SampleFile:
         self.numbers: np.ndarray | None = np.arange(len(starts))
         self.starts, self.lengths = np.asarray(starts), np.asarray(lengths)
         self.keys = np.frombuffer(bytes(keys), dtype=np.uint8).reshape(-1, 16)
-        self.image_hashes: np.ndarray | None = np.frombuffer(bytes(images), dtype="<u8")
-        self.image_counts: np.ndarray | None = np.asarray(counts)
+        self.image_hashes = np.frombuffer(bytes(images), dtype="<u8")
+        self.image_counts = np.asarray(counts)
 
     @classmethod
     def known(
-        cls, path: str | Path, keys: np.ndarray, starts: np.ndarray, lengths: np.ndarray, numbers: np.ndarray | None = None
+        cls,
+        path: str | Path,
+        keys: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        numbers: np.ndarray | None = None,
+        source: Source | None = None,
     ) -> "SampleFile":
         """Samples of known keys ``[N, 16]`` at known byte ranges; each is compared with its key when it is read."""
         file = cls.__new__(cls)
-        file.path, file.keys, file.starts, file.lengths = Path(path), keys, starts, lengths
+        file.path, file.source, file.keys, file.starts, file.lengths = Path(path), source, keys, starts, lengths
         file.numbers, file.faults, file._opened = numbers, 0, {}
-        file.image_hashes = file.image_counts = None
         return file
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}
 
-    def __len__(self) -> int:
-        return len(self.starts)
+    @property
+    def sizes(self) -> np.ndarray:
+        """Bytes of each record."""
+        return self.lengths
+
+    def locators(self) -> dict[str, np.ndarray]:
+        """Byte offsets and lengths; the number of each record where one that has no id may have to be named."""
+        found = {"starts": self.starts.astype("<i8"), "lengths": self.lengths.astype("<i8")}
+        if self.faults and self.numbers is not None:
+            found["numbers"] = self.numbers.astype("<i8")
+        return found
 
     def __getitem__(self, index: int) -> Sample:
         start, length = int(self.starts[index]), int(self.lengths[index])
@@ -114,7 +130,7 @@ class SampleFile:
         else:
             sample = _parse(record, int(self.numbers[index]))
         if sample.key == self.key(index):
-            return sample
+            return sample if self.source is None else placed(sample, self.source)
         raise DataError(
             f"data file {self.path}, the record at byte {start}: the file has changed since it was indexed; restore it, or"
             " write another cache"
@@ -137,31 +153,6 @@ class SampleFile:
             # The handle may be stale, so the next attempt opens the file again. Another thread keeps its own while it reads.
             self._opened.pop("file", None)
             raise
-
-    def key(self, index: int) -> str:
-        """The key of sample ``index``, without reading the file."""
-        raw: bytes = self.keys[index].tobytes()
-        return raw.hex()
-
-    def unique(self) -> np.ndarray:
-        """Indices of the first sample of each key, in file order: identical samples share a row."""
-        halves = np.ascontiguousarray(self.keys).view(">u8").reshape(-1, 2).astype(np.uint64)
-        order = np.lexsort((halves[:, 1], halves[:, 0]))
-        # lexsort is stable, so the first of equal keys is the first in the file.
-        new = np.r_[True, (halves[order][1:] != halves[order][:-1]).any(axis=1)]
-        return np.sort(order[new])
-
-    def by_image(self) -> np.ndarray:
-        """The indices of :meth:`unique`, with samples of the same image references moved to the first of them.
-
-        A cache then stores per-image data once, or twice where a shard ends between two such samples.
-        """
-        assert self.image_hashes is not None, "by_image needs a SampleFile that read its file: not one of SampleFile.known"
-        order = self.unique()
-        hashes = self.image_hashes[order]
-        _, first, image = np.unique(hashes, return_index=True, return_inverse=True)
-        group = np.where(hashes == _NO_IMAGE, np.arange(len(order)), first[image])
-        return order[np.argsort(group, kind="stable")]
 
 
 def _parse(record: records.Record, number: int, place: str = "record {}") -> Sample:

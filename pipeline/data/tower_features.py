@@ -18,20 +18,20 @@ IMAGES_AT_ONCE = 64
 
 
 @torch.no_grad()
-def tower_features(vlm: Vlm, preparer: Preparer, references: Sequence[str]) -> dict[str, tuple[str, LoadedImage]]:
-    """Features ``[P, C]`` of images by reference, each with its file's SHA-256.
+def tower_features(vlm: Vlm, preparer: Preparer, places: Sequence[str]) -> dict[str, tuple[str, LoadedImage]]:
+    """Features ``[P, C]`` of images by their places (:meth:`Preparer.places`), each with its file's SHA-256.
 
     An unreadable image is left out: the sample that uses it is rejected when its turn comes.
     """
     features = {}
-    for start in range(0, len(references), IMAGES_AT_ONCE):
+    for start in range(0, len(places), IMAGES_AT_ONCE):
         loaded = {}
-        for reference in references[start : start + IMAGES_AT_ONCE]:
+        for place in places[start : start + IMAGES_AT_ONCE]:
             with suppress(SampleError):
-                loaded[reference] = preparer.load_images((reference,))
+                loaded[place] = preparer.load_images((place,))
         if loaded:
             pixels = torch.stack([images[0].values for images, _ in loaded.values()]).to(vlm.device)
             encoded = vlm.run_tower(pixels).cpu()
-            for (reference, (images, digest)), values in zip(loaded.items(), encoded, strict=True):
-                features[reference] = (digest, LoadedImage(values.clone(), images[0].size))
+            for (place, (images, digest)), values in zip(loaded.items(), encoded, strict=True):
+                features[place] = (digest, LoadedImage(values.clone(), images[0].size))
     return features

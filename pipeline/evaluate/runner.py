@@ -1,5 +1,6 @@
 """Accuracy of a model on a question file: generate the last answer of each sample, and compare it with the file's."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -14,11 +15,11 @@ from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.evaluate import EvaluateConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
-from alignkd.pipeline.data.image_paths import check_image_folder
+from alignkd.pipeline.data.contract import Samples
+from alignkd.pipeline.data.open_samples import check_images, open_samples
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.data.sample import Sample
-from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.data.tower_features import tower_features
 from alignkd.pipeline.evaluate.metrics import Metric, get_metric, is_empty
 from alignkd.pipeline.evaluate.running.predictions import Predictions, explained, open_predictions, prompt_date_of
@@ -51,7 +52,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     if config.out is not None:
         check_out_folder(Path(config.out))
-    check_image_folder(config.images)
+    check_images(config)
     load_plugins(config.plugins)
     get_metric(config.metric)
     with ExitStack() as stack:
@@ -62,7 +63,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _evaluate(config: EvaluateConfig, stop: StopFlag) -> dict[str, Any]:
-    samples = SampleFile(config.data)
+    samples = open_samples(config)
     tower = Path(config.vision_tower) if config.vision_tower else None
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
     template = config.template or vlm.default_template
@@ -70,21 +71,21 @@ def _evaluate(config: EvaluateConfig, stop: StopFlag) -> dict[str, Any]:
         vlm,
         template=template,
         max_length=DEFAULT_MAX_LENGTH,
-        image_root=config.images,
         prompt_date=prompt_date_of(config),
     )
     log_start(
         "evaluate",
         device=device_words(str(vlm.device)),
         model=config.model,
-        data=f"{config.data} ({len(samples):,} samples)",
-        images=config.images,
+        data=f"{config.data_words} ({len(samples):,} samples)",
+        images=config.images_words,
         plan=f"{config.batch_size:,} questions at a time, metric {config.metric}",
         out=config.out,
         template=template,
     )
     rejects = RejectedSamples(config.max_rejected, len(samples))
-    with open_predictions(config, vlm, template, preparer.encoder.prompt_date) as predictions:
+    keys = hashlib.sha256(samples.keys.tobytes()).hexdigest()
+    with open_predictions(config, vlm, template, preparer.encoder.prompt_date, keys) as predictions:
         correct, answered = _answer_all(config, vlm, preparer, samples, rejects, predictions, stop)
         assert answered, "where every sample is rejected, the last of them ended the run"
         low, high = wilson_interval(correct, answered)
@@ -108,7 +109,7 @@ def _answer_all(
     config: EvaluateConfig,
     vlm: Vlm,
     preparer: Preparer,
-    samples: SampleFile,
+    samples: Samples,
     rejects: RejectedSamples,
     predictions: Predictions,
     stop: StopFlag,
@@ -140,7 +141,7 @@ def _answer_all(
 def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects: RejectedSamples) -> list[_Question]:
     preparer.features = {}
     if vlm.caches_tower:  # benchmarks ask many questions about one image: the tower runs once for it in a batch
-        preparer.features = tower_features(vlm, preparer, list(dict.fromkeys(ref for s in samples for ref in s.images)))
+        preparer.features = tower_features(vlm, preparer, list(dict.fromkeys(p for s in samples for p in preparer.places(s))))
     questions = []
     for sample in samples:
         try:
@@ -154,7 +155,8 @@ def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects:
 
 def _with_shared_features(made: ModelInput, sample: Sample, preparer: Preparer) -> ModelInput:
     """Questions about one picture hold its features, and not a copy each."""
-    found = preparer.features.get(sample.images[0]) if len(sample.images) == 1 else None
+    places = preparer.places(sample)
+    found = preparer.features.get(places[0]) if len(places) == 1 else None
     return made if found is None else replace(made, images=found[1].values[None])
 
 

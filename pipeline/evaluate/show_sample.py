@@ -17,9 +17,10 @@ from alignkd.inputs.prompts import IGNORE
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.show import ShowConfig
+from alignkd.pipeline.data.contract import Samples
+from alignkd.pipeline.data.open_samples import open_samples
 from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.data.sample import Sample
-from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.figures.attention import attention_figure, save_figure
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 from alignkd.pipeline.runtime.files import save_arrays
@@ -42,14 +43,12 @@ def show(config: ShowConfig) -> Shown:
         AlignkdError: bad input, no such sample, or a sample that cannot be prepared.
     """
     load_plugins(config.plugins)
-    sample = find_sample(SampleFile(config.data), config.id)
+    sample = find_sample(open_samples(config), config.id)
     tower = Path(config.vision_tower) if config.vision_tower else None
     vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
     enable_capture(vlm)
     template = config.template or vlm.default_template
-    preparer = Preparer.of(
-        vlm, template=template, max_length=config.max_length, image_root=config.images, prompt_date=config.prompt_date
-    )
+    preparer = Preparer.of(vlm, template=template, max_length=config.max_length, prompt_date=config.prompt_date)
     try:
         prepared = preparer(sample)
     except SampleError as error:
@@ -77,7 +76,7 @@ def show(config: ShowConfig) -> Shown:
     return Shown(arrays, token_table(vlm, prepared), figures)
 
 
-def find_sample(samples: SampleFile, sample_id: str | None) -> Sample:
+def find_sample(samples: Samples, sample_id: str | None) -> Sample:
     """The sample with an id; without one, the first.
 
     Raises:

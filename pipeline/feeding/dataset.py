@@ -18,10 +18,10 @@ from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.cross_model import CrossModelMap, TargetMask, with_masks
 from alignkd.pipeline.cache_io.several import TaughtRow, collate_several
 from alignkd.pipeline.cache_io.targets import collate_targets
+from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.data.sample import Sample
-from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding.order import WINDOW_SHARDS
 from alignkd.pipeline.feeding.shared_memory import SharedMemoryBatch
 from alignkd.pipeline.feeding.teacher_rows import TeacherRows, Teaching, named, target_fields, why_missing
@@ -35,7 +35,7 @@ class TrainingExample:
     """A prepared sample with its cached fields, still encoded.
 
     ``target_mask``: which of its tokens have a target, None where all have one. ``truncated``: its text was cut at the
-    maximum length. ``doubtful``: references of its images that show little or nothing. ``rows``: in place of ``stored`` and
+    maximum length. ``doubtful``: places of its images that show little or nothing. ``rows``: in place of ``stored`` and
     ``target_mask``, what each teacher has for it, where there are several.
     """
 
@@ -91,7 +91,7 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
 
     def __init__(
         self,
-        samples: SampleFile,
+        samples: Samples,
         preparer: Preparer,
         *,
         student: Vlm,
@@ -211,7 +211,7 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
             return FailedSample(sample.key, name, str(error), fatal=False)
         except (CacheError, CorruptShardError) as error:
             return FailedSample(sample.key, name, str(error), fatal=True)
-        doubtful = tuple(reference for reference in sample.images if reference in self.preparer.doubtful.found)
+        doubtful = tuple(place for place in self.preparer.places(sample) if place in self.preparer.doubtful.found)
         return TrainingExample(name, prepared.input, stored, mask, prepared.truncated, doubtful, rows)
 
     def _stored(self, sample: Sample, prepared: Prepared) -> tuple[dict[str, EncodedField], TargetMask | None]:
@@ -235,7 +235,7 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
 
         ``batch`` is None without a usable sample. ``ids``: the ids of the batch's samples, in its order. ``truncated``: how
         many of them were cut at the maximum length. ``padding``: positions of the batch that only fill it up. ``doubtful``:
-        references of images that show little or nothing.
+        places of images that show little or nothing.
         """
         good = [item for item in items if isinstance(item, TrainingExample)]
         failures = [item for item in items if isinstance(item, FailedSample)]
@@ -254,6 +254,6 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
             failures=failures,
             ids=[item.sample_id for item in good],
             truncated=sum(item.truncated for item in good),
-            doubtful=sorted({reference for item in good for reference in item.doubtful}),
+            doubtful=sorted({place for item in good for place in item.doubtful}),
             padding=batch.input_ids_BS.numel() - int(batch.attention_mask_BS.sum()),
         )

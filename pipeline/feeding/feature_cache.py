@@ -20,14 +20,14 @@ from alignkd.pipeline.runtime.progress import progress_bar
 
 
 class SharedFeatures(dict[str, tuple[str, LoadedImage]]):
-    """Features by image reference, each with its file's SHA-256: rows of one tensor ``[N, P, C]``.
+    """Features by the place of an image, each with its file's SHA-256: rows of one tensor ``[N, P, C]``.
 
     A forked process shares the memory. To a spawned process torch sends the tensor through shared memory: once, where
     thousands of tensors would each take an open file.
     """
 
     def __init__(self, about: Mapping[str, tuple[str, tuple[int, int]]], features_NPC: torch.Tensor) -> None:
-        """``about``: the file's SHA-256 and the image's size of each reference, in the order of the rows."""
+        """``about``: the file's SHA-256 and the image's size of each place, in the order of the rows."""
         rows = zip(about.items(), features_NPC, strict=True)
         super().__init__({name: (digest, LoadedImage(values_PC, size)) for (name, (digest, size)), values_PC in rows})
         self.features_NPC = features_NPC
@@ -45,22 +45,22 @@ def cache_tower_features(vlm: Vlm, data: TrainingSet, *, limit_bytes: int) -> No
     """
     if not vlm.caches_tower:
         raise ConfigError(f"--cache-tower-features does not work with the model family {vlm.family}; remove the option")
-    references = sorted({reference for i in range(len(data)) for reference in data.sample(i).images})
+    places = sorted({place for i in range(len(data)) for place in data.preparer.places(data.sample(i))})
     patches, width = vlm.tower_feature_shape
-    needed = len(references) * patches * width * vlm.dtype.itemsize
+    needed = len(places) * patches * width * vlm.dtype.itemsize
     if needed > limit_bytes:
         raise ConfigError(
-            f"--cache-tower-features needs {needed / 2**30:.1f} GiB for {len(references):,} images, more than the"
+            f"--cache-tower-features needs {needed / 2**30:.1f} GiB for {len(places):,} images, more than the"
             f" {limit_bytes / 2**30:.1f} GiB allowed; remove the option"
         )
     features_NPC, about = torch.empty(0), dict[str, tuple[str, tuple[int, int]]]()
-    with progress_bar("tower features", len(references), "images") as progress:
-        for start in range(0, len(references), IMAGES_AT_ONCE):
-            chunk = references[start : start + IMAGES_AT_ONCE]
-            for reference, (digest, picture) in tower_features(vlm, data.preparer, chunk).items():
+    with progress_bar("tower features", len(places), "images") as progress:
+        for start in range(0, len(places), IMAGES_AT_ONCE):
+            chunk = places[start : start + IMAGES_AT_ONCE]
+            for place, (digest, picture) in tower_features(vlm, data.preparer, chunk).items():
                 if not about:
-                    features_NPC = picture.values.new_empty(len(references), *picture.values.shape)
+                    features_NPC = picture.values.new_empty(len(places), *picture.values.shape)
                 features_NPC[len(about)] = picture.values
-                about[reference] = digest, picture.size
+                about[place] = digest, picture.size
             progress.advance(len(chunk))
     data.preparer.features = SharedFeatures(about, features_NPC[: len(about)])

@@ -15,10 +15,10 @@ from alignkd.errors import AlignkdError, SampleError
 from alignkd.inputs.prompts import check_template
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
+from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH, DataSettings
+from alignkd.pipeline.data.open_samples import open_samples
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.sample import Sample
-from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.evaluate.show_sample import captured_arrays
 from alignkd.pipeline.report.attention_grid import Seen
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
@@ -32,9 +32,10 @@ _TRIES = 16
 
 @dataclass(frozen=True)
 class Prompting:
-    """How samples are put to a model. ``template``: None for the model's own."""
+    """How samples are put to a model. ``template``: None for the model's own. ``images``: the image folder of samples that do
+    not say where their images are."""
 
-    images: str | None
+    images: str | None = None
     template: str | None = None
     max_length: int = DEFAULT_MAX_LENGTH
     prompt_date: str | None = None
@@ -43,13 +44,13 @@ class Prompting:
     dtype: str = "float32"
 
 
-def choose_samples(data: str, count: int) -> list[Sample]:
-    """Samples of a data file that have an image, spread evenly over it, each with another image than the ones before.
+def choose_samples(settings: DataSettings, count: int) -> list[Sample]:
+    """Samples that have an image, spread evenly over the data, each with another image than the ones before.
 
     Raises:
         DataError: the file cannot be read, or no sample of it has an image.
     """
-    samples = SampleFile(data)
+    samples = open_samples(settings)
     assert samples.image_counts is not None
     with_image = np.flatnonzero(samples.image_counts)
     chosen = dict[tuple[str, ...], Sample]()
@@ -57,11 +58,11 @@ def choose_samples(data: str, count: int) -> list[Sample]:
     for place in (place for start in range(_TRIES) for place in places[start::_TRIES]):
         sample = samples[int(with_image[place])]
         if not sample.fault:
-            chosen.setdefault(sample.images, sample)
+            chosen.setdefault(sample.places, sample)
         if len(chosen) == count:
             break
     if not chosen:
-        raise SampleError(f"no sample of {data} has an image")
+        raise SampleError(f"no sample of {settings.data_words} has an image")
     return list(chosen.values())
 
 

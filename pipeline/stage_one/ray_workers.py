@@ -131,8 +131,8 @@ def _run(ray: Any, config: CacheTeacherConfig, workers: int | None, stop: StopFl
         "cache-teacher",
         engine=f"ray, {len(actors):,} actors",
         teacher=config.teacher,
-        data=config.data,
-        images=config.images,
+        data=config.data_words,
+        images=config.images_words,
         cache=f"{config.cache} ({config.shard_format})",
         plan=f"{len(pending):,} shards are left",
     )

@@ -26,9 +26,9 @@ from alignkd.pipeline.cache_io.teacher_fingerprint import model_fingerprint
 from alignkd.pipeline.cache_io.teacher_slice import check_slice_options, slice_arrays, slice_fingerprint
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.targets import TargetSettings
-from alignkd.pipeline.data.image_paths import check_image_folder
+from alignkd.pipeline.data.contract import Samples
+from alignkd.pipeline.data.open_samples import check_images
 from alignkd.pipeline.data.preparer import Prepared, Preparer
-from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.signals import StopFlag
@@ -54,7 +54,7 @@ class StageOne:
     config: CacheTeacherConfig
     teacher: Vlm
     template: str
-    samples: SampleFile
+    samples: Samples
     plan: Plan
     stop: StopFlag = field(default_factory=StopFlag)
     logit_codec: LogitCodec | None = None
@@ -68,7 +68,7 @@ class StageOne:
         """
         check_slice_options(config.alignment, set(config.settings.targets), without_tower=config.slice_without_tower)
         recipe = check_recipe(config)
-        check_image_folder(config.images)
+        check_images(config)
         check_writable(config.cache)
         samples, plan = find_samples(config)
         check_existing(config)
@@ -94,7 +94,6 @@ class StageOne:
             self.teacher,
             template=self.template,
             max_length=config.max_length,
-            image_root=config.images,
             with_spans=self.row_settings.cross_model,
             prompt_date=config.prompt_date or cached_prompt_date(config.cache),
         )

@@ -16,9 +16,8 @@ from alignkd.pipeline.cache_io.cross_model import CrossModelMap
 from alignkd.pipeline.config.cache_layout import SLICED, is_slice
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
-from alignkd.pipeline.data.image_paths import check_image_folder
+from alignkd.pipeline.data.open_samples import check_images, open_samples
 from alignkd.pipeline.data.preparer import Preparer
-from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.order import WINDOW_SHARDS
 from alignkd.pipeline.runtime.devices import pick_device
@@ -70,7 +69,7 @@ def open_inputs(config: DistillConfig, process: Worker) -> RunInputs:
     Raises:
         AlignkdError: an input that cannot be read, or two that do not belong together.
     """
-    check_image_folder(config.images)
+    check_images(config)
     needs = config.recipe.needs if config.online_teacher is None else frozenset[str]()
     reader = _open_cache(config, needs)
     device = pick_device(config.device, process.local_rank)
@@ -142,12 +141,11 @@ def open_data(inputs: RunInputs) -> TrainingSet:
     config, needs = inputs.config, inputs.needs
     if inputs.reader is not None and is_slice(inputs.reader.fingerprint):
         needs -= SLICED
-    samples = SampleFile(config.data)
+    samples = open_samples(config)
     preparer = Preparer.of(
         inputs.student,
         template=inputs.template,
         max_length=inputs.max_length,
-        image_root=config.images,
         with_spans=inputs.cross_model is not None,
         prompt_date=_prompt_date(inputs),
     )

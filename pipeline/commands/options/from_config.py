@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from alignkd.pipeline.commands.options.grouped_help import GroupedOption
-from alignkd.settings import Setting, Settings, flag_of, setting_of, types_of
+from alignkd.settings import Setting, Settings, element_type, flag_of, setting_of, types_of
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Config = TypeVar("_Config", bound=Settings)
@@ -67,7 +67,10 @@ def _options(config: type[Settings]) -> Iterator[Callable[[Any], Any]]:
         if declared.nested:
             yield from _options(_nested(config, field))
         else:
-            yield _option(field, declared, types_of(config)[field.name])
+            accepted = types_of(config)[field.name]
+            if accepted == (tuple,):
+                accepted = (tuple, element_type(config, field.name))
+            yield _option(field, declared, accepted)
 
 
 def _option(field: dataclasses.Field[Any], declared: Setting, accepted: tuple[type, ...]) -> Callable[[Any], Any]:

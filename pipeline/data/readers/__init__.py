@@ -1,1 +1,1 @@
-"""Readers of data in tables and archives: Parquet, saved datasets, WebDataset."""
+"""Readers: one module for each shape of data, with the two functions of :class:`alignkd.pipeline.data.contract.Reader`."""

@@ -3,7 +3,6 @@
 While a run is under way, ``parts/settings.json`` says what its predictions were made with; it goes when the result is there.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -73,7 +72,9 @@ class Predictions:
 
 
 @contextmanager
-def open_predictions(config: EvaluateConfig, vlm: Vlm, template: str, prompt_date: str) -> Iterator[Predictions]:
+def open_predictions(
+    config: EvaluateConfig, vlm: Vlm, template: str, prompt_date: str, data_sha256: str
+) -> Iterator[Predictions]:
     """The predictions of a run, continued where the last one with the same settings was interrupted.
 
     Raises:
@@ -83,7 +84,7 @@ def open_predictions(config: EvaluateConfig, vlm: Vlm, template: str, prompt_dat
         yield Predictions(None, None)
         return
     out = Path(config.out)
-    given = _identity(config, vlm, template, prompt_date)
+    given = _identity(config, vlm, template, prompt_date) | {"data_sha256": data_sha256}
     kept = _whole_lines(out / NAME) if identity.stored(out / "parts") == given else []
     with explained(out, "run.json"):
         write_run_record(out / "run.json", "evaluate", asdict(config))
@@ -112,9 +113,7 @@ def explained(out: Path, what: str) -> AbstractContextManager[None]:
 
 def _identity(config: EvaluateConfig, vlm: Vlm, template: str, prompt_date: str) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name not in _NO_MATTER}
-    with Path(config.data).open("rb") as file:
-        data = hashlib.file_digest(file, "sha256").hexdigest()
-    given = {**settings, "template": template, "prompt_date": prompt_date, "data_sha256": data, **identity.of_model(vlm)}
+    given = {**settings, "template": template, "prompt_date": prompt_date, **identity.of_model(vlm)}
     plugins = [asdict(plugin) for plugin in loaded_plugins()]
     found: dict[str, Any] = json.loads(json.dumps({**given, "plugins": plugins}, default=str))
     return found

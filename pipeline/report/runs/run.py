@@ -101,6 +101,13 @@ class Run:
         value = self.settings.get(name)
         return value if isinstance(value, str) and value else None
 
+    def local_paths(self, name: str) -> tuple[str, ...]:
+        """A setting of one path or several; none where it names something on a network, as the record may come from others."""
+        value = self.settings.get(name)
+        found = tuple(value) if isinstance(value, list) else (value,)
+        local = all(isinstance(path, str) and path and "://" not in path and "::" not in path for path in found)
+        return found if local else ()
+
 
 def number(value: object) -> float | None:
     """A value as a number; None where it is none, NaN where it is too large to draw."""

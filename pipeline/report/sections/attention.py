@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkd.errors import AlignkdError
 from alignkd.pipeline.config.report import ReportConfig
-from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
+from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH, DataSettings
 from alignkd.pipeline.report.attention_grid import Column, Seen, attention_grid, head_grid
 from alignkd.pipeline.report.page import Html, Text, heading, missing, section, small
 from alignkd.pipeline.report.runs.run import Run
@@ -28,8 +28,8 @@ def attention_section(runs: Sequence[Run], config: ReportConfig) -> tuple[Html, 
     if config.samples == 0:
         return section(TITLE, missing("left out, as --samples 0 asked")), {}
     groups, notes = list[tuple[list[str], dict[str, Column]]](), list[Text]()
-    for place in dict.fromkeys((config.data or run.setting("data"), config.images or run.setting("images")) for run in runs):
-        of_place = [r for r in runs if (config.data or r.setting("data"), config.images or r.setting("images")) == place]
+    for place in dict.fromkeys(_place(run, config) for run in runs):
+        of_place = [run for run in runs if _place(run, config) == place]
         try:
             groups.append(_group(of_place, place, config, named=len(runs) > 1))
         except (AlignkdError, OSError) as error:
@@ -39,16 +39,23 @@ def attention_section(runs: Sequence[Run], config: ReportConfig) -> tuple[Html, 
     return section(TITLE, *notes, grid, small(CAPTION) if groups else "", *_heads(groups)), _figures(groups)
 
 
+def _place(run: Run, config: ReportConfig) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """The data of a run, its image folders, and whether turns were merged."""
+    data = (config.data,) if config.data else run.local_paths("data")
+    images = (config.images,) if config.images else run.local_paths("images")
+    return data, images, run.settings.get("merge_turns") is True
+
+
 def _group(
-    runs: Sequence[Run], place: tuple[str | None, str | None], config: ReportConfig, *, named: bool
+    runs: Sequence[Run], place: tuple[tuple[str, ...], tuple[str, ...], bool], config: ReportConfig, *, named: bool
 ) -> tuple[list[str], dict[str, Column]]:
     # Only here: torch takes seconds to import, and a page without these pictures does not need it.
     from alignkd.pipeline.report.attention_maps import choose_samples
 
-    data, images = place
-    if data is None:
-        raise AlignkdError("run.json names no data")
-    samples = choose_samples(data, config.samples)
+    data, images, merge_turns = place
+    if not data:
+        raise AlignkdError("run.json names no data on this machine")
+    samples = choose_samples(DataSettings(data=data, images=images or None, merge_turns=merge_turns), config.samples)
     columns, starts = dict[str, Column](), dict[tuple[object, ...], str]()
     for run in runs:
         start = (run.setting("student"), run.settings.get("template"))
@@ -56,12 +63,12 @@ def _group(
             starts[start] = (
                 f"{run.name}, at the start" if named and len({r.setting("student") for r in runs}) > 1 else "at the start"
             )
-            columns[starts[start]] = _column(run, run.setting("student"), samples, images, config)
-        columns[f"{run.name}, trained" if named else "trained"] = _column(run, str(run.student), samples, images, config)
+            columns[starts[start]] = _column(run, run.setting("student"), samples, config)
+        columns[f"{run.name}, trained" if named else "trained"] = _column(run, str(run.student), samples, config)
     return [_asked(sample) for sample in samples], columns
 
 
-def _column(run: Run, folder: str | None, samples: Sequence["Sample"], images: str | None, config: ReportConfig) -> Column:
+def _column(run: Run, folder: str | None, samples: Sequence["Sample"], config: ReportConfig) -> Column:
     from alignkd.pipeline.report.attention_maps import Prompting, look
 
     if folder is None or not Path(folder).is_dir():
@@ -70,7 +77,6 @@ def _column(run: Run, folder: str | None, samples: Sequence["Sample"], images: s
         return [why] * len(samples)
     length = run.settings.get("max_length")
     prompting = Prompting(
-        images=images,
         template=run.setting("template"),
         max_length=length if isinstance(length, int) and length > 1 else DEFAULT_MAX_LENGTH,
         prompt_date=run.setting("prompt_date"),

@@ -56,7 +56,7 @@ class HeldOut:
 
     def __post_init__(self) -> None:
         """Batches of samples whose records are of like size: less padding."""
-        sizes = self.data.samples.lengths[self.data.indices]
+        sizes = self.data.samples.sizes[self.data.indices]
         order = np.argsort(sizes, kind="stable").tolist()
         self.batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 

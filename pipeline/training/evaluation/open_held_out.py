@@ -6,11 +6,13 @@ from dataclasses import replace
 import numpy as np
 
 from alignkd.cache_store.protocol.reader import CacheReader
-from alignkd.errors import CacheError
+from alignkd.errors import CacheError, ConfigError
 from alignkd.losses.recipes import RECIPES
 from alignkd.objective import Objective
 from alignkd.pipeline.cache_io.compatibility import check_attention_layers, check_recipe_targets, check_student_compatible
-from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.config.distill import DistillConfig
+from alignkd.pipeline.config.shared import several
+from alignkd.pipeline.data.open_samples import open_samples
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.order import WINDOW_SHARDS
 from alignkd.pipeline.training.evaluation.held_out import HeldOut
@@ -32,7 +34,7 @@ def open_held_out(inputs: RunInputs, training: TrainingSet, objective: Objective
     config = inputs.config
     if config.eval_data is None:
         return None
-    own = replace(config, data=config.eval_data, images=config.eval_images or config.images, resume=False)
+    own = held_out_config(config)
     batch_size = config.samples_at_once or max(1, min(_BATCH, (config.batch_tokens or 0) // inputs.max_length))
     teacher: Teacher | None = None
     if config.online_teacher is not None:
@@ -52,6 +54,15 @@ def open_held_out(inputs: RunInputs, training: TrainingSet, objective: Objective
     return HeldOut(data, recipe, teacher, agreement, batch_size)
 
 
+def held_out_config(config: DistillConfig) -> DistillConfig:
+    """The configuration of a run with its held-out samples in place of those that it learns from: all of them, once each."""
+    assert config.eval_data is not None
+    images = config.eval_images or config.images
+    if config.eval_images is None and len(several(images)) > 1:
+        raise ConfigError("--images is given several times: give --eval-images, the folder of the held-out samples' images")
+    return replace(config, data=config.eval_data, images=images, data_weight=(), limit=None, sample=None, resume=False)
+
+
 def _names_likeliest(codec: LogitCodec | None) -> bool:
     """Whether targets say which token is the teacher's likeliest: of one kept token that may be the label instead."""
     if codec is not None and codec.kind != "hidden" and codec.settings.top_k < 2:
@@ -68,7 +79,7 @@ def _reader(inputs: RunInputs) -> CacheReader | None:
         return CacheReader(config.eval_cache, max_shards=2 * WINDOW_SHARDS)
     if inputs.reader is None:
         return None
-    samples = SampleFile(config.eval_data)
+    samples = open_samples(held_out_config(config))
     missing = int((inputs.reader.shards_of(samples.keys) < 0).sum())
     if missing > samples.faults:
         _log.info(

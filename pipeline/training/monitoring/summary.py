@@ -7,6 +7,7 @@ from typing import Any
 
 from alignkd.cache_store.rows.reasons import count_reasons, in_words
 from alignkd.pipeline.config.distill import DistillConfig
+from alignkd.pipeline.config.shared import several
 
 _FOLDERS = {
     "student": "the student in Hugging Face form",
@@ -57,9 +58,9 @@ def folders(out: Path) -> dict[str, str]:
 
 def next_command(config: DistillConfig, student: Path) -> str:
     """The command that evaluates the student on the data of the run, as it can be pasted into a shell."""
-    images = config.eval_images or config.images
-    words = ["alignkd", "evaluate", "--model", str(student), "--data", config.eval_data or config.data]
-    words += ["--images", images] if images else []
+    words = ["alignkd", "evaluate", "--model", str(student)]
+    words += [word for data in several(config.eval_data or config.data) for word in ("--data", data)]
+    words += [word for folder in several(config.eval_images or config.images) for word in ("--images", folder)]
     words += ["--out", str(Path(config.out) / "evaluation")]
     words += [word for path in config.plugins for word in ("--plugin", path)]
     return shlex.join(words)

@@ -1,0 +1,1 @@
+"""The bytes of images: where they lie, and how they are read."""
