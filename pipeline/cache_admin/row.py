@@ -137,7 +137,7 @@ def row_pieces(reader: CacheReader, row: Row, text: str | None) -> list[str]:
     return ["".join(characters[start:end]) or name for (start, end), name in zip(spans, names, strict=True)]
 
 
-def recorded_inputs(reader: CacheReader) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+def recorded_inputs(reader: CacheReader) -> tuple[str | tuple[str, ...], str | tuple[str, ...] | None] | None:
     """``--data`` and ``--images`` of a run that wrote the cache, as they were typed; None where no record says so.
 
     What lies on a network is not looked up for a record, which may come from others.
@@ -147,7 +147,7 @@ def recorded_inputs(reader: CacheReader) -> tuple[tuple[str, ...], tuple[str, ..
             configuration = json.loads(reader.storage.read(f"{RUNS}/{name}"))["configuration"]
             data, images = _paths(configuration["data"]), _paths(configuration["images"] or [])
             if data and all("://" not in path and "::" not in path for path in (*data, *images)):
-                return data, images
+                return data[0] if len(data) == 1 else data, images[0] if len(images) == 1 else images or None
     return None
 
 

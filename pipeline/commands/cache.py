@@ -190,10 +190,10 @@ def _source(reader: "CacheReader", row: "Row", data: str | None, images: str | N
     from alignkd.pipeline.cache_admin.row import recorded_inputs, turns_images
     from alignkd.pipeline.data.row_source import find_source
 
-    recorded = recorded_inputs(reader) or ((), ())
-    chosen = data or recorded[0], images or recorded[1] or None
+    recorded = recorded_inputs(reader) or (None, None)
+    chosen = data or recorded[0], images or recorded[1]
     try:
-        if not chosen[0]:
+        if chosen[0] is None:
             raise DataError("the cache does not say which data it was written from")
         return find_source(chosen[0], chosen[1], row.key, row.image_sha256, turned=turns_images(reader))
     except DataError as error:

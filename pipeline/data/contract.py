@@ -60,6 +60,11 @@ class Samples(ABC):
         """Where each sample is, as integer arrays of ``[N]`` by name: what a reader needs to find it without an index."""
 
     @property
+    def image_space(self) -> str:
+        """Within what image references are unique: the same reference in two spaces is two pictures."""
+        return str(self.path)
+
+    @property
     def weights(self) -> np.ndarray | None:
         """How often an epoch takes each sample, float64 ``[N]``; None where all are taken once."""
         return None
@@ -124,6 +129,11 @@ class SelectedSamples(Samples):
     def locators(self) -> dict[str, np.ndarray]:
         """Those of the samples that were selected."""
         return {name: places[self.order] for name, places in self.samples.locators().items()}
+
+    @property
+    def image_space(self) -> str:
+        """That of all samples."""
+        return self.samples.image_space
 
     @property
     def weights(self) -> np.ndarray | None:

@@ -1,7 +1,8 @@
 """The one way in which jobs open data: :func:`open_samples`."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -10,46 +11,88 @@ from alignkd.errors import DataError
 from alignkd.pipeline.config.shared import DataSettings, several
 from alignkd.pipeline.data.contract import Samples, Source
 from alignkd.pipeline.data.image_paths import check_image_folder
+from alignkd.pipeline.data.mixture.mixed import MixedSamples, known_mixture
+from alignkd.pipeline.data.mixture.mixture_file import is_mixture, read_mixture
 from alignkd.pipeline.data.readers.registry import reader_of
 from alignkd.pipeline.runtime.retries import with_retries
 
 
 def sources_of(config: DataSettings) -> tuple[Source, ...]:
-    """The data that a configuration names, in their order."""
+    """The data that a configuration names, in their order. Where there are several, each has a name of its own.
+
+    Raises:
+        ConfigError: a mixture file that cannot be read, or says what it cannot.
+    """
     data, images = several(config.data), several(config.images) or (None,)
     folders = images * len(data) if len(images) == 1 else images
     weights = config.data_weight or (1.0,) * len(data)
-    return tuple(
-        Source(one, folder, weight=weight, merge_turns=config.merge_turns)
-        for one, folder, weight in zip(data, folders, weights, strict=True)
-    )
+    found = list[Source]()
+    for one, folder, weight in zip(data, folders, weights, strict=True):
+        if is_mixture(one):
+            found += read_mixture(one, folder, weight, merge_turns=config.merge_turns)
+        else:
+            name = PurePosixPath(one).name if len(data) > 1 else ""
+            found.append(Source(one, folder, name=name, weight=weight, merge_turns=config.merge_turns))
+    names = [source.name for source in found]
+    return tuple(replace(s, name=s.data) if names.count(s.name) > 1 else s for s in found)
 
 
 def open_samples(config: DataSettings) -> Samples:
-    """Index the data of a configuration.
+    """Index the data of a configuration: all of it, the first ``limit`` samples, or ``sample`` of them.
 
     Raises:
-        DataError: it cannot be read, or is not in a known format.
+        ConfigError: a mixture file that cannot be read, or weights that leave no sample.
+        DataError: data that cannot be read, or is not in a known format.
         TransientError: storage does not answer.
     """
-    (source,) = sources_of(config)
-    return reader_of(source).open_source(source)
+    sources = sources_of(config)
+    parts = [_first(reader_of(source).open_source(source), source.limit) for source in sources]
+    samples = parts[0] if len(parts) == 1 and not sources[0].name else MixedSamples(sources, parts)
+    samples = _first(samples, config.limit)
+    return samples if config.sample is None else samples.select(chosen_by_key(samples, config.sample))
+
+
+def _first(samples: Samples, limit: int | None) -> Samples:
+    return samples if limit is None or limit >= len(samples) else samples.select(np.arange(limit))
+
+
+def chosen_by_key(samples: Samples, count: int) -> np.ndarray:
+    """The indices of ``count`` different samples, in the order of the data: those whose keys have the least second halves.
+
+    A key is a hash of the content, so that this is a random choice, and the same in every shape and order of the data.
+    """
+    different = samples.unique()
+    halves = np.ascontiguousarray(samples.keys[different]).view(">u8").reshape(-1, 2)
+    return np.sort(different[np.lexsort((halves[:, 0], halves[:, 1]))[:count]])
 
 
 def known_samples(config: DataSettings, keys: np.ndarray, locators: Mapping[str, np.ndarray]) -> Samples | None:
     """The samples of known keys ``[N, 16]`` in the places of :meth:`Samples.locators`; None where the readers are others."""
-    (source,) = sources_of(config)
-    return reader_of(source).known_source(source, keys, locators)
+    sources = sources_of(config)
+
+    def known(source: Source, keys: np.ndarray, locators: Mapping[str, np.ndarray]) -> Samples | None:
+        return reader_of(source).known_source(source, keys, locators)
+
+    if len(sources) == 1 and not sources[0].name:
+        return known(sources[0], keys, locators)
+    return known_mixture(sources, keys, locators, known)
 
 
 def describe_data(config: DataSettings) -> dict[str, Any]:
-    """What a plan keeps of the data that it was made from: names and sizes; other data have others.
+    """What a plan keeps of the data that it was made from: names and sizes; other data, or another part of it, differ.
 
     Raises:
         DataError: the data is not there.
+        TransientError: storage does not answer.
     """
-    (source,) = sources_of(config)
-    return {"data_file": Path(source.data).name, "bytes": _size(source.data)}
+    sources = sources_of(config)
+    sizes = [size_of(source.data) for source in sources]
+    about: dict[str, Any] = {"data_file": ", ".join(PurePosixPath(source.data).name for source in sources)}
+    about["bytes"] = sizes[0] if len(sizes) == 1 else sizes
+    chosen = {"limit": config.limit, "sample": config.sample, "merge_turns": config.merge_turns or None}
+    limits = [source.limit for source in sources]
+    chosen |= {"limits": limits if any(limits) else None}
+    return about | {name: value for name, value in chosen.items() if value is not None}
 
 
 def check_images(config: DataSettings) -> None:
@@ -62,8 +105,14 @@ def check_images(config: DataSettings) -> None:
         check_image_folder(folder)
 
 
-def _size(path: str) -> int:
+def size_of(data: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        DataError: it is not there.
+        TransientError: storage does not answer.
+    """
     try:
-        return with_retries(lambda: Path(path).stat().st_size, f"reading data file {path}")
+        return with_retries(lambda: Path(data).stat().st_size, f"reading data file {data}")
     except OSError as error:
-        raise DataError(f"data file {path}: {error.strerror}") from error
+        raise DataError(f"data file {data}: {error.strerror}") from error

@@ -110,6 +110,11 @@ class SampleFile(Samples):
         return {**self.__dict__, "_opened": {}}
 
     @property
+    def image_space(self) -> str:
+        """The image folder: data that share it share their pictures."""
+        return str(self.source.images if self.source else None)
+
+    @property
     def sizes(self) -> np.ndarray:
         """Bytes of each record."""
         return self.lengths

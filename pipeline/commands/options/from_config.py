@@ -68,12 +68,20 @@ def _options(config: type[Settings]) -> Iterator[Callable[[Any], Any]]:
             yield from _options(_nested(config, field))
         else:
             accepted = types_of(config)[field.name]
+            either = set(accepted) == {str, tuple}
             if accepted == (tuple,):
                 accepted = (tuple, element_type(config, field.name))
-            yield _option(field, declared, accepted)
+            yield _option(field, declared, accepted, one_or_several=either)
 
 
-def _option(field: dataclasses.Field[Any], declared: Setting, accepted: tuple[type, ...]) -> Callable[[Any], Any]:
+def _one_or_several(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> str | tuple[str, ...] | None:  # noqa: ARG001
+    """Click's callback of an option that may be repeated, and is a text where it is not."""
+    return value[0] if len(value) == 1 else value or None
+
+
+def _option(
+    field: dataclasses.Field[Any], declared: Setting, accepted: tuple[type, ...], *, one_or_several: bool = False
+) -> Callable[[Any], Any]:
     name, parameter = flag_of(field), field.name
     required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     words = declared.help + (f" [default: {declared.default_text}]" if declared.default_text else "")
@@ -96,6 +104,7 @@ def _option(field: dataclasses.Field[Any], declared: Setting, accepted: tuple[ty
         default=default,
         required=required,
         multiple=tuple in accepted,
+        callback=_one_or_several if one_or_several else None,
         metavar=declared.metavar,
         **about,
     )

@@ -1,0 +1,1 @@
+"""Several data as one."""
