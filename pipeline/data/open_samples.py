@@ -89,8 +89,8 @@ def describe_data(config: DataSettings) -> dict[str, Any]:
     sizes = [size_of(source.data) for source in sources]
     about: dict[str, Any] = {"data_file": ", ".join(PurePosixPath(source.data).name for source in sources)}
     about["bytes"] = sizes[0] if len(sizes) == 1 else sizes
-    chosen = {"limit": config.limit, "sample": config.sample, "merge_turns": config.merge_turns or None}
     limits = [source.limit for source in sources]
+    chosen: dict[str, Any] = {"limit": config.limit, "sample": config.sample, "merge_turns": config.merge_turns or None}
     chosen |= {"limits": limits if any(limits) else None}
     return about | {name: value for name, value in chosen.items() if value is not None}
 

@@ -95,6 +95,10 @@ class MixedSamples(Samples):
         return {source.name: len(part) for source, part in zip(self.sources, self.parts, strict=True)}
 
 
+def _number(space: str) -> int:
+    return int.from_bytes(hashlib.blake2b(space.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
 def known_mixture(
     sources: Sequence[Source], keys: np.ndarray, locators: Mapping[str, np.ndarray], known: Known
 ) -> MixedSamples | None:
