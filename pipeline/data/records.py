@@ -46,7 +46,7 @@ def read_records(file: BinaryIO, path: Path) -> Iterator[Record]:
     file.seek(start)
     first = file.read(CHUNK).lstrip()[:1]
     file.seek(start)
-    expected = "expected a JSON list or JSON lines of LLaVA samples"
+    expected = "expected a JSON list or JSON lines of LLaVA or messages samples"
     if first == b"[":
         yield from _list_records(file, path, start)
     elif first == b"{":

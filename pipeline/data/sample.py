@@ -1,8 +1,8 @@
-"""One sample of a LLaVA-format file: its fields, checked, and its key.
+"""One sample: the fields of its record, checked, and its key.
 
-A record is ``{"id", "image" (absent, a path or a list), "conversations": [{"from": "human"|"gpt", "value"}]}``. A video is a
-list of its frames, which are images: ``{"video": ["0.jpg", "1.jpg"]}``, or a list of such lists, one for each ``<video>`` in
-the text.
+A record is ``{"id", "image" (absent, a path or a list), "conversations": [{"from": "human"|"gpt", "value"}]}``, or of another
+shape that :mod:`alignkd.pipeline.data.turns` reads; the same content has the same key in every shape. A video is a list of its
+frames, which are images: ``{"video": ["0.jpg", "1.jpg"]}``, or a list of such lists, one for each ``<video>`` in the text.
 
 What LLaVA's training code reads is read in the same way (``preprocess_multimodal``, ``prepare_inputs_labels_for_multimodal``):
 
@@ -19,6 +19,7 @@ from typing import Any
 
 from alignkd.errors import SampleError
 from alignkd.inputs.prompts import IMAGE_TAG
+from alignkd.pipeline.data.turns import has_images, kind_of, merged, read_turns, references, short
 
 _VIDEO_TAG = "<video>"
 _TAGS = re.compile(f"{IMAGE_TAG}|{_VIDEO_TAG}")
@@ -60,40 +61,43 @@ def parse_sample(record: Any, where: str) -> Sample:
         raise SampleError(f"{where}: {error}") from None
 
 
-def read_sample(record: Any) -> Sample:
-    """Check one record, and compute its key.
+def read_sample(record: Any, *, merge_turns: bool = False) -> Sample:
+    """Check one record, and compute its key; ``merge_turns``: join consecutive turns of one speaker with a line break.
 
     Raises:
         SampleError: a field is missing or has the wrong type, or the images are not those that the text names.
     """
     if not isinstance(record, dict):
-        raise SampleError(f"found {_kind(record)}, expected an object with 'conversations'")
-    conversations = record.get("conversations")
-    if not isinstance(conversations, list) or not conversations:
-        raise SampleError(f"'conversations' is {_short(conversations)}, expected a list of turns")
-    turns = []
-    for turn in conversations:
-        if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
-            raise SampleError(f"turn {_short(turn)}, expected {{'from': 'human' or 'gpt', 'value': text}}")
-        turns.append((turn["from"], turn["value"]))
-    image = record.get("image")
-    images = [] if image in (None, "", []) else [image] if isinstance(image, str) else image
-    if not _are_paths(images):
-        raise SampleError(f"'image' is {_short(image)}, expected a path or a list of paths")
+        raise SampleError(f"found {kind_of(record)}, expected an object with 'conversations' or 'messages'")
+    turns, named = read_turns(record)
+    turns = merged(turns) if merge_turns else turns
+    images = references(record)
+    if named:
+        if images:
+            raise SampleError("it lists its images, and its contents name theirs: expected one of the two")
+        images = named
     if record.get("video"):
         images, turns = _with_frames(images, turns, record["video"])
     note, tags = "", _tags_in(turns)
     if tags != len(images):
         if not tags:
             images, note = [], IMAGE_UNUSED
-        elif "image" not in record:
+        elif not has_images(record) and not named:
             note = TAG_IS_TEXT
         else:
             turns = [(speaker, _with_one_tag(text)) for speaker, text in turns] if len(images) == 1 else turns
             if _tags_in(turns) != len(images):
                 raise SampleError(f"{tags} {IMAGE_TAG} in the text but {len(images)} images; the numbers must be equal")
     sample_id = "" if record.get("id") is None else str(record["id"])
-    return Sample(sample_id, tuple(images), tuple(turns), _key(sample_id, images, turns), note=note)
+    key = _key(sample_id, images, turns)
+    return Sample(sample_id, tuple(images), tuple(turns), key, note=note, provenance=_provenance(record))
+
+
+def _provenance(record: dict[str, Any]) -> str:
+    """The model that wrote the answers of a record, as ``alignkd answer`` notes it: ``{"provenance": {"model": ...}}``."""
+    found = record.get("provenance")
+    model = found.get("model") if isinstance(found, dict) else None
+    return model if isinstance(model, str) else ""
 
 
 def faulty_sample(record: Any, text: bytes, fault: str) -> Sample:
@@ -127,7 +131,7 @@ def _with_frames(images: list[str], turns: list[tuple[str, str]], video: Any) ->
     videos = [video] if _are_paths(video) else video
     if not isinstance(videos, list) or not all(_are_paths(frames) and frames for frames in videos):
         raise SampleError(
-            f"'video' is {_short(video)}, expected a list of its frames' image files: take frames from a video file first"
+            f"'video' is {short(video)}, expected a list of its frames' image files: take frames from a video file first"
         )
     tags = [tag for _, text in turns for tag in _TAGS.findall(text)]
     if (tags.count(_VIDEO_TAG), tags.count(IMAGE_TAG)) != (len(videos), len(images)):
@@ -151,13 +155,3 @@ def _key(sample_id: str, images: list[str], turns: list[tuple[str, str]]) -> str
     spoken = ",".join(f"[{_quote(speaker)},{_quote(text)}]" for speaker, text in turns)
     content = f"[{_quote(sample_id)},[{','.join(map(_quote, images))}],[{spoken}]]"
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
-    return kinds.get(type(value), "a number")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""LLaVA-format data files, indexed by byte offset, so that a file of several GB is never held in memory as a whole.
+"""Data files of records, indexed by byte offset, so that a file of several GB is never held in memory as a whole.
 
 A file is a JSON list, or JSON lines, of the records that :mod:`alignkd.pipeline.data.sample` reads. A record that cannot be
 read is a sample with a ``fault``, which is rejected by name when it is prepared.
@@ -63,7 +63,7 @@ class SampleFile(Samples):
         faults, first, notes = 0, list[str](), Counter[str]()
         with open_plain(self.path) as file:
             for number, record in enumerate(records.read_records(file, self.path)):
-                sample = _parse(record, number)
+                sample = _parse(record, number, merge_turns=self._merge)
                 starts.append(record.start)
                 lengths.append(record.length)
                 keys += bytes.fromhex(sample.key)
@@ -78,8 +78,8 @@ class SampleFile(Samples):
             raise DataError(f"data file {self.path} holds no samples")
         if faults == len(starts):
             raise DataError(
-                f"data file {self.path}: none of its {faults:,} records can be read, expected LLaVA samples in a JSON list or"
-                f" one a line. First: {'; '.join(first)}"
+                f"data file {self.path}: none of its {faults:,} records can be read, expected LLaVA or messages samples in a"
+                f" JSON list or one a line. First: {'; '.join(first)}"
             )
         for note, count in notes.items():
             _log.warning("%s: in %s of %s records %s", self.path, f"{count:,}", f"{len(starts):,}", note)
@@ -110,6 +110,10 @@ class SampleFile(Samples):
         return {**self.__dict__, "_opened": {}}
 
     @property
+    def _merge(self) -> bool:
+        return self.source is not None and self.source.merge_turns
+
+    @property
     def image_space(self) -> str:
         """The image folder: data that share it share their pictures."""
         return str(self.source.images if self.source else None)
@@ -131,9 +135,9 @@ class SampleFile(Samples):
         text = self._read(start, length if length <= records.LARGEST_RECORD else records.KEPT)
         record = records.Record(start, length, text)
         if self.numbers is None:
-            sample = _parse(record, start, "the record at byte {}")
+            sample = _parse(record, start, "the record at byte {}", merge_turns=self._merge)
         else:
-            sample = _parse(record, int(self.numbers[index]))
+            sample = _parse(record, int(self.numbers[index]), merge_turns=self._merge)
         if sample.key == self.key(index):
             return sample if self.source is None else placed(sample, self.source)
         raise DataError(
@@ -160,7 +164,7 @@ class SampleFile(Samples):
             raise
 
 
-def _parse(record: records.Record, number: int, place: str = "record {}") -> Sample:
+def _parse(record: records.Record, number: int, place: str = "record {}", *, merge_turns: bool = False) -> Sample:
     """The sample of a record; one that cannot be read has a fault. ``place`` says what it is the ``number`` of."""
     value, fault = record.value, ""
     if record.length > records.LARGEST_RECORD:
@@ -168,7 +172,7 @@ def _parse(record: records.Record, number: int, place: str = "record {}") -> Sam
         return faulty_sample(None, b"%d " % record.length + record.text, f"{place.format(number)}: {fault}")
     try:
         value = json.loads(record.text) if value is None else value
-        return read_sample(value)
+        return read_sample(value, merge_turns=merge_turns)
     except SampleError as error:
         fault = str(error)
     except RecursionError:

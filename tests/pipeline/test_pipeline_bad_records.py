@@ -16,11 +16,11 @@ from alignkd.pipeline.evaluate.runner import evaluate
 BAD = [
     5,
     {"id": "nothing said", "conversations": []},
-    record("system", None, "Be brief.", "why"),
+    record("function", None, "Be brief.", "why"),
     {"image": "0.png", "conversations": [{"from": "human", "value": 7}]},
     {**record("odd", "0.png", "<image>", "a"), "image": {"path": "0.png"}},
 ]
-BAD[2]["conversations"][0]["from"] = "system"
+BAD[2]["conversations"][0]["from"] = "function"
 READ = [
     record("svg", None, "Which SVG element shows a picture?", "<image>, with an href"),
     record("empty image", "", "why", "so"),
@@ -48,7 +48,7 @@ def test_stage_one_rejects_bad_records_by_number_and_caches_the_others(mixed, mi
     assert set(rejected) == {
         "record 2",
         "record 4 (id 'nothing said')",
-        "record 5 (id 'system')",
+        "record 5 (id 'function')",
         "record 6",
         "record 7 (id 'odd')",
     }
