@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from alignkd.capture.advantage import advantages
 from alignkd.capture.attention import capture, enable_capture
 from alignkd.capture.teacher_slice import same_tower, slice_config
 from alignkd.errors import ConfigError
@@ -62,14 +63,16 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def fill(self, student: Vlm, batch: Batch, targets: DecodedTargets, needs: frozenset[str]) -> tuple[Batch, DecodedTargets]:
-        """See :class:`alignkd.objective.TargetSource`."""
+        """See :class:`alignkd.objective.TargetSource`. Advantages need batches that hold their samples destroyed, too."""
         if self.shares_tower and batch.images.dim() == 4:
             batch = replace(batch, images=student.run_tower(batch.images))
         with torch.autocast(batch.input_ids_BS.device.type, enabled=False):
             captured = capture(self.teacher, batch, attention="attention" in needs, layers=self.attention_layers)
+            advantage_A = advantages(self.teacher, batch, captured.hidden_AD) if "advantage" in needs else None
         return batch, replace(
             targets,
             attention=captured.attention,
             vision_BVD=captured.vision_BVD.float() if "vision" in needs else None,
             answers={"hidden": captured.hidden_AD} if "logits" in needs else {},
+            advantage_A=advantage_A,
         )

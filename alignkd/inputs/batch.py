@@ -25,7 +25,8 @@ class ModelInput:
     ``images`` has the form that its family takes: ``[n, 3, h, w]`` pixel values or ``[n, P, C]`` tower features; n may be 0.
     ``token_inputs``: other inputs that its model needs for each token, ``[length]``; ``image_inputs``: for its images.
     ``regions_R8``: coordinates of its vision tokens (:mod:`alignkd.inputs.regions`). ``spans``: the characters of the
-    conversation that each id stands for (:mod:`alignkd.inputs.spans`), ``[length, 2]``.
+    conversation that each id stands for (:mod:`alignkd.inputs.spans`), ``[length, 2]``. ``destroyed``: the same sample with
+    its images destroyed (:mod:`alignkd.inputs.destroyed`); None where it has none, or nothing asked for it.
     """
 
     input_ids: np.ndarray
@@ -35,6 +36,7 @@ class ModelInput:
     image_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     regions_R8: np.ndarray = field(default_factory=lambda: NO_REGIONS)
     spans: np.ndarray = field(default_factory=lambda: NO_SPANS)
+    destroyed: "ModelInput | None" = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Batch:
     """Other inputs of the model for each token, ``[B, S]``, by their names there."""
     image_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Other inputs of the model for its images, by their names there."""
+    destroyed: "Batch | None" = None
+    """The samples with an image again, in their order, with their images destroyed; None where nothing asked for it."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on another device (asynchronously from pinned memory)."""
@@ -116,7 +120,11 @@ class Batch:
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         def mapped(value: Any) -> Any:
-            return function(value) if isinstance(value, torch.Tensor) else {k: function(v) for k, v in value.items()}
+            if isinstance(value, Batch):
+                return value._map(function)
+            if value is None or isinstance(value, torch.Tensor):
+                return None if value is None else function(value)
+            return {k: function(v) for k, v in value.items()}
 
         return replace(self, **{f.name: mapped(getattr(self, f.name)) for f in fields(self)})
 
@@ -163,6 +171,7 @@ def collate(
     columns, column_mask = _pad([x.vision_columns for x in layouts], 0)
     length = ids.shape[1]
     with_images = [s for s in samples if len(s.images)]
+    destroyed = [s.destroyed for s in samples if s.destroyed is not None]
     return Batch(
         input_ids_BS=ids,
         attention_mask_BS=mask,
@@ -183,6 +192,15 @@ def collate(
             name: _join([s.image_inputs[name] for s in with_images])
             for name in (with_images[0].image_inputs if with_images else ())
         },
+        destroyed=collate(
+            destroyed,
+            tokens_per_placeholder=tokens_per_placeholder,
+            pad_token_id=pad_token_id,
+            image_token_id=image_token_id,
+            pad_left=pad_left,
+        )
+        if destroyed
+        else None,
     )
 
 

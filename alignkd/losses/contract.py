@@ -95,5 +95,6 @@ def check_targets_given(recipe: Recipe, targets: DecodedTargets) -> None:
         ConfigError: names them.
     """
     given = {"attention": bool(targets.attention), "vision": targets.vision_BVD is not None, "logits": bool(targets.answers)}
+    given["advantage"] = targets.advantage_A is not None
     if missing := [name for name in sorted(recipe.needs) if not given[name]]:
         raise ConfigError(f"recipe {recipe.name!r} needs targets that this batch does not have: {', '.join(missing)}")

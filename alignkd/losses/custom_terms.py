@@ -23,7 +23,7 @@ from alignkd.errors import ConfigError
 from alignkd.losses.recipes import TERMS, Recipe
 from alignkd.losses.term_registry import AVERAGED_OVER, AveragedOver, RegisteredTerm, add_term
 
-_TARGETS = ("attention", "vision", "logits")
+_TARGETS = ("attention", "vision", "logits", "advantage")
 
 _LOGGED = (
     *(
@@ -57,8 +57,8 @@ def register_term(
 
     Args:
         name: What recipes, log lines and metrics call it: lower-case letters, digits and underscores.
-        needs: The targets it cannot be computed without, of ``attention``, ``vision`` and ``logits``. A cache without them
-            is refused, and so is a recipe without a teacher.
+        needs: The targets it cannot be computed without, of ``attention``, ``vision``, ``logits`` and ``advantage``. A cache
+            without them is refused, and so is a recipe without a teacher.
         averaged_over: The samples of a step that count in its mean: those ``with_image``, those ``with_text_after_image``, or
             all ``samples``. The values of other samples are dropped.
 

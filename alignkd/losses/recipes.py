@@ -19,12 +19,14 @@ WidthMap = Literal["lift", "isometry", "projection"]
 AttentionDistance = Literal["mse", "kl", "cosine"]
 AttentionRows = Literal["text", "answer", "instruction"]
 Weighting = Literal["fixed", "learned"]
+TokenWeighting = Literal["uniform", "advantage"]
 _CHOICES = {
     "head_map": HeadMap,
     "width_map": WidthMap,
     "attention_distance": AttentionDistance,
     "attention_rows": AttentionRows,
     "weighting": Weighting,
+    "token_weighting": TokenWeighting,
 }
 
 _MAX_BYTES = 16 * 2**20
@@ -42,7 +44,9 @@ class Recipe:
     ``attention_distance`` and ``attention_rows``: see :mod:`alignkd.losses.attention_distance`. ``attention_layers``: the
     student's, see :mod:`alignkd.losses.layers`; the term is the mean over them. ``weighting``: see
     :mod:`alignkd.losses.learned_weights`; learned weights have a learning rate of their own, since that of a model would hardly
-    change them. ``extra``: weights of terms from outside the package (:mod:`alignkd.losses.custom_terms`), by name.
+    change them. ``token_weighting``: how answer tokens count in the terms that compare answer distributions, with
+    ``token_top_share`` and ``token_lambda``, see :mod:`alignkd.losses.token_weights`. ``extra``: weights of terms from outside
+    the package (:mod:`alignkd.losses.custom_terms`), by name.
 
     Raises:
         ConfigError: a value out of range, a choice that is not known, an extra term that is not registered, or a contradiction.
@@ -66,6 +70,9 @@ class Recipe:
     attention_layers: str = "first"
     weighting: Weighting = "fixed"
     weighting_learning_rate: float = 1e-3
+    token_weighting: TokenWeighting = "uniform"
+    token_top_share: float = 0.2
+    token_lambda: float = 0.5
     extra: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +87,12 @@ class Recipe:
         for name in ("temperature", "weighting_learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"recipe {self.name}: {name} is {getattr(self, name)}, expected more than 0")
+        if not 0 < self.token_top_share < 1:
+            raise ConfigError(
+                f"recipe {self.name}: token_top_share is {self.token_top_share}, expected a share above 0 and below 1"
+            )
+        if not 0 <= self.token_lambda <= 1:
+            raise ConfigError(f"recipe {self.name}: token_lambda is {self.token_lambda}, expected 0 to 1")
         if self.focus_k < 1:
             raise ConfigError(f"recipe {self.name}: focus_k is {self.focus_k}, expected 1 or more")
         for name, choice in _CHOICES.items():
@@ -116,8 +129,9 @@ class Recipe:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The targets that the recipe needs: of ``attention``, ``vision``, ``logits``."""
+        """The targets that the recipe needs: of ``attention``, ``vision``, ``logits``, ``advantage``."""
         wanted = {"attention": self.attention > 0, "vision": self.vision > 0, "logits": bool(self.divergences)}
+        wanted["advantage"] = self.token_weighting == "advantage" and bool(self.divergences)
         wanted["attention"] |= self.vision > 0 and self.vision_focus > 0
         built_in = {name for name, is_wanted in wanted.items() if is_wanted}
         return frozenset(built_in.union(*(find_term(name).needs for name in self.extra_terms)))
@@ -150,6 +164,7 @@ RECIPES = {
             attention_layers="middle",
             head_map="mean",
         ),
+        Recipe("visual-advantage", reverse_kl=1.0, token_weighting="advantage"),
         Recipe("beta-kd", reverse_kl=1.0, attention=0.1, vision=1.0, weighting="learned"),
     )
 }
@@ -168,7 +183,13 @@ def get_recipe(name_or_file: str, overrides: Mapping[str, str] | None = None) ->
     if recipe is None:
         raise ConfigError(f"recipe {name_or_file!r} is not known; known are {', '.join(RECIPES)}, or a FILE.yaml")
     values = {key: _parse(key, text) for key, text in (overrides or {}).items()}
-    return _replace(recipe, values, "--set")
+    recipe = _replace(recipe, values, "--set")
+    if recipe.token_weighting == "advantage" and not recipe.divergences:
+        raise ConfigError(
+            f"recipe {recipe.name}: token_weighting advantage weights the tokens of {', '.join(DIVERGENCE_NAMES)}, and all of"
+            " them have weight 0: give one a weight, or use token_weighting uniform"
+        )
+    return recipe
 
 
 _NEXT_TO_NOTHING = 2.0**-40

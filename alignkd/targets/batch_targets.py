@@ -24,14 +24,16 @@ class Targets:
 
     ``attention``: probabilities ``[B, H, T, V]`` by the teacher's layer (H = 1 for a head mean). ``vision_BVD``: projected
     vision tokens. ``answers``: fields of :mod:`alignkd.targets.logits`, ``[A, ..]`` each.
+    ``advantage_A``: how much of each answer token the teacher takes from the image (:mod:`alignkd.capture.advantage`).
     ``row_mask_BT``, ``column_mask_BV``: text rows and vision columns that have a target; None: all that are not padding.
-    ``paired_P``, ``unpaired_U``: the answers that have targets (``answers`` are then ``[P, ..]`` each), and all others; None:
-    every answer has.
+    ``paired_P``, ``unpaired_U``: the answers that have targets (``answers`` and ``advantage_A`` are then ``[P, ..]`` each), and
+    all others; None: every answer has.
     """
 
     attention: Mapping[int, Target] = field(default_factory=dict)
     vision_BVD: Target | None = None
     answers: Mapping[str, Target] = field(default_factory=dict)
+    advantage_A: Target | None = None
     row_mask_BT: torch.Tensor | None = None
     column_mask_BV: torch.Tensor | None = None
     paired_P: torch.Tensor | None = None
@@ -66,6 +68,7 @@ class Targets:
             {layer: _decoded(target) for layer, target in self.attention.items()},
             None if self.vision_BVD is None else _decoded(self.vision_BVD),
             {name: _decoded(target, keep_exact=True) for name, target in self.answers.items()},
+            None if self.advantage_A is None else _decoded(self.advantage_A),
             self.row_mask_BT,
             self.column_mask_BV,
             self.paired_P,
@@ -90,6 +93,7 @@ class DecodedTargets(Targets):
     attention: Mapping[int, torch.Tensor] = field(default_factory=dict)
     vision_BVD: torch.Tensor | None = None
     answers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    advantage_A: torch.Tensor | None = None
 
 
 def _decoded(target: Target, *, keep_exact: bool = False) -> torch.Tensor:

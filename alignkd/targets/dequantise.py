@@ -15,6 +15,7 @@ Parts = Mapping[str, torch.Tensor]
 Shape = tuple[int, ...]
 
 _BLOCK = 64
+_NATS_STEP = 32 / 255**2
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ def _sqrt4(parts: Parts, shape: Shape) -> torch.Tensor:
     return _squares(_nibbles(parts["codes"], shape), parts["scales"], levels=15)
 
 
+def _nats8(parts: Parts, shape: Shape) -> torch.Tensor:
+    """Squared codes times one step for all."""
+    return parts["codes"].view(shape).float().square_().mul_(_NATS_STEP)
+
+
 def _squares(codes: torch.Tensor, scales: torch.Tensor, levels: int) -> torch.Tensor:
     return codes.float().square_().mul_((scales.float() / levels**2).unsqueeze(-1))
 
@@ -80,5 +86,6 @@ DEQUANTISERS: Mapping[str, Callable[[Parts, Shape], torch.Tensor]] = {
     "int4-blocks": _int4_blocks,
     "sqrt8": _sqrt8,
     "sqrt4": _sqrt4,
+    "nats8": _nats8,
 }
 """Every codec in which targets may be stored."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from alignkd.cache_store.codecs.contract import Array, Codec, Layout, Shape
 from alignkd.cache_store.codecs.integers import Int4Blocks, Int8Rows
+from alignkd.cache_store.codecs.nats import Nats8
 from alignkd.cache_store.codecs.plain import Exact, Float16
 from alignkd.cache_store.codecs.probabilities import SquareRoot
 from alignkd.errors import ConfigError
@@ -21,6 +22,7 @@ CODECS: dict[str, Codec] = {
     "int4-blocks": Int4Blocks(),
     "sqrt8": SquareRoot(8),
     "sqrt4": SquareRoot(4),
+    "nats8": Nats8(),
 }
 
 

@@ -17,7 +17,7 @@ from alignkd.errors import CacheError
 _ATTENTION = re.compile(r"attention(_[0-9]+)?")
 _OF_ANSWERS = (
     *("topk_rank_steps", "topk_logprob_codes", "tail_logmass", "logsumexp"),
-    *("draw_rank_steps", "draw_logprob_codes", "sketch", "hidden"),
+    *("draw_rank_steps", "draw_logprob_codes", "sketch", "hidden", "advantage"),
 )
 
 _FLOATS = ("float32",)
@@ -36,11 +36,13 @@ _FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "draw_logprob_codes": (2, ("uint8",)),
     "sketch": (2, ("uint8",)),
     "hidden": (2, _FLOATS),
+    "advantage": (1, _FLOATS),
 }
 """Number of axes and dtypes of each field."""
 
 _WITH_CODECS = {"attention", "vision_tokens", "hidden"}
 _PLAIN_FLOATS = {"tail_logmass", "logsumexp"}
+_OWN_CODEC = {"advantage": ("nats8",)}
 _PER_IMAGE = {"vision_tokens", "regions"}
 
 
@@ -100,7 +102,7 @@ def check_forms(spec: CacheSpec) -> None:
         if name not in _FORMS:
             continue
         axes, dtypes = _FORMS[name]
-        plain = ("exact", "float16") if name in _PLAIN_FLOATS else ("exact",)
+        plain = ("exact", "float16") if name in _PLAIN_FLOATS else _OWN_CODEC.get(name, ("exact",))
         sound = len(field.dims) == axes and field.dtype in dtypes and (name in _WITH_CODECS or field.codec in plain)
         if not sound or (field.per_image and name not in _PER_IMAGE):
             raise CacheError(

@@ -30,7 +30,7 @@ def quick_of(name: str, codec: str, sizes: Sizes) -> Quick | None:
         return lambda parts, shape: not parts["values"].size or _last_rank(parts["values"], shape) < ids
     if name in ("topk_logprob_codes", "draw_logprob_codes"):
         return lambda parts, _: int(parts["values"].max(initial=0)) <= LOWEST_CODE
-    if name == "sketch":
+    if name == "sketch" or codec == "nats8":  # every code is possible
         return lambda parts, _: True
     if name == "tail_logmass" and codec == "float16":
         # The bits of 16-bit floats of one sign are in the order of their sizes.

@@ -207,7 +207,7 @@ def check_recipe_targets(fingerprint: Mapping[str, Any], recipe: Recipe) -> None
     """
     check_fingerprint_keys(fingerprint)
     targets = fingerprint["targets"]
-    lacking = sorted(name for name in recipe.needs if not targets[name])
+    lacking = sorted(name for name in recipe.needs if not targets.get(name))
     if lacking:
         raise CacheError(
             f"recipe {recipe.name!r} needs {', '.join(lacking)}, which the cache does not hold; choose another --recipe,"

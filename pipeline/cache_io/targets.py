@@ -13,10 +13,13 @@ from alignkd.cache_store.rows.row import EncodedField
 from alignkd.cache_store.rows.spec import FieldSpec
 from alignkd.inputs.batch import Batch
 from alignkd.pipeline.cache_io.logits import logit_fields
-from alignkd.pipeline.config.cache_layout import attention_field, attention_layer
+from alignkd.pipeline.config.cache_layout import ADVANTAGE, attention_field, attention_layer
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.targets.batch_targets import Targets
 from alignkd.targets.dequantise import Quantised
+
+ADVANTAGE_FIELD = FieldSpec(ADVANTAGE, ("A",), "float32", "nats8")
+"""One byte an answer token."""
 
 
 def row_fields(settings: TargetSettings, vocabulary: int) -> tuple[FieldSpec, ...]:
@@ -36,6 +39,8 @@ def row_fields(settings: TargetSettings, vocabulary: int) -> tuple[FieldSpec, ..
         fields.append(FieldSpec("vision_tokens", ("V", "D"), "float32", settings.vision_codec, per_image=True))
     if "logits" in settings.targets:
         fields += logit_fields(settings.logits, vocabulary)
+    if ADVANTAGE in settings.targets:
+        fields.append(ADVANTAGE_FIELD)
     return tuple(fields)
 
 
@@ -45,7 +50,7 @@ def collate_targets(stored: Sequence[Mapping[str, EncodedField]], batch: Batch, 
     ``places``: which of its samples these are; None: all, in its order. The others are zero, and have no answers. A target
     whose fields the samples lack stays None.
     """
-    attention, vision, answers = {}, None, {}
+    attention, vision, answers, advantage = {}, None, {}, None
     places = range(len(stored)) if places is None else places
     for name in stored[0]:
         of_samples = dict(zip(places, (row[name] for row in stored), strict=True))
@@ -54,9 +59,11 @@ def collate_targets(stored: Sequence[Mapping[str, EncodedField]], batch: Batch, 
         elif name == "vision_tokens":
             width = max(row.shape[1] for row in of_samples.values())
             vision = _pad(of_samples, (batch.samples, batch.vision_columns_BV.shape[1], width))
+        elif name == ADVANTAGE:
+            advantage = _concatenate(list(of_samples.values()))
         else:
             answers[name] = _concatenate(list(of_samples.values()))
-    return Targets(attention, vision, answers)
+    return Targets(attention, vision, answers, advantage)
 
 
 def _concatenate(stored: Sequence[EncodedField]) -> Quantised:

@@ -9,6 +9,12 @@ LOGIT_TENSOR = "logits.{}"
 ALIGNMENTS = ("targets", "slice")
 
 TARGETS = ("attention", "vision", "logits")
+"""The targets of a cache, if no others are asked for."""
+
+ADVANTAGE = "advantage"
+"""The target, and its field, that says how much of each answer token the teacher takes from the image."""
+
+ALL_TARGETS = (*TARGETS, ADVANTAGE)
 
 SLICED = frozenset({"attention", "vision"})
 """The targets that a slice gives."""

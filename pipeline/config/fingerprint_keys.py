@@ -58,6 +58,7 @@ _OPTIONAL = {
     "vision_tokens_per_image": "a positive integer or null",
     "alignment": "text",
     "tokenizer_first_ids": "text",
+    "targets.advantage": "text",
     "targets.attention_layers": "a mapping",
     "targets.attention_layers.held": "a list of layers",
     "targets.attention_layers.of": "a positive integer",

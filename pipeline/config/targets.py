@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from alignkd.pipeline.config.cache_layout import TARGETS
+from alignkd.inputs.destroyed import DESTROYED
+from alignkd.pipeline.config.cache_layout import ADVANTAGE, ALL_TARGETS, TARGETS
 from alignkd.pipeline.config.shared import ATTENTION_CODECS, VISION_CODECS
 from alignkd.settings import Settings, setting
 from alignkd.targets.logit_settings import LogitSettings
@@ -14,11 +15,12 @@ class TargetSettings(Settings):
     """Which targets a cache holds, and how. ``attention_layers`` are the teacher's, of the ``layers`` that it has.
 
     ``cross_model``: rows also hold the coordinates of their vision tokens and the characters that their ids cover, which
-    students of another architecture need.
+    students of another architecture need. ``attention`` and ``vision`` may come from a slice; ``advantage`` costs one more pass
+    of the teacher over the samples with an image.
     """
 
     targets: tuple[str, ...] = setting(
-        TARGETS, group="targets", comma_separated=True, choices=TARGETS, help="Comma-separated targets to cache."
+        TARGETS, group="targets", comma_separated=True, choices=ALL_TARGETS, help="Comma-separated targets to cache."
     )
     attention: str = setting("per-head", group="targets", choices=("per-head", "mean"), help="Store every head, or their mean.")
     logits: LogitSettings = setting(factory=LogitSettings, nested=True)
@@ -36,4 +38,5 @@ class TargetSettings(Settings):
             "attention": self.attention if "attention" in self.targets else None,
             "vision": "vision" in self.targets,
             "logits": self.logits.fingerprint() if "logits" in self.targets else None,
+            **({"advantage": DESTROYED} if ADVANTAGE in self.targets else {}),
         }

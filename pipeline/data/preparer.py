@@ -7,14 +7,16 @@ import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from alignkd.errors import SampleError, TransientError
 from alignkd.inputs.batch import ModelInput
+from alignkd.inputs.destroyed import destroy
 from alignkd.inputs.encoder import Encoder, Planned
 from alignkd.models.encoders.image_files import ImageError, open_image
 from alignkd.models.encoders.rgb import rgb_by_pillow, what_is_lost
@@ -47,6 +49,8 @@ class Preparer:
     features: dict[str, tuple[str, Any]] = field(default_factory=dict)
     """Tower features by the place of an image, with the file's SHA-256; an image found here is not read again."""
     doubtful: DoubtfulImages = field(default_factory=DoubtfulImages)
+    with_destroyed: bool = False
+    """Whether inputs also hold the sample with its images destroyed (:mod:`alignkd.inputs.destroyed`)."""
 
     @classmethod
     def of(
@@ -58,13 +62,14 @@ class Preparer:
         image_root: str | Path | None = None,
         with_spans: bool = True,
         prompt_date: str | None = None,
+        with_destroyed: bool = False,
     ) -> "Preparer":
         """The preparer of a loaded model; ``with_spans`` and ``prompt_date``: see :class:`alignkd.inputs.encoder.Encoder`."""
         encoder = vlm.encoder(template, max_length)
         encoder.with_spans = with_spans
         if prompt_date and encoder.prompt_date:
             encoder.prompt_date = check_date(prompt_date)
-        return cls(encoder, None if image_root is None else Path(image_root))
+        return cls(encoder, None if image_root is None else Path(image_root), with_destroyed=with_destroyed)
 
     def places(self, sample: Sample) -> tuple[str, ...]:
         """Where each image of a sample is; its references where this preparer has an image folder.
@@ -86,6 +91,7 @@ class Preparer:
         with _memory_for(sample):
             images, digest = self.load_images(self.places(sample))
             made, truncated = self.encoder.encode(sample.turns, images)
+            made = self._with_destroyed(sample, made)
         return Prepared(made, digest, truncated)
 
     def text(self, sample: Sample) -> Planned:
@@ -109,7 +115,25 @@ class Preparer:
         with _memory_for(sample):
             images, digest = self.load_images(self.places(sample))
             made, truncated = self.encoder.finish(sample.turns, text, images)
+            made = self._with_destroyed(sample, made)
         return Prepared(made, digest, truncated)
+
+    def _with_destroyed(self, sample: Sample, made: ModelInput) -> ModelInput:
+        """The input, with the sample's other input where that is asked for and it has an image.
+
+        Raises:
+            SampleError: the family makes other ids of the destroyed images, so that the two cannot be compared.
+        """
+        if not self.with_destroyed or not sample.images:
+            return made
+        images = [self.encoder.load(destroy(image)) for image in self.decoded_images(sample)]
+        destroyed, _ = self.encoder.encode(sample.turns, images)
+        if not np.array_equal(destroyed.input_ids, made.input_ids):
+            raise SampleError(
+                f"its {len(made.input_ids)} token ids become {len(destroyed.input_ids)} others with its images destroyed, so the"
+                " advantage of its tokens cannot be told: cache without advantage among --targets"
+            )
+        return replace(made, destroyed=destroyed)
 
     def question(self, sample: Sample) -> ModelInput:
         """A sample up to where its last answer begins.

@@ -1,4 +1,4 @@
-"""One forward pass of the teacher over a batch, and the copy of its targets to the host.
+"""A forward pass of the teacher over a batch (two, where advantages are asked for), and the copy of its targets to the host.
 
 Shapes: H teacher heads, T text rows, V vision columns, D teacher width, A answers, J draws, N vocabulary, L ids.
 """
@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from alignkd.cache_store.rows.spec import FieldSpec
+from alignkd.capture.advantage import advantages
 from alignkd.capture.attention import capture
 from alignkd.inputs.batch import Batch, ModelInput
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.logits import logit_fields
-from alignkd.pipeline.cache_io.targets import row_fields
-from alignkd.pipeline.config.cache_layout import attention_field, attention_layer
+from alignkd.pipeline.cache_io.targets import ADVANTAGE_FIELD, row_fields
+from alignkd.pipeline.config.cache_layout import ADVANTAGE, attention_field, attention_layer
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.runtime.host_copy import copy_to_host
 from alignkd.pipeline.stage_one.calibrate import answers_at_once
@@ -119,6 +120,10 @@ def run_teacher(
         )
         tensors |= encoded
         fields = logit_fields(codec.settings, teacher.vocabulary)
+    if ADVANTAGE in settings.targets:
+        advantage_A = advantages(teacher, on_device, captured.hidden_AD)
+        marks["answers"] = marks["answers"] & advantage_A.isfinite()
+        tensors[ADVANTAGE], fields = advantage_A, (*fields, ADVANTAGE_FIELD)
     # The marks come with the targets: the device is not asked for each sample whether its numbers are finite.
     host, arrived = copy_to_host(tensors | {f"finite {name}": mark for name, mark in marks.items()})
     finite = FiniteMarks(host.pop("finite samples"), host.pop("finite answers"))

@@ -24,6 +24,7 @@ from alignkd.pipeline.cache_io.logits import logit_arrays, open_codec
 from alignkd.pipeline.cache_io.targets import row_fields
 from alignkd.pipeline.cache_io.teacher_fingerprint import model_fingerprint
 from alignkd.pipeline.cache_io.teacher_slice import check_slice_options, slice_arrays, slice_fingerprint
+from alignkd.pipeline.config.cache_layout import ADVANTAGE
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.contract import Samples
@@ -96,6 +97,7 @@ class StageOne:
             max_length=config.max_length,
             with_spans=self.row_settings.cross_model,
             prompt_date=config.prompt_date or cached_prompt_date(config.cache),
+            with_destroyed=ADVANTAGE in config.settings.targets,
         )
 
     @cached_property

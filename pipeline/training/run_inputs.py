@@ -13,7 +13,7 @@ from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.compatibility import check_attention_layers, check_recipe_targets, check_student_compatible
 from alignkd.pipeline.cache_io.cross_model import CrossModelMap
-from alignkd.pipeline.config.cache_layout import SLICED, is_slice
+from alignkd.pipeline.config.cache_layout import ADVANTAGE, SLICED, is_slice
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.data.open_samples import check_images, open_samples
@@ -148,6 +148,7 @@ def open_data(inputs: RunInputs) -> TrainingSet:
         max_length=inputs.max_length,
         with_spans=inputs.cross_model is not None,
         prompt_date=_prompt_date(inputs),
+        with_destroyed=config.online_teacher is not None and ADVANTAGE in config.recipe.needs,
     )
     layers = needed_layers(config.recipe, inputs.student, inputs.teacher_layers) if "attention" in needs else ()
     return TrainingSet(

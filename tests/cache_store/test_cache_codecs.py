@@ -11,10 +11,11 @@ from reference.codec_errors import error_bound
 
 from alignkd.cache_store.codecs import CODECS, get_codec
 from alignkd.cache_store.codecs.nibbles import pack_nibbles, packed_shape, unpack_nibbles
+from alignkd.errors import ConfigError
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 INT4_LARGEST = 7 * 65504.0
-QUANTISING = ("float16", "int8-rows", "int4-blocks", "sqrt8", "sqrt4")
+QUANTISING = ("float16", "int8-rows", "int4-blocks", "sqrt8", "sqrt4", "nats8")
 
 
 def arrays(
@@ -91,6 +92,22 @@ def test_square_roots_keep_their_bound_and_zeros_stay_zeros(name, array):
     assert_bound_holds(name, array)
     codec = get_codec(name)
     assert not codec.decode(codec.encode(array), array.shape)[array == 0].any()
+
+
+@settings(max_examples=300, deadline=None)
+@given(array=arrays("float32", smallest=0, largest=32) | long_rows(0, 32) | long_rows(0, 2**-7))
+@example(array=np.array([32.0, 0.0, -0.0, 1.4e-45, 32 * (0.5 / 255) ** 2], np.float32))
+def test_nats8_keeps_its_bound_zeros_stay_zeros_and_the_largest_value_stays(array):
+    assert_bound_holds("nats8", array)
+    decoded = roundtrip("nats8", array)
+    assert not decoded[array == 0].any()
+    assert (decoded[array == 32] == 32).all()
+
+
+@pytest.mark.parametrize("values", [[-1e-30], [32.0001], [np.nan], [np.inf]])
+def test_nats8_refuses_what_it_cannot_hold(values):
+    with pytest.raises(ConfigError, match="nats8"):
+        get_codec("nats8").encode(np.array(values, np.float32))
 
 
 @pytest.mark.parametrize("name", ["int8-rows", "int4-blocks"])
@@ -225,7 +242,7 @@ def test_exact_never_stores_objects():
         get_codec("exact").encode(np.array([None]))
 
 
-@pytest.mark.parametrize("name", [name for name in QUANTISING if name != "float16"])
+@pytest.mark.parametrize("name", [name for name in QUANTISING if name not in ("float16", "nats8")])
 def test_a_codec_with_scales_refuses_a_scalar(name):
     with pytest.raises(ValueError, match="at least 1 dimension"):
         get_codec(name).encode(np.array(1, np.float32))

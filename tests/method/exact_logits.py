@@ -58,10 +58,13 @@ def exact_answers(teacher, hidden_AD, k=20):
 
 
 def targets_of(teacher, batch, k=20):
-    """All that a teacher has to teach about a batch: every layer's attention, its vision tokens, its exact answers."""
+    """All that a teacher has to teach about a batch: every layer's attention, its vision tokens, its exact answers, and
+    an advantage for those about an image."""
     with torch.no_grad():
         captured = capture(teacher, batch, layers=range(teacher.layers))
-        return Targets(captured.attention, captured.vision_BVD, exact_answers(teacher, captured.hidden_AD, k))
+        answers = exact_answers(teacher, captured.hidden_AD, k)
+        advantage_A = torch.arange(len(captured.hidden_AD)) % 3 * batch.samples_with_image()[batch.answer_samples_A]
+        return Targets(captured.attention, captured.vision_BVD, answers, advantage_A.float())
 
 
 def shape_of(teacher):

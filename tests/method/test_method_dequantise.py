@@ -23,7 +23,9 @@ def arrays(dims: int, longest: int, largest: float = 60000) -> st.SearchStrategy
 
 
 def signed(name: str, array: np.ndarray) -> np.ndarray:
-    """Some values turned negative where the codec stores such."""
+    """Some values turned negative where the codec stores such, and none above what it stores."""
+    if name == "nats8":
+        return array % 32
     return array if name.startswith("sqrt") else array * np.where(np.arange(array.size).reshape(array.shape) % 3, 1, -1)
 
 

@@ -25,7 +25,7 @@ def write(tmp_path):
 
 
 def test_a_recipe_is_found_by_its_name():
-    relatives = {"llavadi-forward", "llavadi-reverse", "llavadi-js", "compodistill", "beta-kd"}
+    relatives = {"llavadi-forward", "llavadi-reverse", "llavadi-js", "compodistill", "beta-kd", "visual-advantage"}
     assert set(RECIPES) == {"align-kd", "paper", "sft", "logits-only", *relatives}
     assert all(get_recipe(name) is not None and get_recipe(name) == recipe for name, recipe in RECIPES.items())
 
@@ -91,6 +91,11 @@ WRONG = [
     ("attention_layers", "true", "expected first, last"),
     ("attention_layers", "0,0", "names a layer twice"),
     ("weighting", "free", "fixed, learned"),
+    ("token_weighting", "entropy", "uniform, advantage"),
+    ("token_top_share", "0", "above 0 and below 1"),
+    ("token_top_share", "1", "above 0 and below 1"),
+    ("token_lambda", "1.5", "0 to 1"),
+    ("token_lambda", ".nan", "0 to 1"),
     ("weighting_learning_rate", "0", "more than 0"),
     ("name", "3", "expected str"),
 ]

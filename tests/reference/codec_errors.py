@@ -14,6 +14,10 @@ def error_bound(codec: str, array: Array) -> NDArray[np.float64]:
         return np.zeros((1,) * array.ndim)
     if codec == "float16":
         return np.maximum(np.abs(array, dtype=np.float64) * 2.0**-11, 2.0**-25)
+    if codec == "nats8":
+        # As its docstring says, and the rounding of root, product and square.
+        wide = array.astype(np.float64)
+        return np.sqrt(32 * wide) / 255 + 32 / 510**2 + (wide + 1e-3) * 2.0**-20
     scales = get_codec(codec).encode(array)["scales"].astype(np.float64)
     if codec == "int8-rows":
         # Scale, quotient and product are rounded, subnormal scales too.

@@ -10,6 +10,9 @@ The idea is that of Liger-Kernel's fused linear cross-entropy (arXiv 2410.10989)
 3. ``hidden``'s gradient is ``gradient @ head``; ``head``'s grows by ``gradient.T @ hidden``.
 4. Backward multiplies both by the gradient of the loss and the scale of the mean.
 
+Where divergences have a weight for each token, the gradient of the supervised term, which has none, is computed apart from the
+same logits.
+
 Shapes: A answers, C answers of a chunk, D width, N vocabulary, T terms.
 """
 
@@ -29,7 +32,7 @@ from alignkd.losses.answer_loss.forms import FORMS
 from alignkd.losses.answer_loss.rows import Rows
 from alignkd.losses.dtypes import at_least_float32
 from alignkd.targets.logits import LogitCodec
-from alignkd.targets.logits.answers import TeacherReader
+from alignkd.targets.logits.answers import TeacherAnswers, TeacherReader
 
 _SCRATCH_BYTES = 2**26
 """Size of a chunk's logits, with the teacher's where they are dense."""
@@ -43,13 +46,15 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class AnswerTerms:
     """``loss``: differentiable, the weighted sum of all terms, each a sum over answers over the divisor.
 
-    ``sums``: of each term its unweighted sum over answers, without gradient. ``finite_A``: every term of the answer is
-    finite, those of weight 0 too. Sums are float32; float64 for float64 hidden states.
+    ``sums``: of each term its sum over answers without the term's weight, but with those of tokens; without gradient.
+    ``finite_A``: every term of the answer is finite, those of weight 0 too. ``losses_TA``: each term of each answer, without
+    any weight; None where parts were put together. Sums are float32; float64 for float64 hidden states.
     """
 
     loss: torch.Tensor
     sums: dict[str, torch.Tensor]
     finite_A: torch.Tensor
+    losses_TA: torch.Tensor | None = None
 
 
 def _outside_graphs(function: _Function) -> _Function:
@@ -68,12 +73,14 @@ def answer_terms(
     temperature: float,
     divisor: float | torch.Tensor,
     bias_N: torch.Tensor | None = None,
+    token_weights_A: torch.Tensor | None = None,
 ) -> AnswerTerms:
     """The terms named in ``weights`` (``supervised`` and divergences) of logits ``hidden @ head.T + bias``.
 
     Gradients reach ``hidden_AD``, ``head_ND`` and ``bias_N``, where they require one. A term of weight 0 is reported
     and touches neither loss nor gradient, even where it overflows. ``values`` are the codec's targets, first axis A.
-    ``temperature`` is that of the divergences. There may be no answers at all. Is not compiled by ``torch.compile``.
+    ``temperature`` is that of the divergences, and ``token_weights_A`` the weight of each answer in them (None: 1 for all).
+    There may be no answers at all. Is not compiled by ``torch.compile``.
 
     Raises:
         RuntimeError: in a second backward pass: the first one hands the gradients over, so that no copy of the head's is kept.
@@ -91,10 +98,11 @@ def answer_terms(
         terms=Terms({name: weight / largest for name, weight in weights.items()}, float(temperature)),
         scale=largest / divisor,
         gradient=torch.is_grad_enabled() and any(weights.values()),
+        token_weights_A=token_weights_A if names else None,
     )
     loss, losses_TA = _FusedAnswerLoss.apply(hidden_AD, head_ND, bias_N, work)  # type: ignore[no-untyped-call]
-    sums = dict(zip(weights, losses_TA.sum(dim=1).unbind(), strict=True))
-    return AnswerTerms(loss, sums, losses_TA.isfinite().all(dim=0))
+    sums = {name: work.total(name, loss_A) for name, loss_A in zip(weights, losses_TA, strict=True)}
+    return AnswerTerms(loss, sums, losses_TA.isfinite().all(dim=0), losses_TA)
 
 
 @dataclass(frozen=True)
@@ -107,11 +115,19 @@ class _Work:
     terms: Terms
     scale: float | torch.Tensor
     gradient: bool
+    token_weights_A: torch.Tensor | None = None
+
+    def total(self, name: str, loss_A: torch.Tensor) -> torch.Tensor:
+        """The sum of a term over answers, by the weights of tokens where the term has such."""
+        if self.token_weights_A is None or name == SUPERVISED:
+            return loss_A.sum()
+        return (loss_A * self.token_weights_A.to(loss_A.dtype)).sum()
 
     def chunks(self, vocabulary: int, itemsize: int) -> Iterator[slice]:
         """Answers in chunks of similar size, whose logits are no larger than the scratch."""
         answers = len(self.answer_ids_A)
-        at_most = max(1, _SCRATCH_BYTES // (vocabulary * (itemsize + 4 * self.dense_teacher)))
+        twice = 1 + (self.token_weights_A is not None)
+        at_most = max(1, _SCRATCH_BYTES // (vocabulary * (itemsize * twice + 4 * self.dense_teacher)))
         size = -(-answers // max(1, -(-answers // at_most)))
         return (slice(start, min(start + size, answers)) for start in range(0, answers, size or 1))
 
@@ -148,7 +164,10 @@ class _Head:
         teacher = None if work.teacher is None else work.teacher(part)
         gradient = work.gradient and any(wanted is not None for wanted in self.gradients)
         ids_C = work.answer_ids_A[part]
-        losses = chunk_terms_(rows_for(logits_CN), logits_CN, ids_C, teacher, work.terms, gradient)
+        if work.token_weights_A is None:
+            losses = chunk_terms_(rows_for(logits_CN), logits_CN, ids_C, teacher, work.terms, gradient)
+        else:
+            losses = _weighted_chunk_(logits_CN, ids_C, teacher, work.terms, work.token_weights_A[part], gradient)
         if gradient:
             self._add_gradients(part, logits_CN)
         return torch.stack([losses[name] for name in work.terms.weights])
@@ -165,6 +184,27 @@ class _Head:
                 self.head_gradient_ND[rows].add_(change_CN[:, rows].T @ self.hidden_AD[part])
 
 
+def _weighted_chunk_(
+    logits_CN: torch.Tensor,
+    ids_C: torch.Tensor,
+    teacher: TeacherAnswers | None,
+    terms: Terms,
+    weights_C: torch.Tensor,
+    gradient: bool,
+) -> dict[str, torch.Tensor]:
+    """As :func:`chunk_terms_`, with the gradient of each row's divergences times its weight; losses are without it."""
+    supervised = {name: weight for name, weight in terms.weights.items() if name == SUPERVISED}
+    rows, own_CN = rows_for(logits_CN), logits_CN.clone() if supervised else None
+    losses = chunk_terms_(rows, logits_CN, ids_C, teacher, Terms(terms.divergences, terms.temperature), gradient)
+    if gradient:
+        logits_CN.mul_(weights_C[:, None])
+    if own_CN is not None:
+        losses |= chunk_terms_(rows, own_CN, ids_C, None, Terms(supervised, terms.temperature), gradient)
+        if gradient and terms.supervised:
+            logits_CN.add_(own_CN)
+    return losses
+
+
 class _FusedAnswerLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -176,7 +216,9 @@ class _FusedAnswerLoss(torch.autograd.Function):
         with maybe_autocast(hidden_AD.device.type, enabled=False):
             bias = None if bias_N is None else bias_N.to(dtype)
             losses_TA = _Head(hidden_AD.to(dtype), head_ND.to(dtype), bias, *gradients).losses(work)
-        weighted = [w * loss_A.sum() for w, loss_A in zip(work.terms.weights.values(), losses_TA, strict=True) if w]
+        weighted = [
+            w * work.total(name, loss_A) for (name, w), loss_A in zip(work.terms.weights.items(), losses_TA, strict=True) if w
+        ]
         ctx.gradients, ctx.scale = gradients, work.scale
         ctx.mark_non_differentiable(losses_TA)
         ctx.set_materialize_grads(False)

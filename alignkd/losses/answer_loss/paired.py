@@ -10,6 +10,7 @@ import torch
 from alignkd.losses.answer_loss.chunk import SUPERVISED
 from alignkd.losses.answer_loss.fused import AnswerTerms, answer_terms
 from alignkd.losses.contract import TermInputs
+from alignkd.losses.token_weights import token_weights
 
 
 def batch_answer_terms(
@@ -22,9 +23,11 @@ def batch_answer_terms(
 ) -> AnswerTerms:
     """The supervised term and the divergences of the recipe; answers without a target count in the supervised term alone.
 
-    ``weights`` in the loss, by term; each term is a sum over answers over ``divisor``.
+    ``weights`` in the loss, by term; each term is a sum over answers over ``divisor``. Where the recipe weights tokens, the
+    divergences have their weights, the supervised term has not.
     """
     targets, recipe = inputs.targets, inputs.recipe
+    by_token_P = divergence_token_weights(inputs)
 
     def terms_of(hidden_XD: torch.Tensor, answer_ids_X: torch.Tensor, wanted: Mapping[str, float]) -> AnswerTerms:
         return answer_terms(
@@ -37,6 +40,7 @@ def batch_answer_terms(
             temperature=recipe.temperature,
             divisor=divisor,
             bias_N=bias_N,
+            token_weights_A=by_token_P if len(wanted) > 1 else None,
         )
 
     hidden_AD, answer_ids_A = inputs.student_hidden_AD, inputs.batch.answer_ids_A
@@ -47,6 +51,18 @@ def batch_answer_terms(
     parts = ((targets.paired_P, every), (targets.unpaired_U, supervised))
     return _joined(
         [terms_of(hidden_AD[chosen], answer_ids_A[chosen], wanted) for chosen, wanted in parts], [c for c, _ in parts]
+    )
+
+
+def divergence_token_weights(inputs: TermInputs) -> torch.Tensor | None:
+    """The weight of each answer with a target in the divergences, ``[P]``; None where all count equally."""
+    advantage_P, recipe, batch = inputs.targets.advantage_A, inputs.recipe, inputs.batch
+    if recipe.token_weighting == "uniform" or advantage_P is None:
+        return None
+    paired_P = inputs.targets.paired_P
+    samples_P = batch.answer_samples_A if paired_P is None else batch.answer_samples_A[paired_P]
+    return token_weights(
+        advantage_P, samples_P, batch.samples, top_share=recipe.token_top_share, top_weight=recipe.token_lambda
     )
 
 
