@@ -15,9 +15,9 @@ from alignkd.cache_store.protocol.names import RUNS
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.rows.row import Row
 from alignkd.errors import CacheError, DataError, wrap_errors
-from alignkd.inputs.prompts import IMAGE_TOKEN_ID
+from alignkd.inputs.prompts import IGNORE, IMAGE_TOKEN_ID
 from alignkd.inputs.spans import counted
-from alignkd.pipeline.config.cache_layout import LOGIT_TENSOR, attention_layer, is_slice
+from alignkd.pipeline.config.cache_layout import ADVANTAGE, LOGIT_TENSOR, attention_layer, is_slice
 from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 from alignkd.targets.logit_levels import decode_kept
 
@@ -65,6 +65,8 @@ def named_arrays(
     arrays |= {f"attention_{layer}_HTV" if layer else "attention_HTV": values[name] for name, layer in layers.items()}
     if "vision_tokens" in values:
         arrays["vision_tokens_VD"] = values["vision_tokens"]
+    if ADVANTAGE in values:
+        arrays["advantage_A"] = values[ADVANTAGE]
     if logits is None:
         return arrays
     if logits == "hidden":
@@ -86,6 +88,8 @@ def row_figures(reader: CacheReader, row: Row) -> dict[str, Any]:
     }
     if arrays.get("attention_HTV", np.zeros(0)).size:
         figures["attention_on_images"] = float(arrays["attention_HTV"].sum(axis=2).mean())
+    if arrays.get("advantage_A", np.zeros(0)).size:
+        figures["mean_advantage"] = float(arrays["advantage_A"].mean())
     if "tail_mass_A" in arrays:
         figures["mean_tail_mass"] = float(arrays["tail_mass_A"].mean())
     if is_slice(reader.fingerprint):
@@ -126,15 +130,19 @@ def plot_row(
 
 
 def row_pieces(reader: CacheReader, row: Row, text: str | None) -> list[str]:
-    """A name for each text row ``[T]``: the characters that its token stands for, else its id."""
+    """A name for each text row ``[T]``: the characters that its token stands for, else its id; then its advantage, if any."""
     is_image = row.values["input_ids"] == reader.fingerprint["teacher"].get("image_token_id", IMAGE_TOKEN_ID)
     rows = np.flatnonzero(~is_image & (np.cumsum(is_image) > 0))
     names = [f"id {token}" for token in row.values["input_ids"][rows].tolist()]
-    if text is None or len(row.values.get("spans", ())) != len(is_image):
+    if text is not None and len(row.values.get("spans", ())) == len(is_image):
+        characters = np.array(list(text))[counted(text)]
+        spans = row.values["spans"][rows].tolist()
+        names = ["".join(characters[start:end]) or name for (start, end), name in zip(spans, names, strict=True)]
+    if ADVANTAGE not in row.values:
         return names
-    characters = np.array(list(text))[counted(text)]
-    spans = row.values["spans"][rows].tolist()
-    return ["".join(characters[start:end]) or name for (start, end), name in zip(spans, names, strict=True)]
+    # The first id is predicted by none, and has no advantage.
+    gained = dict(zip(np.flatnonzero(row.values["labels"][1:] != IGNORE) + 1, row.values[ADVANTAGE].tolist(), strict=True))
+    return [f"{name} +{gained[place]:.2f}" if place in gained else name for name, place in zip(names, rows, strict=True)]
 
 
 def recorded_inputs(reader: CacheReader) -> tuple[str | tuple[str, ...], str | tuple[str, ...] | None] | None:

@@ -130,8 +130,8 @@ class Preparer:
         destroyed, _ = self.encoder.encode(sample.turns, images)
         if not np.array_equal(destroyed.input_ids, made.input_ids):
             raise SampleError(
-                f"its {len(made.input_ids)} token ids become {len(destroyed.input_ids)} others with its images destroyed, so the"
-                " advantage of its tokens cannot be told: cache without advantage among --targets"
+                f"its {len(made.input_ids)} token ids become {len(destroyed.input_ids)} others with its images destroyed, so"
+                " the advantage of its tokens cannot be told: cache without advantage among --targets"
             )
         return replace(made, destroyed=destroyed)
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from alignkd.cache_store.protocol.worker_reports import AT_WORK
 from alignkd.pipeline.commands.output.printing import size_words
-from alignkd.pipeline.config.cache_layout import attention_layer
+from alignkd.pipeline.config.cache_layout import ADVANTAGE, attention_layer
 from alignkd.pipeline.runtime.printable import printable, printable_lines
 
 WIDTH = 80
@@ -152,6 +152,8 @@ def _target(field: str) -> str:
     """What a field of a row belongs to, in the words of ``--targets``."""
     if field in ("input_ids", "labels", "spans", "regions"):
         return "token ids"
+    if field == ADVANTAGE:
+        return field
     return "attention" if attention_layer(field) is not None else "vision tokens" if field == "vision_tokens" else "logits"
 
 
