@@ -149,6 +149,7 @@ def test_a_recipe_needs_no_target_but_those_it_names(tiny, teacher, name):
         "attention": {"attention": all_targets.attention},
         "vision": {"vision_BVD": all_targets.vision_BVD},
         "logits": {"answers": all_targets.answers},
+        "advantage": {"advantage_A": all_targets.advantage_A},
     }
     chosen = {k: v for need in recipe.needs for k, v in fields[need].items()}
     objective = Objective(
