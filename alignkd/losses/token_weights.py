@@ -9,8 +9,19 @@ Shapes: B samples, A answers.
 
 import torch
 
+from alignkd.losses.recipes import Recipe
+
 _SLACK = 1e-9
 """0.3 * 10 in floating point may be a little less than 3."""
+
+
+def recipe_token_weights(
+    recipe: Recipe, advantage_A: torch.Tensor, samples_A: torch.Tensor, samples: int
+) -> torch.Tensor | None:
+    """As :func:`token_weights`, as the recipe has it; None where it lets all tokens count equally."""
+    if recipe.token_weighting == "uniform":
+        return None
+    return token_weights(advantage_A, samples_A, samples, top_share=recipe.token_top_share, top_weight=recipe.token_lambda)
 
 
 def token_weights(

@@ -16,7 +16,7 @@ from alignkd.inputs.batch import Collator
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.cross_model import LAYOUT, CrossModelMap, TargetMask
 from alignkd.pipeline.cache_io.logits import logit_fields, settings_of
-from alignkd.pipeline.config.cache_layout import attention_field, attention_layer
+from alignkd.pipeline.config.cache_layout import ADVANTAGE, attention_field, attention_layer
 from alignkd.pipeline.data.preparer import Prepared
 from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.feeding.row_checks import MisalignedRowError, check_images, check_row
@@ -32,7 +32,7 @@ def target_fields(
     if "logits" in needs:
         assert reader is not None
         fields += [field.name for field in logit_fields(settings_of(reader.fingerprint), student.vocabulary)]
-    return fields
+    return fields + ([ADVANTAGE] if ADVANTAGE in needs else [])
 
 
 @dataclass(frozen=True)

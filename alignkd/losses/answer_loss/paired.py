@@ -10,7 +10,7 @@ import torch
 from alignkd.losses.answer_loss.chunk import SUPERVISED
 from alignkd.losses.answer_loss.fused import AnswerTerms, answer_terms
 from alignkd.losses.contract import TermInputs
-from alignkd.losses.token_weights import token_weights
+from alignkd.losses.token_weights import recipe_token_weights
 
 
 def batch_answer_terms(
@@ -56,14 +56,12 @@ def batch_answer_terms(
 
 def divergence_token_weights(inputs: TermInputs) -> torch.Tensor | None:
     """The weight of each answer with a target in the divergences, ``[P]``; None where all count equally."""
-    advantage_P, recipe, batch = inputs.targets.advantage_A, inputs.recipe, inputs.batch
-    if recipe.token_weighting == "uniform" or advantage_P is None:
+    advantage_P, samples_P = inputs.targets.advantage_A, inputs.batch.answer_samples_A
+    if advantage_P is None:
         return None
-    paired_P = inputs.targets.paired_P
-    samples_P = batch.answer_samples_A if paired_P is None else batch.answer_samples_A[paired_P]
-    return token_weights(
-        advantage_P, samples_P, batch.samples, top_share=recipe.token_top_share, top_weight=recipe.token_lambda
-    )
+    if inputs.targets.paired_P is not None:
+        samples_P = samples_P[inputs.targets.paired_P]
+    return recipe_token_weights(inputs.recipe, advantage_P, samples_P, inputs.batch.samples)
 
 
 def _joined(parts: Sequence[AnswerTerms], positions: Sequence[torch.Tensor]) -> AnswerTerms:

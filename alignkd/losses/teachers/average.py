@@ -11,6 +11,7 @@ import torch
 from alignkd.losses.answer_loss.chunk import SUPERVISED
 from alignkd.losses.answer_loss.fused import AnswerTerms, answer_terms
 from alignkd.losses.contract import SampleTerm, TermInputs
+from alignkd.losses.token_weights import recipe_token_weights
 from alignkd.losses.uniformity import attention_contrast
 from alignkd.targets.several import AnswerPart, teacher_name
 
@@ -54,7 +55,7 @@ def average_answer_terms(
     """
     recipe, batch, hidden_AD = inputs[0].recipe, inputs[0].batch, inputs[0].student_hidden_AD
     divergences = {name: weights[name] for name in recipe.divergences}
-    total = dict[str, torch.Tensor]()
+    total, by_token = dict[str, torch.Tensor](), [_token_weights(one, number, parts) for number, one in enumerate(inputs)]
     losses, own = list[torch.Tensor](), Sums()
     finite_A = torch.ones(len(batch.answer_ids_A), dtype=torch.bool, device=hidden_AD.device)
     for part in parts:
@@ -73,6 +74,7 @@ def average_answer_terms(
             temperature=recipe.temperature,
             divisor=divisor,
             bias_N=bias_N,
+            token_weights_A=None if part.teacher is None else _of_rows(by_token[part.teacher], part.rows_X),
         )
         losses.append(found.loss)
         _mark(finite_A, part.places_X, found.finite_A)
@@ -93,8 +95,25 @@ def _values(inputs: Sequence[TermInputs], part: AnswerPart) -> Mapping[str, torc
     return {name: _chosen(values, part.rows_X) for name, values in inputs[part.teacher].targets.answers.items()}
 
 
+def _token_weights(inputs: TermInputs, teacher: int, parts: Sequence[AnswerPart]) -> torch.Tensor | None:
+    """The weight of each answer that a teacher has targets for in its divergences; None where all count equally."""
+    advantage_P = inputs.targets.advantage_A
+    if advantage_P is None:
+        return None
+    samples_P = torch.zeros(len(advantage_P), dtype=torch.long, device=advantage_P.device)
+    for part in parts:
+        if part.teacher == teacher:
+            samples_X = _chosen(inputs.batch.answer_samples_A, part.places_X)
+            samples_P = samples_X if part.rows_X is None else samples_P.index_copy(0, part.rows_X, samples_X)
+    return recipe_token_weights(inputs.recipe, advantage_P, samples_P, inputs.batch.samples)
+
+
 def _chosen(values: torch.Tensor, places_X: torch.Tensor | None) -> torch.Tensor:
     return values if places_X is None else values[places_X]
+
+
+def _of_rows(weights_P: torch.Tensor | None, rows_X: torch.Tensor | None) -> torch.Tensor | None:
+    return None if weights_P is None else _chosen(weights_P, rows_X)
 
 
 def _mark(finite_A: torch.Tensor, places_X: torch.Tensor | None, finite_X: torch.Tensor) -> None:
