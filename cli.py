@@ -19,6 +19,8 @@ _COMMANDS = {
     "evaluate": "evaluate:evaluate_command",
     "answer": "answer:answer_command",
     "report": "report:report_command",
+    "new-student": "students:new_student_command",
+    "push": "students:push_command",
     "benchmark": "benchmark:benchmark",
     "demo": "demo:demo_command",
 }

@@ -32,6 +32,7 @@ from alignkd.pipeline.evaluate.running.hold import holding
 from alignkd.pipeline.evaluate.running.identity import stored
 from alignkd.pipeline.evaluate.running.part_lines import AGAIN, part_files
 from alignkd.pipeline.evaluate.running.parts import put_text
+from alignkd.pipeline.hub.models import model_folder, pin_models, tower_folder
 from alignkd.pipeline.runtime.devices import device_words, parse_dtype, pick_device
 from alignkd.pipeline.runtime.files import check_out_folder
 from alignkd.pipeline.runtime.logs import log_start
@@ -63,6 +64,7 @@ def answer(config: AnswerConfig) -> dict[str, Any]:
     check_out_folder(folder)
     check_image_folder(config.images)
     _check_out(Path(config.out), folder)
+    config = pin_models(config)
     with stop_on_signals() as stop:
         samples = SampleFile(config.data)
         with holding(folder, worker, stop.check):
@@ -87,8 +89,8 @@ class _Run:
         self.config, self.samples, self.worker, self.stop = config, samples, worker, stop
         self.folder = run_folder(config.out)
         device = pick_device(config.device, worker.local_rank)
-        tower = Path(config.vision_tower) if config.vision_tower else None
-        self.vlm: Vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=device, vision_tower=tower)
+        tower, folder = tower_folder(config.vision_tower), model_folder(config.model)
+        self.vlm: Vlm = load_vlm(folder, dtype=parse_dtype(config.dtype), device=device, vision_tower=tower)
         template = config.template or self.vlm.default_template
         check_template(template, self.vlm.templates)
         self.preparer = Preparer.of(

@@ -15,7 +15,7 @@ SUFFIXES = (".jsonl", ".json")
 class AnswerConfig(Settings):
     """What ``alignkd answer`` is asked to do."""
 
-    model: str = setting(group="model", help="Folder of a checkpoint: the teacher, or a student.")
+    model: str = setting(group="model", help="The teacher, or a student: a folder, or ORG/NAME[@REVISION].")
     data: str = shared.data()
     images: str | None = shared.images()
     out: str = setting(
@@ -48,6 +48,7 @@ class AnswerConfig(Settings):
     max_rejected: int | str = shared.max_rejected()
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()
+    download: bool = shared.download()
     plugins: tuple[str, ...] = shared.plugins()
 
     def check(self) -> None:

@@ -45,7 +45,7 @@ class BenchmarkScoreConfig(Settings):
 class BenchmarkRunConfig(Settings):
     """What ``alignkd benchmark run`` is asked to do."""
 
-    model: str = setting(group="model", help="Folder of a checkpoint: a student, a teacher, or one as released.")
+    model: str = setting(group="model", help="A checkpoint: a folder, or ORG/NAME[@REVISION].")
     benchmark: str = setting(group="data", help="One or more of gqa, sqa, textvqa, mme, mmbench, pope, vqav2, llava: gqa,pope.")
     root: str = root()
     out: str = setting(group="storage", aliases=("output-dir",), help="Folder for answers, results; a rerun continues in it.")
@@ -63,4 +63,5 @@ class BenchmarkRunConfig(Settings):
     )
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()
+    download: bool = shared.download()
     plugins: tuple[str, ...] = shared.plugins()

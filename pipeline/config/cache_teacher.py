@@ -13,7 +13,7 @@ from alignkd.settings import setting
 class CacheTeacherConfig(shared.DataSettings):
     """What ``alignkd cache-teacher`` is asked to do. ``attention_layers``: see :mod:`alignkd.losses.layers`."""
 
-    teacher: str = setting(group="model", help="Folder of the teacher's checkpoint.")
+    teacher: str = setting(group="model", help="The teacher's checkpoint: a folder, or ORG/NAME[@REVISION].")
     cache: str = setting(group="storage", help="Where the cache is written: a folder, or a URL such as s3://bucket/cache.")
     template: str | None = shared.template()
     prompt_date: str | None = shared.prompt_date()
@@ -46,7 +46,7 @@ class CacheTeacherConfig(shared.DataSettings):
     student: str | None = setting(
         None,
         group="model",
-        metavar="DIR",
+        metavar="DIR|NAME",
         help="Checkpoint of the student-to-be: refuse, before the teacher is loaded, what distill would refuse.",
     )
     recipe: str | None = setting(
@@ -61,6 +61,7 @@ class CacheTeacherConfig(shared.DataSettings):
     max_rejected: int | str = shared.max_rejected()
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()
+    download: bool = shared.download()
     rank: int | None = setting(
         None,
         group="many machines",

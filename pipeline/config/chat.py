@@ -9,7 +9,7 @@ from alignkd.settings import Settings, setting
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig(Settings):
-    """What ``alignkd chat`` is asked to do. ``model``: folder of a checkpoint."""
+    """What ``alignkd chat`` is asked to do. ``model``: folder or name of a checkpoint."""
 
     model: str
     image: tuple[str, ...] = setting(
@@ -36,6 +36,7 @@ class ChatConfig(Settings):
     dtype: str = shared.dtype("Dtype of the model.")
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()
+    download: bool = shared.download()
     plugins: tuple[str, ...] = shared.plugins()
 
     def check(self) -> None:

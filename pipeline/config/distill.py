@@ -20,7 +20,7 @@ class DistillConfig(shared.DataSettings):
     only the samples and their order.
     """
 
-    student: str = setting(group="model", help="Folder of the student's checkpoint.")
+    student: str = setting(group="model", help="The student's checkpoint: a folder, or ORG/NAME[@REVISION].")
     cache: str | None = setting(
         None, group="data", help="The cache that cache-teacher wrote. Not needed by recipes without a teacher, such as sft."
     )
@@ -101,7 +101,7 @@ class DistillConfig(shared.DataSettings):
     online_teacher: str | None = setting(
         None,
         group="model",
-        metavar="DIR",
+        metavar="DIR|NAME",
         help="Run this teacher in the training loop instead of reading its targets from a cache.",
     )
     teacher_dtype: str | None = setting(
@@ -171,6 +171,7 @@ class DistillConfig(shared.DataSettings):
     max_rejected: int | str = shared.max_rejected()
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()
+    download: bool = shared.download()
     plugins: tuple[str, ...] = shared.plugins()
     feature_bytes: int = 4 * 2**30
 

@@ -10,7 +10,7 @@ from alignkd.settings import setting
 class EvaluateConfig(shared.DataSettings):
     """What ``alignkd evaluate`` is asked to do."""
 
-    model: str = setting(group="model", help="Folder of a checkpoint.")
+    model: str = setting(group="model", help="A checkpoint: a folder, or ORG/NAME[@REVISION].")
     metric: str = setting(
         "exact", group="data", help="How answers are compared: exact, contains, or a metric that a plugin registers."
     )
@@ -23,4 +23,5 @@ class EvaluateConfig(shared.DataSettings):
     max_rejected: int | str = shared.max_rejected()
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()
+    download: bool = shared.download()
     plugins: tuple[str, ...] = shared.plugins()

@@ -38,6 +38,7 @@ class ReportConfig(Settings):
     dtype: str = shared.dtype("Dtype of the models.")
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()
+    download: bool = shared.download()
     plugins: tuple[str, ...] = shared.plugins()
 
     def check(self) -> None:

@@ -122,7 +122,16 @@ def device() -> Any:
 
 def vision_tower() -> Any:
     """Where the CLIP tower is, if the checkpoint does not hold it."""
-    return setting(None, group="model", help="Local folder of the CLIP tower, if the checkpoint names one that is not there.")
+    return setting(
+        None, group="model", help="The CLIP tower, if the checkpoint names one that is not there: a folder, or ORG/NAME."
+    )
+
+
+def download() -> Any:
+    """Whether models that are given by name may be fetched."""
+    return setting(
+        False, group="model", help="Fetch models given as ORG/NAME[@REVISION] that the local Hugging Face cache lacks."
+    )
 
 
 def max_rejected() -> Any:

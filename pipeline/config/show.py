@@ -11,7 +11,7 @@ from alignkd.settings import setting
 class ShowConfig(shared.DataSettings):
     """What ``alignkd show`` is asked to do."""
 
-    model: str = setting(group="model", help="Folder of a checkpoint.")
+    model: str = setting(group="model", help="A checkpoint: a folder, or ORG/NAME[@REVISION].")
     id: str | None = setting(None, group="data", default_text="the first", help="Id of the sample.")
     template: str | None = shared.template()
     prompt_date: str | None = shared.prompt_date()
@@ -21,4 +21,5 @@ class ShowConfig(shared.DataSettings):
     dtype: str = shared.dtype("Dtype of the model.")
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()
+    download: bool = shared.download()
     plugins: tuple[str, ...] = shared.plugins()

@@ -25,6 +25,7 @@ from alignkd.pipeline.evaluate.metrics import Metric, get_metric, is_empty
 from alignkd.pipeline.evaluate.running.predictions import Predictions, explained, open_predictions, prompt_date_of
 from alignkd.pipeline.evaluate.running.prefix import answer_sharing as answer
 from alignkd.pipeline.evaluate.statistics import wilson_interval
+from alignkd.pipeline.hub.models import model_folder, pin_models, tower_folder
 from alignkd.pipeline.runtime.devices import device_words, parse_dtype, pick_device
 from alignkd.pipeline.runtime.files import check_out_folder, replace_text
 from alignkd.pipeline.runtime.logs import log_start
@@ -55,6 +56,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_images(config)
     load_plugins(config.plugins)
     get_metric(config.metric)
+    config = pin_models(config)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         if config.out is not None:
@@ -64,8 +66,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _evaluate(config: EvaluateConfig, stop: StopFlag) -> dict[str, Any]:
     samples = open_samples(config)
-    tower = Path(config.vision_tower) if config.vision_tower else None
-    vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
+    vlm = load_vlm(
+        model_folder(config.model),
+        dtype=parse_dtype(config.dtype),
+        device=pick_device(config.device),
+        vision_tower=tower_folder(config.vision_tower),
+    )
     template = config.template or vlm.default_template
     preparer = Preparer.of(
         vlm,

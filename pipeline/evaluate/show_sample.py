@@ -4,7 +4,6 @@ Shapes: H heads, T text rows, V vision columns, D model width, A answer tokens, 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from alignkd.pipeline.data.open_samples import open_samples
 from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.figures.attention import attention_figure, save_figure
+from alignkd.pipeline.hub.models import model_folder, pin_models, tower_folder
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 from alignkd.pipeline.runtime.files import save_arrays
 from alignkd.plugins import load_plugins
@@ -43,9 +43,14 @@ def show(config: ShowConfig) -> Shown:
         AlignkdError: bad input, no such sample, or a sample that cannot be prepared.
     """
     load_plugins(config.plugins)
+    config = pin_models(config)
     sample = find_sample(open_samples(config), config.id)
-    tower = Path(config.vision_tower) if config.vision_tower else None
-    vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
+    vlm = load_vlm(
+        model_folder(config.model),
+        dtype=parse_dtype(config.dtype),
+        device=pick_device(config.device),
+        vision_tower=tower_folder(config.vision_tower),
+    )
     enable_capture(vlm)
     template = config.template or vlm.default_template
     preparer = Preparer.of(vlm, template=template, max_length=config.max_length, prompt_date=config.prompt_date)

@@ -20,6 +20,7 @@ from alignkd.pipeline.data.open_samples import open_samples
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.evaluate.show_sample import captured_arrays
+from alignkd.pipeline.hub.models import model_folder, tower_folder
 from alignkd.pipeline.report.attention_grid import Seen
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 from alignkd.pipeline.runtime.out_of_memory import is_out_of_memory
@@ -73,10 +74,10 @@ def look(folder: str | Path, samples: Sequence[Sample], prompting: Prompting) ->
         AlignkdError: the model cannot be loaded, or memory is short.
     """
     _log.info("attention of %s on %s samples", folder, len(samples))
-    tower = Path(prompting.vision_tower) if prompting.vision_tower else None
+    tower = tower_folder(prompting.vision_tower)
     device, dtype = pick_device(prompting.device), parse_dtype(prompting.dtype)
     try:
-        vlm = load_vlm(folder, dtype=dtype, device=device, vision_tower=tower)
+        vlm = load_vlm(model_folder(folder), dtype=dtype, device=device, vision_tower=tower)
         enable_capture(vlm)
         template = prompting.template or vlm.default_template
         check_template(template, vlm.templates)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkd.pipeline.config.report import ReportConfig
+from alignkd.pipeline.hub.models import pin_models
 from alignkd.pipeline.report.page import heading, page, write_page
 from alignkd.pipeline.report.runs.command import command_to_repeat
 from alignkd.pipeline.report.runs.reading import read_runs
@@ -36,6 +37,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     check_out_folder(to, "--to")
     runs = read_runs(config.runs)
     load_plugins(config.plugins)
+    config = pin_models(config)
     warnings, warned = warnings_section(runs)
     held_out, evaluated = held_out_section(runs)
     predictions, answered = predictions_section(runs, config)

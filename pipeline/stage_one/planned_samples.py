@@ -1,15 +1,21 @@
 """The samples of a configuration, in the order of a cache's plan."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from alignkd.cache_store.protocol.manifest import NAME as MANIFEST
 from alignkd.cache_store.protocol.manifest import read_manifest
+from alignkd.cache_store.protocol.names import RUNS, our_names
 from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.storage import open_storage
+from alignkd.errors import AlignkdError
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.data.open_samples import describe_data, known_samples, open_samples
+from alignkd.pipeline.hub.names import name_of
+
+_RUN_BYTES = 2**24
 
 
 def find_samples(config: CacheTeacherConfig) -> tuple[Samples, Plan]:
@@ -44,3 +50,18 @@ def cached_prompt_date(cache: str) -> str | None:
         return None
     found = read_manifest(storage).spec.fingerprint.get("prompt_date")
     return found if isinstance(found, str) else None
+
+
+def recorded_configuration(config: CacheTeacherConfig) -> dict[str, Any]:
+    """The configuration that a run wrote this cache with; empty where there is none, or where the teacher is no name."""
+    if name_of(config.teacher) is None:
+        return {}
+    storage = open_storage(config.cache)
+    for name in our_names(storage, RUNS):
+        try:
+            found = json.loads(storage.read(name, _RUN_BYTES))["configuration"]
+        except (AlignkdError, OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue  # the record serves people; without it, the fingerprint still tells another teacher
+        if isinstance(found, dict):
+            return found
+    return {}

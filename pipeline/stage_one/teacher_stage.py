@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.data.open_samples import check_images
 from alignkd.pipeline.data.preparer import Prepared, Preparer
+from alignkd.pipeline.hub.models import model_folder, pin_models, tower_folder
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.signals import StopFlag
@@ -38,7 +38,7 @@ from alignkd.pipeline.stage_one.checks.place import check_writable
 from alignkd.pipeline.stage_one.checks.rejections import check_existing
 from alignkd.pipeline.stage_one.checks.student import check_recipe, check_student
 from alignkd.pipeline.stage_one.finite import advice
-from alignkd.pipeline.stage_one.planned_samples import cached_prompt_date, find_samples
+from alignkd.pipeline.stage_one.planned_samples import cached_prompt_date, find_samples, recorded_configuration
 from alignkd.pipeline.stage_one.run_teacher import TeacherOutput, run_teacher
 from alignkd.pipeline.stage_one.shard_work import PlannedSample, ReadyBatch, ShardWork, batches
 from alignkd.pipeline.stage_one.target_settings import resolve_targets, settings_of_rows
@@ -71,12 +71,13 @@ class StageOne:
         recipe = check_recipe(config)
         check_images(config)
         check_writable(config.cache)
+        config = pin_models(config, recorded_configuration(config))
         samples, plan = find_samples(config)
         check_existing(config)
         compared = check_student(config, recipe)
-        tower = Path(config.vision_tower) if config.vision_tower else None
+        tower = tower_folder(config.vision_tower)
         device = pick_device(config.device, local_rank)
-        teacher = load_vlm(config.teacher, dtype=parse_dtype(config.dtype), device=device, vision_tower=tower)
+        teacher = load_vlm(model_folder(config.teacher), dtype=parse_dtype(config.dtype), device=device, vision_tower=tower)
         enable_capture(teacher)
         teacher.model.requires_grad_(False)
         if not compared:

@@ -23,7 +23,7 @@ from alignkd.plugins import loaded_plugins
 _MAY_CHANGE = (
     *("resume", "device", "plugins", "workers", "save_steps", "save_total_limit", "log_steps", "max_rejected", "out"),
     *("images", "data", "cache", "report_to", "term_gradients", "feature_bytes", "batch_size", "gradient_accumulation"),
-    *("batch_tokens", "max_wait", "eval_data", "eval_cache", "eval_images", "benchmark_root"),
+    *("batch_tokens", "max_wait", "download", "eval_data", "eval_cache", "eval_images", "benchmark_root"),
 )
 """Settings that may differ in a resumed run: none of them changes what is learned. Data, cache and plugins are compared by
 content, batches by the samples that a step takes."""
@@ -75,6 +75,18 @@ def resolved_settings(inputs: RunInputs, data: TrainingSet, schedule: Schedule) 
         "data_keys": data.fingerprint(),
         "cache_fingerprint": inputs.reader.fingerprint if inputs.reader else None,
     }
+
+
+def recorded_configuration(config: DistillConfig) -> dict[str, Any]:
+    """The resolved configuration of the run that is resumed; empty for a new run, or where it cannot be read."""
+    path = Path(config.out) / "run.json"
+    if not config.resume or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())["configuration"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # damaged, which check_same_run tells
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_same_run(path: Path, resolved: Mapping[str, Any]) -> None:

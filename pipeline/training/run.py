@@ -18,6 +18,8 @@ from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.feature_cache import cache_tower_features
 from alignkd.pipeline.feeding.loader_processes import lost_loader
+from alignkd.pipeline.hub.card_file import record_of, write_card
+from alignkd.pipeline.hub.models import pin_models
 from alignkd.pipeline.runtime.devices import device_words, peak_memory_bytes, pick_device
 from alignkd.pipeline.runtime.files import check_out_folder, replace_text
 from alignkd.pipeline.runtime.logs import log_start
@@ -44,6 +46,7 @@ from alignkd.pipeline.training.resume_checks import (
     check_processes,
     check_same_run,
     check_trainer_state,
+    recorded_configuration,
     resolved_settings,
 )
 from alignkd.pipeline.training.run_inputs import check_options, open_data, open_inputs
@@ -84,6 +87,7 @@ def _distill(
 ) -> dict[str, Any]:
     out = Path(config.out)
     check_out(out, resume=config.resume)
+    config = pin_models(processes.by_first(lambda: pin_models(config, recorded_configuration(config))))
     set_seed(config.seed)
     plan = plan_evaluation(config)
     inputs = open_inputs(config, process)
@@ -120,6 +124,9 @@ def _distill(
             lock.check()
         folder = save_student(inputs.student, peft_model, out, deepspeed=config.deepspeed, first=processes.first)
         if processes.first:
+            for saved in (folder, out / "student-official"):
+                if saved.is_dir():
+                    write_card(saved, record_of(out), result=figures)
             best = out / FOLDER / "student"
             asked = best if config.keep_best is not None and best.is_dir() else folder
             figures |= {"student": str(folder), "out": str(out), "folders": folders(out), "next": next_command(config, asked)}

@@ -20,6 +20,7 @@ from alignkd.pipeline.data.open_samples import check_images, open_samples
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.order import WINDOW_SHARDS
+from alignkd.pipeline.hub.models import model_folder, tower_folder
 from alignkd.pipeline.runtime.devices import pick_device
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.training.training_arguments import check_trackers, zero_stage
@@ -73,8 +74,7 @@ def open_inputs(config: DistillConfig, process: Worker) -> RunInputs:
     needs = config.recipe.needs if config.online_teacher is None else frozenset[str]()
     reader = _open_cache(config, needs)
     device = pick_device(config.device, process.local_rank)
-    tower = Path(config.vision_tower) if config.vision_tower else None
-    student = load_vlm(config.student, device=device, vision_tower=tower)
+    student = load_vlm(model_folder(config.student), device=device, vision_tower=tower_folder(config.vision_tower))
     template, max_length = _prompt_settings(config, student, reader)
     check_template(template, student.templates)
     cross_model, teacher_layers = None, None

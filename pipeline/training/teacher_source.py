@@ -1,6 +1,5 @@
 """Where a run's targets come from: a cache, a teacher in the loop, or no teacher at all."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 from alignkd.cache_store.protocol.reader import CacheReader
@@ -12,6 +11,7 @@ from alignkd.objective import TargetSource, TeacherShape
 from alignkd.pipeline.cache_io.compatibility import check_online_teacher
 from alignkd.pipeline.cache_io.logits import open_codec, settings_of
 from alignkd.pipeline.cache_io.teacher_slice import open_slice
+from alignkd.pipeline.hub.models import model_folder, tower_folder
 from alignkd.pipeline.runtime.devices import parse_dtype
 from alignkd.pipeline.training.run_inputs import RunInputs
 from alignkd.targets.logits import LogitCodec
@@ -52,8 +52,8 @@ def _in_the_cache(inputs: RunInputs, reader: CacheReader) -> Teacher:
 def _in_the_loop(inputs: RunInputs, folder: str) -> Teacher:
     config = inputs.config
     dtype = parse_dtype(config.teacher_dtype or config.dtype)
-    tower = Path(config.vision_tower) if config.vision_tower else None
-    teacher = load_vlm(folder, dtype=dtype, device=inputs.device, vision_tower=tower)
+    tower = tower_folder(config.vision_tower)
+    teacher = load_vlm(model_folder(folder), dtype=dtype, device=inputs.device, vision_tower=tower)
     check_online_teacher(inputs.student, teacher, inputs.template)
     layers = needed_layers(config.recipe, inputs.student, teacher.layers)
     source = OnlineTeacher(teacher, inputs.student, features_only=config.cache_tower_features, attention_layers=layers)

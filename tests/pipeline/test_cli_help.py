@@ -18,6 +18,8 @@ REQUIRED = {
     "chat": ["m"],
     "demo": ["--out", "o"],
     "report": ["run", "--to", "t"],
+    "push": ["run", "org/model"],
+    "new-student": ["--language-model", "l", "--tower", "t", "--out", "o"],
 }
 
 

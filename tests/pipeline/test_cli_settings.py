@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import click
 import pytest
 import torch
 import yaml
-from tiny_runs import IMAGES, STUDENT, TEACHER, copy_checkpoint
+from tiny_runs import GOLDEN, IMAGES, STUDENT, TEACHER
 from transformers import LlamaForCausalLM
 
 from alignkd.cli import main
+from alignkd.models.checkpoints.tokenizer_files import copy_tokenizer
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.config.presets import COMMANDS, SHIPPED, read_settings
 from alignkd.pipeline.training.deepspeed_configs import SHIPPED as ZERO
@@ -124,7 +126,7 @@ REFUSED = {
     "no sections": (lambda t: with_file(t / "s.yaml", "- 1"), ["holds list, expected sections of options"]),
     "an option outside a section": (
         lambda t: with_file(t / "s.yaml", "learning-rate: 1\ndistill: {seed: 1}"),
-        ["unknown learning-rate", "expected sections of options, of benchmark ", "cache-teacher", "distill"],
+        ["unknown learning-rate", "expected sections of options, of answer, ", "cache-teacher", "distill"],
     ),
     "no section for the command": (
         lambda t: with_file(t / "s.yaml", "cache-teacher: {dtype: bfloat16}"),
@@ -282,13 +284,14 @@ def test_the_walk_through_holds_both_stages_of_both_phases():
 
 
 def test_the_walk_through_s_student_starts_from_the_language_model_with_a_new_projector(tmp_path, monkeypatch, student_vlm):
-    copy_checkpoint(STUDENT, tmp_path / "MobileVLM_V2-1.7B")
+    shutil.copytree(GOLDEN / "clip", tmp_path / "clip-vit-large-patch14-336")
     torch.manual_seed(1)
     language = LlamaForCausalLM(student_vlm.model.config.text_config)
     language.save_pretrained(tmp_path / "MobileLLaMA-1.4B-Chat")
+    copy_tokenizer(STUDENT, tmp_path / "MobileLLaMA-1.4B-Chat")
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", REPRODUCE, re.DOTALL)
-    exec(code, {})
+    (words,) = (words for words in commands(REPRODUCE) if words[0] == "new-student")
+    main(words, standalone_mode=False)
     before, after = student_vlm.model.state_dict(), load_vlm(tmp_path / "student-start").model.state_dict()
     of_language = {name.replace("model.", "model.language_model.", 1): t for name, t in language.state_dict().items()}
     for name, tensor in after.items():

@@ -96,6 +96,13 @@ def test_the_figures_are_those_of_all_held_out_samples_in_one_batch(judged, held
     assert figures["held_out"]["supervised"] == pytest.approx(last["eval/supervised"])
 
 
+def test_the_card_of_the_best_student_says_which_figure_chose_it(judged):
+    out, figures = judged
+    best = figures["best"]
+    card = (out / "best" / "student" / "README.md").read_text()
+    assert f"best student of its run by loss: {best['value']:.6g} at step {best['step']}." in card
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_the_figures_do_not_depend_on_the_batches(tmp_path, data, cache, held_out, held_cache, batch_size):
     lines = []

@@ -19,7 +19,7 @@ from alignkd.models.encoders.images import ImagePreprocessor
 from alignkd.models.modules.ldpv1 import ldpv1_grid
 from alignkd.models.modules.mobilevlm import PROJECTORS, MobileVlm, MobileVlmConfig
 
-_TO_OURS = (
+TO_OURS = (
     (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "model.vision_tower."),
     (r"^model\.mm_projector\.", "model.multi_modal_projector."),
     (r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model."),
@@ -43,10 +43,11 @@ _ALWAYS_WRITTEN = (
     "eos_token_id",
     "pad_token_id",
 )
-_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
-def _rename(state: dict[str, torch.Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
+def rename(state: dict[str, torch.Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
+    """The same tensors, each under the name that the first rule which matches gives it."""
     renamed = {}
     for name, tensor in state.items():
         for pattern, replacement in rules:
@@ -66,10 +67,10 @@ def read_official(
         CheckpointError: an unknown projector or tower, or weights that do not match the configuration.
     """
     config, tower_name, tower_folder = official_config(folder, official, vision_tower)
-    state = {k: v for k, v in _rename(read_state(folder), _TO_OURS).items() if not _BUFFERS.search(k)}
+    state = {k: v for k, v in rename(read_state(folder), TO_OURS).items() if not BUFFERS.search(k)}
     if not any(name.startswith("model.vision_tower.") for name in state):
-        state.update(_tower_state(folder, tower_name, tower_folder))
-    _tie_embeddings(config, state)
+        state.update(tower_state(folder, tower_name, tower_folder))
+    tie_embeddings(config, state)
     model = build_model(folder, config, state, dtype, MobileVlm)
     settings = image_settings(folder, tower_folder, int(config.vision_config.image_size))
     return model, ImagePreprocessor(settings, config.image_aspect_ratio)
@@ -137,13 +138,13 @@ def read_own(folder: Path, dtype: torch.dtype) -> tuple[MobileVlm, ImagePreproce
     """
     config = own_config(folder)
     state = read_state(folder)
-    _tie_embeddings(config, state)
+    tie_embeddings(config, state)
     settings = read_settings(folder)
     model = build_model(folder, config, state, dtype, MobileVlm)
     return model, ImagePreprocessor(settings, config.image_aspect_ratio)
 
 
-def _tie_embeddings(config: MobileVlmConfig, state: dict[str, torch.Tensor]) -> None:
+def tie_embeddings(config: MobileVlmConfig, state: dict[str, torch.Tensor]) -> None:
     """Tied weights are saved once: give the output head its name, too."""
     embeddings = state.get("model.language_model.embed_tokens.weight")
     if config.tie_word_embeddings and embeddings is not None:
@@ -186,14 +187,19 @@ def _check_feature_layer(where: Path, config: MobileVlmConfig) -> None:
         )
 
 
-def _tower_state(folder: Path, name: str, tower_folder: Path | None) -> dict[str, torch.Tensor]:
+def tower_state(folder: Path, name: str, tower_folder: Path | None) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint's CLIP tower, from the tower's own folder, under our names.
+
+    Raises:
+        CheckpointError: there is no such folder, or its weights cannot be read.
+    """
     if tower_folder is None:
         raise CheckpointError(
             f"{folder} holds no tower weights and {name!r} is not a local folder; give it with --vision-tower"
         )
     state = read_state(tower_folder)
     towers = {re.sub(r"^vision_model\.", "", k): v for k, v in state.items() if k.startswith("vision_model.")}
-    return {f"model.vision_tower.{k}": v for k, v in (towers or state).items() if not _BUFFERS.search(k)}
+    return {f"model.vision_tower.{k}": v for k, v in (towers or state).items() if not BUFFERS.search(k)}
 
 
 def write_official(model: MobileVlm, folder: Path, *, original: dict[str, Any] | None = None) -> None:
@@ -205,7 +211,7 @@ def write_official(model: MobileVlm, folder: Path, *, original: dict[str, Any] |
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight")
-    save_file(_rename(state, _TO_OFFICIAL), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(rename(state, _TO_OFFICIAL), folder / "model.safetensors", metadata={"format": "pt"})
     text = model.config.text_config.to_diff_dict()
     official = {
         **(original or {}),

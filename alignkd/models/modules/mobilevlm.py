@@ -41,7 +41,12 @@ PROJECTORS = ("ldpnet", "ldpnetv2")
 """Names of the known projectors, as ``mm_projector_type`` in official configurations."""
 
 
-def _projector(config: MobileVlmConfig) -> nn.Module:
+def new_projector(config: MobileVlmConfig) -> nn.Module:
+    """The projector that a configuration names, its weights drawn at random as PyTorch's layers do.
+
+    Raises:
+        ValueError: no such projector, or a grid that it cannot give.
+    """
     vision, width = config.vision_config, config.text_config.hidden_size
     if config.projector_type == "ldpnetv2":
         return LdpV2Projector(vision.hidden_size, width, config.projector_grid)
@@ -61,7 +66,7 @@ class MobileVlmModel(LlavaModel):  # type: ignore[misc]
     def __init__(self, config: MobileVlmConfig) -> None:
         super().__init__(config)
         text = config.text_config
-        self.multi_modal_projector = _projector(config)
+        self.multi_modal_projector = new_projector(config)
         self.language_model.set_input_embeddings(
             PlaceholderEmbedding(text.vocab_size, text.hidden_size, padding_idx=text.pad_token_id)
         )

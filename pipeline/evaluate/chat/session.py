@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from alignkd.pipeline.config.chat import ChatConfig
 from alignkd.pipeline.evaluate.chat.conversation import ANEW, Answered, Conversation, check_pictures
 from alignkd.pipeline.evaluate.chat.questions import checked, piped, typed
 from alignkd.pipeline.evaluate.decoding import Decoding
+from alignkd.pipeline.hub.models import model_folder, pin_models, tower_folder
 from alignkd.pipeline.runtime.devices import device_words, parse_dtype, pick_device
 from alignkd.pipeline.runtime.out_of_memory import is_out_of_memory
 from alignkd.plugins import load_plugins
@@ -62,8 +62,13 @@ def open_conversation(config: ChatConfig) -> Conversation:
     Raises:
         AlignkdError: the folder is no checkpoint, or a picture cannot be read.
     """
-    tower = Path(config.vision_tower) if config.vision_tower else None
-    vlm = load_vlm(config.model, dtype=parse_dtype(config.dtype), device=pick_device(config.device), vision_tower=tower)
+    config = pin_models(config)
+    vlm = load_vlm(
+        model_folder(config.model),
+        dtype=parse_dtype(config.dtype),
+        device=pick_device(config.device),
+        vision_tower=tower_folder(config.vision_tower),
+    )
     torch.manual_seed(config.seed)
     return Conversation.about(
         vlm,

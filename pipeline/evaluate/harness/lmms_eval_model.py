@@ -5,13 +5,13 @@ Interface: ``lmms_eval.api.model.lmms`` of lmms-eval 0.7.3, "simple" models.
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from alignkd.errors import ConfigError
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.evaluate.decoding import Decoding
 from alignkd.pipeline.evaluate.harness.answering import Asked, answers, harness_encoder
+from alignkd.pipeline.hub.models import model_folder, tower_folder
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.plugins import load_plugins
@@ -76,8 +76,9 @@ class AlignkdModel(lmms):  # type: ignore[misc]
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         several = self._world_size > 1 and device in (None, "cuda")
         self.device = pick_device(None if several else device, int(os.environ.get("LOCAL_RANK", 0)))
-        tower = Path(vision_tower) if vision_tower else None
-        self.vlm = load_vlm(str(pretrained), dtype=parse_dtype(dtype), device=self.device, vision_tower=tower)
+        tower = tower_folder(vision_tower)
+        folder = model_folder(str(pretrained))
+        self.vlm = load_vlm(folder, dtype=parse_dtype(dtype), device=self.device, vision_tower=tower)
         self.encoder = harness_encoder(self.vlm, template, prompt_date)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

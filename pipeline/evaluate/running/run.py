@@ -23,6 +23,7 @@ from alignkd.pipeline.evaluate.running.hold import holding
 from alignkd.pipeline.evaluate.running.parts import AGAIN, Parts
 from alignkd.pipeline.evaluate.running.results import write_results
 from alignkd.pipeline.evaluate.running.schedule import share_of
+from alignkd.pipeline.hub.models import model_folder, pin_models, tower_folder
 from alignkd.pipeline.runtime.devices import device_words, parse_dtype, pick_device
 from alignkd.pipeline.runtime.logs import log_start
 from alignkd.pipeline.runtime.out_folder.write_faults import explained_write_faults
@@ -46,6 +47,7 @@ def benchmark_run(config: BenchmarkRunConfig) -> list[dict[str, Any]]:
     load_plugins(config.plugins)
     worker = find_worker()
     benchmarks = open_all(config)
+    config = pin_models(config)
     device = pick_device(config.device, worker.local_rank)
     dtype = config.dtype or ("float16" if device.startswith("cuda") else "float32")
     out = Path(config.out)
@@ -55,8 +57,8 @@ def benchmark_run(config: BenchmarkRunConfig) -> list[dict[str, Any]]:
         if worker.rank == 0:
             with explained_write_faults(out, "run.json", again=AGAIN):
                 write_run_record(out / "run.json", "benchmark run", {**asdict(config), "dtype": dtype})
-        tower = Path(config.vision_tower) if config.vision_tower else None
-        vlm = load_vlm(config.model, dtype=parse_dtype(dtype), device=device, vision_tower=tower)
+        tower = tower_folder(config.vision_tower)
+        vlm = load_vlm(model_folder(config.model), dtype=parse_dtype(dtype), device=device, vision_tower=tower)
         log_start(
             "benchmark run",
             rank=worker,

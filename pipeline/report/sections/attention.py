@@ -1,12 +1,12 @@
 """Where the text looks before and after training: the student at its start and the trained one, on a run's samples."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkd.errors import AlignkdError
 from alignkd.pipeline.config.report import ReportConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH, DataSettings
+from alignkd.pipeline.hub.models import is_here, pin_model
 from alignkd.pipeline.report.attention_grid import Column, Seen, attention_grid, head_grid
 from alignkd.pipeline.report.page import Html, Text, heading, missing, section, small
 from alignkd.pipeline.report.runs.run import Run
@@ -71,7 +71,9 @@ def _group(
 def _column(run: Run, folder: str | None, samples: Sequence["Sample"], config: ReportConfig) -> Column:
     from alignkd.pipeline.report.attention_maps import Prompting, look
 
-    if folder is None or not Path(folder).is_dir():
+    if folder is not None and config.download:
+        folder = pin_model(folder, may_download=True)
+    if folder is None or not is_here(folder):
         trained = folder == str(run.student)
         why = "it is written when the run ends" if trained and run.result is None else f"{folder} is not there"
         return [why] * len(samples)

@@ -1,7 +1,6 @@
 """Before the teacher is loaded: does what will be cached serve the student and the recipe of stage two?"""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from alignkd.errors import AlignkdError, ConfigError
@@ -12,6 +11,7 @@ from alignkd.pipeline.cache_io.compatibility import check_attention_layers, chec
 from alignkd.pipeline.cache_io.targets import row_fields
 from alignkd.pipeline.cache_io.teacher_fingerprint import model_fingerprint
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.hub.models import model_folder, tower_folder
 from alignkd.pipeline.stage_one.target_settings import resolve_targets, settings_of_rows
 
 _DEFAULT_RECIPE = "align-kd"
@@ -52,11 +52,12 @@ def check_student(config: CacheTeacherConfig, recipe: Recipe | None, teacher: Vl
     """
     if config.student is None or recipe is None:
         return True
-    tower = Path(config.vision_tower) if config.vision_tower else None
-    teacher = teacher or describe_vlm(config.teacher, vision_tower=tower)
+    tower = tower_folder(config.vision_tower)
+    teacher = teacher or describe_vlm(model_folder(config.teacher), vision_tower=tower)
     if teacher is None:
         return False
-    student = describe_vlm(config.student, vision_tower=tower) or load_vlm(config.student, vision_tower=tower)
+    folder = model_folder(config.student)
+    student = describe_vlm(folder, vision_tower=tower) or load_vlm(folder, vision_tower=tower)
     settings = resolve_targets(config, teacher)
     rows = settings_of_rows(settings, config.alignment)
     fingerprint = _planned_fingerprint(config, teacher) | {"targets": settings.fingerprint()}

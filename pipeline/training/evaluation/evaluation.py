@@ -16,6 +16,7 @@ from alignkd.objective import Objective
 from alignkd.pipeline.evaluate.benchmarks.contract import Benchmark
 from alignkd.pipeline.evaluate.running.answering import Answering, RunSettings, as_answers
 from alignkd.pipeline.evaluate.running.schedule import share_of
+from alignkd.pipeline.hub.card_file import record_of, write_card
 from alignkd.pipeline.runtime.processes import Processes
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.runtime.signals import StopFlag
@@ -118,11 +119,10 @@ class Evaluation:
         value = found.get(f"benchmark/{name}" if name in self.plan.benchmarks else name)
         if self.best.add(value, step):
             _log.info("step %d: the best %s so far, %.5g", step, name, value)
-            keep_one = self.write
             if self.processes.first:
-                keep(self.out, self.best, keep_one)
+                keep(self.out, self.best, self._write_with_card)
             else:
-                keep_one(self.out)
+                self.write(self.out)
         self.processes.wait()
         if self.patience is not None and self.best.since >= self.patience:
             self.ended_early = True
@@ -130,6 +130,11 @@ class Evaluation:
                 "no better %s in %d evaluations: the run ends at step %d; the best was %.5g at step %d",
                 *(name, self.best.since, step, self.best.value, self.best.step),
             )
+
+    def _write_with_card(self, folder: Path) -> None:
+        self.write(folder)
+        if self.best is not None and (folder / "student").is_dir():
+            write_card(folder / "student", record_of(self.out), best=self.best.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -1,0 +1,1 @@
+"""Models of the Hugging Face Hub: by name in the local cache, downloaded where that is allowed, and their cards."""
