@@ -5,7 +5,16 @@ import importlib.util
 from alignkd.errors import ConfigError
 
 _EXTRAS = {
-    **{"s3fs": "s3", "gcsfs": "gcs", "ray": "ray", "deepspeed": "deepspeed", "peft": "lora", "num2words": "smolvlm"},
+    **{
+        "pyarrow": "data",
+        "datasets": "data",
+        "s3fs": "s3",
+        "gcsfs": "gcs",
+        "ray": "ray",
+        "deepspeed": "deepspeed",
+        "peft": "lora",
+        "num2words": "smolvlm",
+    },
     **{"easy_vqa": "demo", "wandb": "wandb", "bitsandbytes": "quantized"},
 }
 """The extra that installs a package. Others are installed with alignkd, or by their own name."""

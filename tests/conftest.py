@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 # Several pytest processes share the cores. Processes that a test starts inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +23,14 @@ settings.load_profile("alignkd")
 torch.set_num_threads(1)
 
 pytest_plugins = ["s3_server"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is unpacked of data lies in a folder of the tests, also for processes that they start."""
+    folder = tmp_path_factory.mktemp("data-cache")
+    os.environ["ALIGNKD_DATA_CACHE"] = str(folder)
+    return folder
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -45,6 +45,9 @@ class _Parts(io.RawIOBase):
         return len(data)
 
 
-def open_object(storage: Storage, name: str, size: int, *, tail: int = 0) -> io.BufferedReader:
-    """An object of ``size`` bytes as a file. ``tail``: bytes at its end that are read first, in one request."""
-    return io.BufferedReader(_Parts(storage, name, size, tail), _BUFFER)
+def open_object(storage: Storage, name: str, size: int, *, tail: int = 0, buffer: int = _BUFFER) -> io.BufferedReader:
+    """An object of ``size`` bytes as a file.
+
+    ``tail``: bytes at its end that are read first, in one request. ``buffer``: bytes of each other request at least.
+    """
+    return io.BufferedReader(_Parts(storage, name, size, tail), buffer)

@@ -171,3 +171,12 @@ class Reader(Protocol):
         None where ``locators`` are not those of this reader.
         """
         ...
+
+    def size(self, source: Source) -> int:
+        """Bytes of all files of the data, which tell one state of it from another.
+
+        Raises:
+            DataError: it is not there.
+            TransientError: storage does not answer.
+        """
+        ...

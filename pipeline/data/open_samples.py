@@ -2,19 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from alignkd.errors import DataError
 from alignkd.pipeline.config.shared import DataSettings, several
 from alignkd.pipeline.data.contract import Samples, Source
 from alignkd.pipeline.data.image_paths import check_image_folder
 from alignkd.pipeline.data.mixture.mixed import MixedSamples, known_mixture
 from alignkd.pipeline.data.mixture.mixture_file import is_mixture, read_mixture
 from alignkd.pipeline.data.readers.registry import reader_of
-from alignkd.pipeline.runtime.retries import with_retries
 
 
 def sources_of(config: DataSettings) -> tuple[Source, ...]:
@@ -86,7 +84,7 @@ def describe_data(config: DataSettings) -> dict[str, Any]:
         TransientError: storage does not answer.
     """
     sources = sources_of(config)
-    sizes = [size_of(source.data) for source in sources]
+    sizes = [reader_of(source).size(source) for source in sources]
     about: dict[str, Any] = {"data_file": ", ".join(PurePosixPath(source.data).name for source in sources)}
     about["bytes"] = sizes[0] if len(sizes) == 1 else sizes
     limits = [source.limit for source in sources]
@@ -103,16 +101,3 @@ def check_images(config: DataSettings) -> None:
     """
     for folder in dict.fromkeys(source.images for source in sources_of(config)):
         check_image_folder(folder)
-
-
-def size_of(data: str) -> int:
-    """Bytes of a file.
-
-    Raises:
-        DataError: it is not there.
-        TransientError: storage does not answer.
-    """
-    try:
-        return with_retries(lambda: Path(data).stat().st_size, f"reading data file {data}")
-    except OSError as error:
-        raise DataError(f"data file {data}: {error.strerror}") from error

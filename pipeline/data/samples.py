@@ -26,7 +26,8 @@ from alignkd.plain_files import open_plain
 _log = logging.getLogger(__name__)
 
 
-def _image_hash(references: tuple[str, ...]) -> bytes:
+def image_hash(references: tuple[str, ...]) -> bytes:
+    """Eight bytes, equal for equal references; those of :data:`NO_IMAGE` for none."""
     if not references:
         return NO_IMAGE.to_bytes(8, "little")
     return hashlib.blake2b("\0".join(references).encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -67,7 +68,7 @@ class SampleFile(Samples):
                 starts.append(record.start)
                 lengths.append(record.length)
                 keys += bytes.fromhex(sample.key)
-                images += _image_hash(sample.images)
+                images += image_hash(sample.images)
                 counts.append(len(sample.images))
                 if sample.fault:
                     faults += 1

@@ -15,9 +15,9 @@ from alignkd.errors import DataError
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
-from alignkd.pipeline.data.readers import columns  # noqa: E402
-from alignkd.pipeline.data.readers.arrow_rows import ArrowRows  # noqa: E402
-from alignkd.pipeline.data.readers.parquet_text import open_parquet, read_images, write_text  # noqa: E402
+from alignkd.pipeline.data.readers.columnar import columns  # noqa: E402
+from alignkd.pipeline.data.readers.columnar.arrow_rows import ArrowRows  # noqa: E402
+from alignkd.pipeline.data.readers.columnar.parquet_text import open_parquet, write_images, write_text  # noqa: E402
 
 TURNS = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
 DIGEST = hashlib.sha256(b"bytes").hexdigest()
@@ -111,9 +111,12 @@ def test_the_text_of_a_parquet_file_has_the_rows_of_the_file(tmp_path, missing):
     assert b"png" not in (tmp_path / "x.arrow").read_bytes() or len(missing) < 10
     expected = read(rows)
     assert [text.record(i) for i in range(10)] == expected
-    assert [row for group in range(3) for row in read_images(file, group, "x")] == [
-        [b"%d" % i] if i % 2 else [] for i in range(10)
-    ]
+    for group, first in enumerate((0, 4, 8)):
+        write_images(file, group, tmp_path / "images", "x")
+        images = ArrowRows(tmp_path / "images", "x")
+        assert [images.images(i) for i in range(len(images))] == [
+            [b"%d" % i] * (i % 2) for i in range(first, min(first + 4, 10))
+        ]
 
 
 def test_bytes_of_images_are_not_read_where_paths_are_there(tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignkd.errors import DataError
-from alignkd.pipeline.data.readers.tar_members import members
-from alignkd.pipeline.data.readers.tar_samples import groups
+from alignkd.pipeline.data.readers.archives.groups import groups
+from alignkd.pipeline.data.readers.archives.members import members
 
 NAMES = st.text("abc/.012_é", min_size=1, max_size=140).map(lambda name: name.strip("/")).filter(lambda name: name.strip("./"))
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]

@@ -50,11 +50,16 @@ def image_size(path: Path) -> tuple[int, int]:
         OSError: a fault of storage, which another attempt may not meet.
     """
     with _of_the_file(path), open_plain(path) as file:
-        image = open_image(file, str(path))
-        width, height = image.size
-        # Pillow turns TIFF files itself.
-        turned = image.format != "TIFF" and _orientation_of_header(image, file) in _TURNED
-        return (height, width) if turned else (width, height)
+        return size_of_image(file, str(path))
+
+
+def size_of_image(file: BinaryIO, name: str) -> tuple[int, int]:
+    """As :func:`image_size`, of an opened file."""
+    image = open_image(file, name)
+    width, height = image.size
+    # Pillow turns TIFF files itself.
+    turned = image.format != "TIFF" and _orientation_of_header(image, file) in _TURNED
+    return (height, width) if turned else (width, height)
 
 
 @contextmanager

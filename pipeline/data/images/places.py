@@ -1,14 +1,20 @@
 """Where the bytes of an image are, in one text, and how they are read.
 
-A place is an absolute path. It comes from a reader, never from the data itself: :func:`place_of` checks what the data says.
+A place is an absolute path, or begins with the scheme of a reader whose files hold images: its module reads it with
+``read_image(place)``. It comes from a reader, never from the data itself: :func:`place_of` checks what the data says.
 """
 
+import importlib
+import io
 import os
 from pathlib import Path
 
-from alignkd.models.encoders.image_files import image_size, read_image_bytes
+from alignkd.models.encoders.image_files import image_size, read_image_bytes, size_of_image
 from alignkd.pipeline.data.image_paths import image_path
 from alignkd.pipeline.runtime.retries import with_retries
+
+_SCHEMES = {"tar:": "webdataset", "row:": "tables"}
+"""The readers whose files hold images."""
 
 
 def place_of(root: str | None, reference: str) -> str:
@@ -27,6 +33,10 @@ def read_place(place: str) -> bytes:
         ImageError: there is no such file, or it is too large.
         TransientError: storage does not answer.
     """
+    if (scheme := place[:4]) in _SCHEMES:
+        reader = importlib.import_module(f"alignkd.pipeline.data.readers.{_SCHEMES[scheme]}")
+        data: bytes = reader.read_image(place)
+        return data
     return with_retries(lambda: read_image_bytes(Path(place)), f"reading image {place}")
 
 
@@ -37,4 +47,6 @@ def size_at(place: str) -> tuple[int, int]:
         ImageError: there is no such file, or it is no image.
         TransientError: storage does not answer.
     """
+    if place[:4] in _SCHEMES:
+        return size_of_image(io.BytesIO(read_place(place)), place)
     return with_retries(lambda: image_size(Path(place)), f"reading image {place}")

@@ -1,11 +1,14 @@
 """Records in JSON or JSON lines: LLaVA, messages and ShareGPT."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
+from alignkd.errors import DataError
 from alignkd.pipeline.data.contract import Samples, Source
 from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.runtime.retries import with_retries
 
 
 def open_source(source: Source) -> Samples:
@@ -19,3 +22,11 @@ def known_source(source: Source, keys: np.ndarray, locators: Mapping[str, np.nda
         return None
     numbers = locators.get("numbers")
     return SampleFile.known(source.data, keys, locators["starts"], locators["lengths"], numbers, source=source)
+
+
+def size(source: Source) -> int:
+    """As :meth:`alignkd.pipeline.data.contract.Reader.size`."""
+    try:
+        return with_retries(lambda: Path(source.data).stat().st_size, f"reading data file {source.data}")
+    except OSError as error:
+        raise DataError(f"data file {source.data}: {error.strerror}") from error

@@ -1,28 +1,36 @@
-"""Which reader reads what: by the name of the data, then by its first bytes."""
+"""Which reader reads what: by the name of the data, by what lies in a folder, then by its first bytes."""
 
 import importlib
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import cast
 
 from alignkd.pipeline.data.contract import Reader, Source
+from alignkd.pipeline.data.readers.files.shard_names import is_pattern, names_in
 
 _PACKAGE = "alignkd.pipeline.data.readers"
 
 
 @dataclass(frozen=True)
 class ReaderRecord:
-    """A reader by its module; ``suffixes`` and ``magic`` (bytes at an offset) say what it reads; ``folder``: a folder, too."""
+    """A reader by its module; ``suffixes`` and ``magic`` (bytes at an offset) say which files it reads, ``folder`` which names
+    a folder of its own holds."""
 
     module: str
     suffixes: tuple[str, ...] = ()
     magic: bytes = b""
     magic_at: int = 0
-    folder: bool = False
+    folder: tuple[str, ...] = ()
 
 
 JSON = ReaderRecord("json_file", (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz"))
-READERS: tuple[ReaderRecord, ...] = (JSON,)
+READERS: tuple[ReaderRecord, ...] = (
+    JSON,
+    ReaderRecord("saved_dataset", folder=("dataset_dict.json", "dataset_info.json", "state.json")),
+    ReaderRecord("parquet", (".parquet",), magic=b"PAR1", folder=("*.parquet", "data/*.parquet")),
+    ReaderRecord("webdataset", (".tar",), magic=b"ustar", magic_at=257, folder=("*.tar", "data/*.tar")),
+)
 _HEAD = 512
 
 
@@ -38,11 +46,14 @@ def _by_name(data: str) -> ReaderRecord | None:
 
 
 def _by_content(data: str) -> ReaderRecord | None:
-    path = Path(data)
-    if path.is_dir():
-        return next((record for record in READERS if record.folder), None)
+    if "://" in data or Path(data).is_dir():
+        if is_pattern(data):
+            return None
+        names = [name.rpartition("/")[2] for name in names_in(data)]
+        names += [f"data/{name.rpartition('/')[2]}" for name in names_in(f"{data.rstrip('/')}/data")] if "data" in names else []
+        return next((r for r in READERS if any(fnmatch(name, mark) for mark in r.folder for name in names)), None)
     try:
-        with path.open("rb") as file:
+        with Path(data).open("rb") as file:
             head = file.read(_HEAD)
     except (OSError, ValueError):
         return None  # what is wrong is said when it is opened

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from alignkd.pipeline.data.readers.tar_members import Member
+from alignkd.pipeline.data.readers.archives.members import Member
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "avif", "heic"})
 _META = re.compile(r"__[^/]*__($|/)")

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from alignkd.errors import DataError, wrap_errors
-from alignkd.pipeline.data.readers.columns import IMAGES, image_values, record_columns, records
+from alignkd.pipeline.data.readers.columnar.columns import IMAGES, image_values, record_columns, records
 from alignkd.plain_files import open_plain
 
 _FILE_MAGIC = b"ARROW1"
@@ -27,7 +27,8 @@ class ArrowRows:
 
     def __init__(self, path: Path, where: str) -> None:
         self.path, self.where = path, where
-        self._open: tuple[list[pa.RecordBatch], list[int], list[str]] | None = None
+        self._open: tuple[list[pa.RecordBatch], list[int]] | None = None
+        self._columns: list[str] | None = None
         self._valid: set[int] = set()
         self._lock = threading.Lock()
 
@@ -42,6 +43,17 @@ class ArrowRows:
         """The columns and their types; None where the file has no rows."""
         batches = self._opened()[0]
         return batches[0].schema if batches else None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of records.
+
+        Raises:
+            DataError: there is no conversation among them.
+        """
+        if self._columns is None:
+            self._columns = record_columns(self.schema, self.where) if self.schema else []
+        return self._columns
 
     def __len__(self) -> int:
         return self._opened()[1][-1]
@@ -59,13 +71,13 @@ class ArrowRows:
         """The record of one row; the bytes of images are not touched."""
         batch, at = self._find(row)
         with wrap_errors(DataError, f"{self.where}, row {row}: it cannot be read", *_ERRORS):
-            return next(records(batch.slice(at, 1), self._opened()[2]))
+            return next(records(batch.slice(at, 1), self.columns))
 
     def images(self, row: int) -> list[bytes | str]:
         """The images of a row: the bytes of each, or its path where the table has no bytes of it."""
         batch, at = self._find(row)
         with wrap_errors(DataError, f"{self.where}, row {row}: its images cannot be read", *_ERRORS):
-            values = (batch.column(name)[at] for name in self._opened()[2] if name in IMAGES)
+            values = (batch.column(name)[at] for name in IMAGES if name in batch.schema.names)
             return next((image_values(value.as_py()) for value in values if value.is_valid), [])
 
     def _find(self, row: int) -> tuple[pa.RecordBatch, int]:
@@ -83,13 +95,13 @@ class ArrowRows:
             self._valid.add(number)
         return batch
 
-    def _opened(self) -> tuple[list[pa.RecordBatch], list[int], list[str]]:
+    def _opened(self) -> tuple[list[pa.RecordBatch], list[int]]:
         if self._open is None:
             with self._lock:
                 self._open = self._open or self._read()
         return self._open
 
-    def _read(self) -> tuple[list[pa.RecordBatch], list[int], list[str]]:
+    def _read(self) -> tuple[list[pa.RecordBatch], list[int]]:
         with wrap_errors(DataError, f"{self.where}: not a whole Arrow file; copy or write it again", *_ERRORS):
             with open_plain(self.path) as file:
                 in_file_format = file.read(len(_FILE_MAGIC)) == _FILE_MAGIC
@@ -102,4 +114,4 @@ class ArrowRows:
         starts = [0]
         for batch in batches:
             starts.append(starts[-1] + batch.num_rows)
-        return batches, starts, record_columns(batches[0].schema, self.where) if batches else []
+        return batches, starts

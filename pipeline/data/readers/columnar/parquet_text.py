@@ -1,20 +1,20 @@
-"""The text of a Parquet file as an Arrow file, made once: a Parquet row group has to be decoded as a whole to get at one row.
+"""Parts of a Parquet file as Arrow files, since a row group is decoded as a whole: the text of all rows, or a group's images.
 
-Of images only references are copied. Where an image has no path, its bytes are read, in batches, for their SHA-256.
+Of images the text has references only. Where an image has no path, its bytes are read, in batches, for their SHA-256.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alignkd.errors import DataError, wrap_errors
-from alignkd.pipeline.data.readers.columns import (
+from alignkd.pipeline.data.readers.columnar.arrow_rows import ArrowRows
+from alignkd.pipeline.data.readers.columnar.columns import (
     IMAGES,
     embeds_images,
-    image_values,
     is_list,
     needs_bytes,
     record_columns,
@@ -41,29 +41,41 @@ def write_text(parquet: pq.ParquetFile, target: Path, where: str) -> None:
         DataError: a column is missing, or a part of the file is damaged.
     """
     columns = record_columns(parquet.schema_arrow, where)
-    schema = pa.schema([_text_field(parquet.schema_arrow.field(name)) for name in columns])
+    _write_text(_batches(parquet, columns), parquet.schema_arrow, columns, target, where)
+
+
+def write_arrow_text(rows: ArrowRows, target: Path, where: str) -> None:
+    """As :func:`write_text`, of an Arrow file with rows."""
+    _write_text(rows.batches(), rows.schema, rows.columns, target, where)
+
+
+def _write_text(batches: Iterator[pa.RecordBatch], types: pa.Schema, columns: list[str], target: Path, where: str) -> None:
+    schema = pa.schema([_text_field(types.field(name)) for name in columns])
     with (
         wrap_errors(DataError, f"{where}: damaged", pa.ArrowException, OSError),
         pa.OSFile(str(target), "wb") as sink,
         pa.ipc.new_file(sink, schema) as writer,
     ):
-        for batch in _batches(parquet, columns):
+        for batch in batches:
             arrays = [_text_array(batch.column(field.name), field) for field in schema]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
 
-def read_images(parquet: pq.ParquetFile, group: int, where: str) -> Iterator[list[bytes | str]]:
-    """The images of each row of a row group, in its order: bytes, or a path where the file has no bytes; read in batches.
+def write_images(parquet: pq.ParquetFile, group: int, target: Path, where: str) -> None:
+    """Write the image columns of a row group to ``target``, an Arrow file of as many rows.
 
     Raises:
         DataError: a part of the file is damaged.
     """
-    columns = [name for name in record_columns(parquet.schema_arrow, where) if name in IMAGES]
-    with wrap_errors(DataError, f"{where}, row group {group}: damaged", pa.ArrowException, OSError):
-        for batch in parquet.iter_batches(_ROWS_WITH_BYTES, [group], columns, use_threads=False):
-            for row in batch.to_pylist():
-                value: Any = next((row[name] for name in columns if row[name] is not None), [])
-                yield image_values(value)
+    names = [name for name in IMAGES if name in parquet.schema_arrow.names]
+    schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
+    with (
+        wrap_errors(DataError, f"{where}, row group {group}: damaged", pa.ArrowException, OSError),
+        pa.OSFile(str(target), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        for batch in parquet.iter_batches(_ROWS_WITH_BYTES, [group], names, use_threads=False):
+            writer.write_batch(batch.select(names))
 
 
 def _batches(parquet: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:

@@ -1,0 +1,1 @@
+"""Tar archives of samples: members, how they make samples, and where these lie."""
