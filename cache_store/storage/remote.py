@@ -23,6 +23,9 @@ _SMALL = 64 << 20
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
 """What fsspec needs for the usual kinds of object store."""
 
+_VERSION = ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime", "created", "blob_id")
+"""What the usual kinds of store say of an object, of which some changes whenever the object does."""
+
 _S3_CONFIG = {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}
 
 
@@ -38,8 +41,9 @@ class RemoteStorage:
     first_wait_s = 0.5
     listing_may_lag = False
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, option: str = "--cache") -> None:
+        """``option``: of the command line, for messages."""
+        self.url, self.option = url.rstrip("/"), option
         self._opened: tuple[int, Any, str] | None = None
         self._filesystem()
 
@@ -109,6 +113,14 @@ class RemoteStorage:
             return None
         return int(info["size"]) if info.get("type") == "file" else None
 
+    def version(self, name: str) -> str:
+        """What changes where an object does: its size, and its ETag or time, where the store has one."""
+        about = self._retry("look at", name, lambda fs, path: fs.info(path))
+        kept = [
+            about.get(field) for field in ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime", "created", "commit_hash")
+        ]
+        return " ".join(str(value) for value in kept if value is not None)
+
     def age_s(self, name: str) -> float:
         """Seconds since an object was written."""
         written = self._retry("look at", name, _modified)
@@ -161,29 +173,29 @@ class RemoteStorage:
     def _filesystem(self) -> tuple[Any, str]:
         """The file system, opened once a process, and the path of the cache in it."""
         if self._opened is None or self._opened[0] != os.getpid():
-            fs, root = _open(self.url)
+            fs, root = _open(self.url, self.option)
             self._opened = (os.getpid(), fs, root.rstrip("/"))
         return self._opened[1], self._opened[2]
 
 
-def _open(url: str) -> tuple[Any, str]:
+def _open(url: str, option: str) -> tuple[Any, str]:
     import fsspec
 
     if "://" not in url:  # a URL that ended in slashes only
-        raise ConfigError(f"--cache {url}//: found no folder in this URL, expected one, as in memory://folder")
+        raise ConfigError(f"{option} {url}//: found no folder in this URL, expected one, as in memory://folder")
     try:
         fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, **_options(url))
     except ImportError as error:
         scheme = url.partition("://")[0]
         if scheme in _PACKAGES:
-            raise ConfigError(missing(_PACKAGES[scheme], f"--cache {scheme}://")) from error
-        raise ConfigError(f"cannot open --cache {url}: {' '.join(str(error).split())[:300]}") from error
+            raise ConfigError(missing(_PACKAGES[scheme], f"{option} {scheme}://")) from error
+        raise ConfigError(f"cannot open {option} {url}: {' '.join(str(error).split())[:300]}") from error
     except OSError as error:
         kind = StorageError if is_resumable(error) else StorageAccessError
-        raise kind(f"cannot open --cache {url}: {_words(error)}") from error
+        raise kind(f"cannot open {option} {url}: {_words(error)}") from error
     except Exception as error:  # each file system checks its options in its own way
         raise ConfigError(
-            f"cannot open --cache {url}: {type(error).__name__}: {error}. Expected a folder, or a URL of a kind that fsspec"
+            f"cannot open {option} {url}: {type(error).__name__}: {error}. Expected a folder, or a URL of a kind that fsspec"
             " knows and whose package is installed (s3:// needs s3fs, gs:// needs gcsfs)"
         ) from error
     if _is_s3(url):

@@ -58,6 +58,14 @@ class DataSettings(Settings):
         False, group="data", help="Join consecutive turns of one speaker with a line break; without it, the sample is rejected."
     )
 
+    local_cache: str | None = setting(
+        None,
+        group="data",
+        metavar="SIZE",
+        default_text="50GB",
+        help="Most disk for copies of data and images from URLs, and of what is unpacked.",
+    )
+
     def check(self) -> None:
         """Refuse settings that contradict each other.
 

@@ -31,6 +31,6 @@ def check_image_folder(folder: str | None, option: str = "--images") -> None:
     Raises:
         ConfigError: names the folder.
     """
-    if folder is not None and not Path(folder).is_dir():
+    if folder is not None and "://" not in folder and not Path(folder).is_dir():
         found = "is not a folder" if Path(folder).exists() else "does not exist"
         raise ConfigError(f"{option} {folder} {found}; give the folder that the image paths of the data file are relative to")

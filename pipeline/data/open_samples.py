@@ -1,5 +1,6 @@
 """The one way in which jobs open data: :func:`open_samples`."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -9,6 +10,8 @@ import numpy as np
 
 from alignkd.pipeline.config.shared import DataSettings, several
 from alignkd.pipeline.data.contract import Samples, Source
+from alignkd.pipeline.data.files.local_cache import SIZE_VARIABLE
+from alignkd.pipeline.data.files.remote import local_form
 from alignkd.pipeline.data.image_paths import check_image_folder
 from alignkd.pipeline.data.mixture.mixed import MixedSamples, known_mixture
 from alignkd.pipeline.data.mixture.mixture_file import is_mixture, read_mixture
@@ -32,7 +35,15 @@ def sources_of(config: DataSettings) -> tuple[Source, ...]:
             name = PurePosixPath(one).name if len(data) > 1 else ""
             found.append(Source(one, folder, name=name, weight=weight, merge_turns=config.merge_turns))
     names = [source.name for source in found]
-    return tuple(replace(s, name=s.data) if names.count(s.name) > 1 else s for s in found)
+    return tuple(
+        replace(
+            source,
+            data=local_form(source.data),
+            images=None if source.images is None else local_form(source.images),
+            name=source.data if names.count(source.name) > 1 else source.name,
+        )
+        for source in found
+    )
 
 
 def open_samples(config: DataSettings) -> Samples:
@@ -43,6 +54,7 @@ def open_samples(config: DataSettings) -> Samples:
         DataError: data that cannot be read, or is not in a known format.
         TransientError: storage does not answer.
     """
+    _use_local_cache(config)
     sources = sources_of(config)
     parts = [_first(reader_of(source).open_source(source), source.limit) for source in sources]
     samples = parts[0] if len(parts) == 1 and not sources[0].name else MixedSamples(sources, parts)
@@ -66,6 +78,7 @@ def chosen_by_key(samples: Samples, count: int) -> np.ndarray:
 
 def known_samples(config: DataSettings, keys: np.ndarray, locators: Mapping[str, np.ndarray]) -> Samples | None:
     """The samples of known keys ``[N, 16]`` in the places of :meth:`Samples.locators`; None where the readers are others."""
+    _use_local_cache(config)
     sources = sources_of(config)
 
     def known(source: Source, keys: np.ndarray, locators: Mapping[str, np.ndarray]) -> Samples | None:
@@ -101,3 +114,9 @@ def check_images(config: DataSettings) -> None:
     """
     for folder in dict.fromkeys(source.images for source in sources_of(config)):
         check_image_folder(folder)
+
+
+def _use_local_cache(config: DataSettings) -> None:
+    """Say how large the local cache is, to this process and to those that it starts."""
+    if config.local_cache is not None:
+        os.environ[SIZE_VARIABLE] = config.local_cache

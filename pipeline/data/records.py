@@ -7,7 +7,6 @@ found by its brackets. Only a list whose syntax is broken cannot be read on.
 import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from alignkd.errors import DataError
@@ -36,7 +35,7 @@ class Record(NamedTuple):
     value: Any = None
 
 
-def read_records(file: BinaryIO, path: Path) -> Iterator[Record]:
+def read_records(file: BinaryIO, path: object) -> Iterator[Record]:
     """The records of an opened file.
 
     Raises:
@@ -69,7 +68,7 @@ def _line_records(file: BinaryIO, start: int) -> Iterator[Record]:
         start += length
 
 
-def _list_records(file: BinaryIO, path: Path, offset: int) -> Iterator[Record]:
+def _list_records(file: BinaryIO, path: object, offset: int) -> Iterator[Record]:
     # Latin-1 maps each byte to one character, so positions in the text are byte offsets; JSON's own syntax is ASCII.
     decoder = json.JSONDecoder()
     text = file.read(CHUNK).decode("latin-1")
@@ -110,7 +109,7 @@ def _list_records(file: BinaryIO, path: Path, offset: int) -> Iterator[Record]:
             text, offset, position = text[position:] + more, offset + position, 0
 
 
-def _to_its_end(file: BinaryIO, path: Path, text: str, at: int) -> tuple[int, str, str]:
+def _to_its_end(file: BinaryIO, path: object, text: str, at: int) -> tuple[int, str, str]:
     """Length of the value at the beginning of ``text``; its text, cut where it is too large; and what was read after it."""
     scanner, kept, length = _ValueEnd(), list[str](), 0
     while (end := scanner.find(text)) is None:
@@ -156,10 +155,10 @@ class _ValueEnd:
         return None
 
 
-def _broken(path: Path, at: int, why: str) -> DataError:
+def _broken(path: object, at: int, why: str) -> DataError:
     return DataError(f"data file {path}: not JSON from byte {at} on ({why})")
 
 
-def _refuse_more(path: Path, at: int, rest: Iterable[bytes]) -> None:
+def _refuse_more(path: object, at: int, rest: Iterable[bytes]) -> None:
     if any(part.strip(b" \t\r\n") for part in rest):
         raise DataError(f"data file {path}: the list ends at byte {at}, but more follows")

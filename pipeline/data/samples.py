@@ -10,18 +10,22 @@ import logging
 import os
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from alignkd.errors import DataError, SampleError
+from alignkd.errors import AlignkdError, DataError, SampleError
 from alignkd.pipeline.data import records
 from alignkd.pipeline.data.contract import NO_IMAGE, Samples, Source
+from alignkd.pipeline.data.files.data_file import open_data_file
+from alignkd.pipeline.data.files.remote import is_remote
 from alignkd.pipeline.data.images.placed import placed
 from alignkd.pipeline.data.sample import Sample, faulty_sample, read_sample
 from alignkd.pipeline.runtime.retries import with_retries
-from alignkd.plain_files import open_plain
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -46,14 +50,16 @@ class SampleFile(Samples):
         TransientError: storage does not answer.
     """
 
-    path: Path
+    path: Path | str
 
     def __init__(self, path: str | Path, source: Source | None = None) -> None:
-        self.path, self.source = Path(path), source
+        self.path, self.source = (str(path) if is_remote(str(path)) else Path(path)), source
         self._opened: dict[str, BinaryIO] = {}
         self.faults = 0
         try:
-            with_retries(self._index, f"reading data file {path}")
+            self._try(self._index)
+        except AlignkdError:
+            raise
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) or "null byte" in str(error):
                 raise DataError(f"data file {self.path}: {getattr(error, 'strerror', None) or error}") from error
@@ -62,7 +68,7 @@ class SampleFile(Samples):
     def _index(self) -> None:
         starts, lengths, keys, images, counts = array("q"), array("q"), bytearray(), bytearray(), array("i")
         faults, first, notes = 0, list[str](), Counter[str]()
-        with open_plain(self.path) as file:
+        with open_data_file(str(self.path)) as file:
             for number, record in enumerate(records.read_records(file, self.path)):
                 sample = _parse(record, number, merge_turns=self._merge)
                 starts.append(record.start)
@@ -103,7 +109,8 @@ class SampleFile(Samples):
     ) -> "SampleFile":
         """Samples of known keys ``[N, 16]`` at known byte ranges; each is compared with its key when it is read."""
         file = cls.__new__(cls)
-        file.path, file.source, file.keys, file.starts, file.lengths = Path(path), source, keys, starts, lengths
+        file.path, file.source = (str(path) if is_remote(str(path)) else Path(path)), source
+        file.keys, file.starts, file.lengths = keys, starts, lengths
         file.numbers, file.faults, file._opened = numbers, 0, {}
         return file
 
@@ -148,14 +155,20 @@ class SampleFile(Samples):
 
     def _read(self, start: int, length: int) -> bytes:
         try:
-            return with_retries(lambda: self._pread(start, length), f"reading data file {self.path}")
+            return self._try(lambda: self._pread(start, length))
+        except AlignkdError:
+            raise
         except OSError as error:
             raise DataError(f"data file {self.path}: {error.strerror or error}") from error
+
+    def _try(self, call: Callable[[], T]) -> T:
+        """The result of a call that reads; what reads from URLs tries again by itself."""
+        return call() if is_remote(str(self.path)) else with_retries(call, f"reading data file {self.path}")
 
     def _pread(self, start: int, length: int) -> bytes:
         if not (file := self._opened.get("file")):
             # The first of two threads wins: replacing an open file would close it while another thread reads it.
-            file = self._opened.setdefault("file", open_plain(self.path))
+            file = self._opened.setdefault("file", open_data_file(str(self.path)))
         try:
             # pread has no shared position in the file, so several threads may read.
             return os.pread(file.fileno(), length, start)

@@ -3,7 +3,8 @@
 * ``{"conversations": [{"from", "value"}]}``, of speakers ``human`` or ``user``, ``gpt`` or ``assistant``, and ``system``;
 * ``{"messages": [{"role", "content"}]}``, of roles ``user``, ``assistant`` and ``system``. A content is a text, or a list of
   ``{"type": "text", "text"}`` and ``{"type": "image"}`` as chat templates of transformers take it. An image of such a list is
-  an ``<image>`` in the text, with a line break between it and text beside it: what LLaVA's records write.
+  an ``<image>`` in the text, with a line break between it and what is beside it if no white space is there: what LLaVA's
+  records write.
 
 Images are listed in ``image`` or ``images``, or named where they stand: ``{"type": "image", "path": ...}``.
 """
@@ -106,7 +107,7 @@ def _texts(items: list[Any], named: list[str]) -> Iterator[str]:
                 named.append(name)
         else:
             raise SampleError(f"content {short(item)}, expected {{'type': 'text', 'text'}} or {{'type': 'image'}}")
-        beside = bool(last and text) and IMAGE_TAG in (last, text) and not (last.endswith("\n") or text.startswith("\n"))
+        beside = bool(last and text) and IMAGE_TAG in (last, text) and not (last[-1].isspace() or text[0].isspace())
         yield "\n" + text if beside else text
         last = text or last
 

@@ -171,6 +171,12 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         return self.reader.shards_of(self.samples.keys[self.indices])
 
     @property
+    def weights(self) -> np.ndarray | None:
+        """How often an epoch takes each sample, ``[samples]``; None where each is taken once."""
+        weights = self.samples.weights
+        return None if weights is None else weights[self.indices]
+
+    @property
     def text_only(self) -> np.ndarray | None:
         """Which samples have no image, ``[samples]`` of bool; None where the data file was not read for it."""
         counts = self.samples.image_counts

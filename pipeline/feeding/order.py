@@ -1,9 +1,10 @@
 """The order of samples as a pure function of (seed, epoch, step), so that resuming is arithmetic.
 
 1. Shards are shuffled, then samples within windows of a few shards: as random as a reader can serve from the few shards that
-it keeps open. 2. Each epoch is cut into steps, of samples of similar length unless that is switched off, and each step into
-micro-batches. 3. Each process takes its micro-batches of a step. The number of processes does not change which samples a
-step learns from, and without a budget of positions the size of a micro-batch does not either.
+it keeps open. Samples with weights come as often as :mod:`alignkd.pipeline.feeding.draw` says. 2. Each epoch is cut into
+steps, of samples of similar length unless that is switched off, and each step into micro-batches. 3. Each process takes its
+micro-batches of a step. The number of processes does not change which samples a step learns from, and without a budget of
+positions the size of a micro-batch does not either.
 """
 
 import math
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from alignkd.pipeline.feeding.draw import draw
 from alignkd.pipeline.feeding.like_lengths import deal_shards, is_worth_grouping, noisy_lengths, spread, steps_of_like_length
 
 WINDOW_SHARDS = 8
@@ -32,6 +34,7 @@ class BatchOrder:
             are similar, samples are not grouped.
         batch_tokens: maximum positions of a micro-batch after its samples are padded to the longest.
         text_only: which samples have no image, ``[samples]`` of bool; grouping spreads them over the epoch.
+        weights: how often an epoch takes each sample, ``[samples]``, above 0; None for once each.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class BatchOrder:
         group_by_length: bool = False,
         batch_tokens: int | None = None,
         text_only: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
     ) -> None:
         assert batch_size is not None or batch_tokens is not None
         assert batch_size is None or batch_size > 0
@@ -61,11 +65,12 @@ class BatchOrder:
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._lengths, self._text_only = lengths, text_only
         self._group_by_length = group_by_length and lengths is not None and is_worth_grouping(lengths)
+        self._weights = weights
         self._counts: dict[int, int] = {}
         self._latest: tuple[int, list[np.ndarray]] | None = None
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
-        """The samples of each micro-batch, as indices; every sample once. The latest epoch asked for is kept."""
+        """The samples of each micro-batch, as indices; every sample once, or as its weight says. The latest is kept."""
         if self._latest is None or self._latest[0] != epoch:
             self._latest = epoch, self._batches(epoch)
             self._counts[epoch] = len(self._latest[1])
@@ -88,12 +93,18 @@ class BatchOrder:
     def _batches_of(self, epoch: int) -> int:
         if self._batch_tokens is None:
             assert self._batch_size is not None
-            return -(-len(self._shards) // self._batch_size)
+            return -(-self._drawn_of(epoch) // self._batch_size)
         if epoch not in self._counts:
             self.epoch(epoch)
         return self._counts[epoch]
 
+    def _drawn_of(self, epoch: int) -> int:
+        return len(self._shards) if self._weights is None else len(draw(self._weights, self._seed, epoch))
+
     def _batches(self, epoch: int) -> list[np.ndarray]:
+        if self._weights is not None:
+            drawn = draw(self._weights, self._seed, epoch)
+            return [drawn[batch] for batch in self._of(drawn)._batches(epoch)]
         generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
         order, windows = self._shuffle(generator)
         if not self._group_by_length:
@@ -105,6 +116,20 @@ class BatchOrder:
         size = self._batch_size
         steps = steps_of_like_length(windows, self._lengths[order], size * self.per_step, generator)
         return [step[first : first + size] for step in map(order.__getitem__, steps) for first in range(0, len(step), size)]
+
+    def _of(self, drawn: np.ndarray) -> "BatchOrder":
+        """The order of the samples that an epoch draws, each as often as it is drawn."""
+        return BatchOrder(
+            self._shards[drawn],
+            seed=self._seed,
+            window=self._window,
+            batch_size=self._batch_size,
+            per_step=self.per_step,
+            lengths=None if self._lengths is None else self._lengths[drawn],
+            group_by_length=self._group_by_length,
+            batch_tokens=self._batch_tokens,
+            text_only=None if self._text_only is None else self._text_only[drawn],
+        )
 
     def _shuffle(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """All samples in their order, and the window of each, which never decreases."""

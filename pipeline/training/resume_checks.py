@@ -1,5 +1,6 @@
 """Whether a run may start in a folder, or resume there with these settings."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
@@ -24,6 +25,7 @@ _MAY_CHANGE = (
     *("resume", "device", "plugins", "workers", "save_steps", "save_total_limit", "log_steps", "max_rejected", "out"),
     *("images", "data", "cache", "report_to", "term_gradients", "feature_bytes", "batch_size", "gradient_accumulation"),
     *("batch_tokens", "max_wait", "download", "eval_data", "eval_cache", "eval_images", "benchmark_root"),
+    *("local_cache", "data_weight"),
 )
 """Settings that may differ in a resumed run: none of them changes what is learned. Data, cache and plugins are compared by
 content, batches by the samples that a step takes."""
@@ -73,6 +75,7 @@ def resolved_settings(inputs: RunInputs, data: TrainingSet, schedule: Schedule) 
         "steps": schedule.steps,
         "samples": len(data),
         "data_keys": data.fingerprint(),
+        "data_weights": None if data.weights is None else hashlib.sha256(data.weights.tobytes()).hexdigest(),
         "cache_fingerprint": inputs.reader.fingerprint if inputs.reader else None,
     }
 
@@ -106,7 +109,7 @@ def check_same_run(path: Path, resolved: Mapping[str, Any]) -> None:
     now = redacted(resolved)  # the record holds no credentials, which may also differ from day to day
     check_same_order(before, now, path.parent)
     # A setting that the version of then did not have had the value that is the default now.
-    before = redacted({"plugin_sha256": [], **_defaults(), "group_by_length": False, **before})
+    before = redacted({"plugin_sha256": [], "data_weights": None, **_defaults(), "group_by_length": False, **before})
     differing = [
         f"{name}: {before.get(name)!r} before, {value!r} now"
         for name, value in now.items()

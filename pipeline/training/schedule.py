@@ -60,6 +60,7 @@ def make_schedule(config: DistillConfig, data: TrainingSet, student: Vlm, proces
         group_by_length=config.group_by_length,
         batch_tokens=config.batch_tokens,
         text_only=data.text_only,
+        weights=data.weights,
     )
     return Schedule(order, config.max_steps or order.total_steps(config.epochs), lengths)
 

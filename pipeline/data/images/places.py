@@ -1,15 +1,18 @@
 """Where the bytes of an image are, in one text, and how they are read.
 
-A place is an absolute path, or begins with the scheme of a reader whose files hold images: its module reads it with
+A place is an absolute path or a URL, or begins with the scheme of a reader whose files hold images: its module reads it with
 ``read_image(place)``. It comes from a reader, never from the data itself: :func:`place_of` checks what the data says.
 """
 
 import importlib
 import io
 import os
+import posixpath
 from pathlib import Path
 
+from alignkd.errors import SampleError
 from alignkd.models.encoders.image_files import image_size, read_image_bytes, size_of_image
+from alignkd.pipeline.data.files.remote import is_remote, remote_image
 from alignkd.pipeline.data.image_paths import image_path
 from alignkd.pipeline.runtime.retries import with_retries
 
@@ -23,7 +26,12 @@ def place_of(root: str | None, reference: str) -> str:
     Raises:
         SampleError: it lies outside the image folder.
     """
-    return os.path.abspath(image_path(Path(root or "."), reference))
+    if root is None or not is_remote(root):
+        return os.path.abspath(image_path(Path(root or "."), reference))
+    name = posixpath.normpath(reference)
+    if name.startswith(("/", "../")) or name in (".", "..") or "::" in name or "\0" in name:
+        raise SampleError(f"image {reference!r} lies outside the image folder {root}")
+    return f"{root.rstrip('/')}/{name}"
 
 
 def read_place(place: str) -> bytes:
@@ -37,6 +45,9 @@ def read_place(place: str) -> bytes:
         reader = importlib.import_module(f"alignkd.pipeline.data.readers.{_SCHEMES[scheme]}")
         data: bytes = reader.read_image(place)
         return data
+    if is_remote(place):
+        with remote_image(place) as file:
+            return file.read()
     return with_retries(lambda: read_image_bytes(Path(place)), f"reading image {place}")
 
 
@@ -49,4 +60,7 @@ def size_at(place: str) -> tuple[int, int]:
     """
     if place[:4] in _SCHEMES:
         return size_of_image(io.BytesIO(read_place(place)), place)
+    if is_remote(place):
+        with remote_image(place) as file:
+            return size_of_image(file, place)
     return with_retries(lambda: image_size(Path(place)), f"reading image {place}")

@@ -1,14 +1,12 @@
 """Records in JSON or JSON lines: LLaVA, messages and ShareGPT."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
-from alignkd.errors import DataError
 from alignkd.pipeline.data.contract import Samples, Source
+from alignkd.pipeline.data.files.data_file import data_size
 from alignkd.pipeline.data.samples import SampleFile
-from alignkd.pipeline.runtime.retries import with_retries
 
 
 def open_source(source: Source) -> Samples:
@@ -26,7 +24,4 @@ def known_source(source: Source, keys: np.ndarray, locators: Mapping[str, np.nda
 
 def size(source: Source) -> int:
     """As :meth:`alignkd.pipeline.data.contract.Reader.size`."""
-    try:
-        return with_retries(lambda: Path(source.data).stat().st_size, f"reading data file {source.data}")
-    except OSError as error:
-        raise DataError(f"data file {source.data}: {error.strerror}") from error
+    return data_size(source.data)

@@ -27,7 +27,7 @@ from alignkd.plugins import loaded_plugins
 
 NAME = "predictions.jsonl"
 _LARGEST = 4 * 2**30
-_NO_MATTER = frozenset({"out", "batch_size", "device", "max_rejected", "download"})
+_NO_MATTER = frozenset({"out", "batch_size", "device", "max_rejected", "download", "local_cache"})
 """Settings that change no prediction."""
 
 
