@@ -340,7 +340,7 @@ def test_known_samples_are_read_at_their_places_and_compared_with_their_keys(tmp
 def test_two_threads_that_open_the_file_at_once_both_read_their_samples(tmp_path, monkeypatch):
     file = SampleFile(write_data(tmp_path / "d.json", SAMPLES))
     opened, about_to_read = threading.Barrier(2, timeout=10), threading.Barrier(2, timeout=10)
-    real_open, real_pread = samples_module.open_plain, os.pread
+    real_open, real_pread = samples_module.open_data_file, os.pread
 
     def slow_open(path):
         made = real_open(path)
@@ -351,7 +351,7 @@ def test_two_threads_that_open_the_file_at_once_both_read_their_samples(tmp_path
         about_to_read.wait()
         return real_pread(*arguments)
 
-    monkeypatch.setattr(samples_module, "open_plain", slow_open)
+    monkeypatch.setattr(samples_module, "open_data_file", slow_open)
     monkeypatch.setattr(os, "pread", slow_pread)
     with ThreadPoolExecutor(2) as pool:
         assert [sample.id for sample in pool.map(file.__getitem__, [1, 4])] == ["vqa1", "text4"]
