@@ -22,6 +22,7 @@ _COMMANDS = {
     "new-student": "students:new_student_command",
     "push": "students:push_command",
     "benchmark": "benchmark:benchmark",
+    "rounds": "rounds:rounds_command",
     "demo": "demo:demo_command",
 }
 

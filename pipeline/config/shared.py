@@ -54,6 +54,7 @@ class DataSettings(Settings):
         default_text="all",
         help="Use N samples, chosen by a hash of their content: the same ones in every order and shape of the data.",
     )
+    sample_seed: int = setting(0, group="data", at_least=0, at_most=2**32 - 1, help="Another seed chooses other --sample.")
     merge_turns: bool = setting(
         False, group="data", help="Join consecutive turns of one speaker with a line break; without it, the sample is rejected."
     )

@@ -59,21 +59,32 @@ def open_samples(config: DataSettings) -> Samples:
     parts = [_first(reader_of(source).open_source(source), source.limit) for source in sources]
     samples = parts[0] if len(parts) == 1 and not sources[0].name else MixedSamples(sources, parts)
     samples = _first(samples, config.limit)
-    return samples if config.sample is None else samples.select(chosen_by_key(samples, config.sample))
+    return samples if config.sample is None else samples.select(chosen_by_key(samples, config.sample, config.sample_seed))
 
 
 def _first(samples: Samples, limit: int | None) -> Samples:
     return samples if limit is None or limit >= len(samples) else samples.select(np.arange(limit))
 
 
-def chosen_by_key(samples: Samples, count: int) -> np.ndarray:
+def chosen_by_key(samples: Samples, count: int, seed: int = 0) -> np.ndarray:
     """The indices of ``count`` different samples, in the order of the data: those whose keys have the least second halves.
 
-    A key is a hash of the content, so that this is a random choice, and the same in every shape and order of the data.
+    A key is a hash of the content, so that this is a random choice, and the same in every shape and order of the data. With
+    another seed than 0 the halves are hashed with it first.
     """
     different = samples.unique()
-    halves = np.ascontiguousarray(samples.keys[different]).view(">u8").reshape(-1, 2)
-    return np.sort(different[np.lexsort((halves[:, 0], halves[:, 1]))[:count]])
+    halves = np.ascontiguousarray(samples.keys[different]).view(">u8").reshape(-1, 2).astype(np.uint64)
+    ranks = halves[:, 1] if seed == 0 else _mixed(halves[:, 1], seed)
+    return np.sort(different[np.lexsort((halves[:, 0], ranks))[:count]])
+
+
+def _mixed(values_N: np.ndarray, seed: int) -> np.ndarray:
+    """SplitMix64's output function (Steele, Lea and Flood 2014) of each value, moved by the seed."""
+    mixed = values_N + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    found: np.ndarray = mixed ^ (mixed >> np.uint64(31))
+    return found
 
 
 def known_samples(config: DataSettings, keys: np.ndarray, locators: Mapping[str, np.ndarray]) -> Samples | None:
@@ -101,7 +112,12 @@ def describe_data(config: DataSettings) -> dict[str, Any]:
     about: dict[str, Any] = {"data_file": ", ".join(PurePosixPath(source.data).name for source in sources)}
     about["bytes"] = sizes[0] if len(sizes) == 1 else sizes
     limits = [source.limit for source in sources]
-    chosen: dict[str, Any] = {"limit": config.limit, "sample": config.sample, "merge_turns": config.merge_turns or None}
+    chosen: dict[str, Any] = {
+        "limit": config.limit,
+        "sample": config.sample,
+        "sample_seed": config.sample_seed or None,
+        "merge_turns": config.merge_turns or None,
+    }
     chosen |= {"limits": limits if any(limits) else None}
     return about | {name: value for name, value in chosen.items() if value is not None}
 

@@ -8,14 +8,33 @@ import click
 from alignkd.errors import ConfigError
 from alignkd.pipeline.config.presets import did_you_mean, read_settings
 
+SETTINGS = "alignkd.settings"
+"""The key of a context's ``meta`` that has the settings file that was given."""
+
 
 def use_settings(ctx: click.Context, param: click.Parameter, value: str | None) -> None:  # noqa: ARG001
     """Click's callback: make the values of the settings file the defaults of this command's options."""
     if value is None:
         return
+    ctx.meta[SETTINGS] = value
     name = command_name(ctx)
-    values = read_settings(value, name, known=lambda: sorted(_all_commands(ctx.find_root()), key=str))
-    ctx.default_map = _as_defaults(ctx, name, f"--settings {value}", values)
+    ctx.default_map = _as_defaults(ctx, name, f"--settings {value}", _section(ctx, value, name))
+
+
+def settings_of(ctx: click.Context, settings: str) -> dict[str, Any]:
+    """The section of a context's command, its values as they stand in the file; they are checked as if they were typed.
+
+    Raises:
+        ConfigError: an unknown option, or a value of the wrong type or range.
+    """
+    name = command_name(ctx)
+    values = _section(ctx, settings, name)
+    _as_defaults(ctx, name, f"--settings {settings}", values)
+    return values
+
+
+def _section(ctx: click.Context, settings: str, name: str) -> dict[str, Any]:
+    return read_settings(settings, name, known=lambda: sorted(_all_commands(ctx.find_root()), key=str))
 
 
 def command_name(ctx: click.Context) -> str:

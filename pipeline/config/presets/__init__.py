@@ -25,6 +25,28 @@ def read_settings(name_or_file: str, command: str, known: Callable[[], Iterable[
     Raises:
         ConfigError: no such settings, no YAML, an unknown section, or none for this command.
     """
+    path, sections = _sections(name_or_file)
+    if not isinstance(sections.get(command), dict) or not set(sections) <= set(COMMANDS):
+        names = list(known())
+        expected = f"expected sections of options, of {', '.join(names)}"
+        unknown = [str(name) for name in sections if name not in names]
+        if unknown:
+            raise ConfigError(f"settings file {path}: unknown {', '.join(unknown)}{did_you_mean(unknown, names)}; {expected}")
+    if not isinstance(sections.get(command), dict):
+        raise ConfigError(f"settings file {path} holds no options for {command}; it has {', '.join(map(str, sections))}")
+    return {str(name): value for name, value in sections[command].items()}
+
+
+def section_names(name_or_file: str) -> tuple[str, ...]:
+    """The sections of a settings file.
+
+    Raises:
+        ConfigError: no such settings, or no YAML.
+    """
+    return tuple(map(str, _sections(name_or_file)[1]))
+
+
+def _sections(name_or_file: str) -> tuple[Path, dict[Any, Any]]:
     import yaml  # only here: every command's help asks this module for the names of settings
 
     path = _find(name_or_file)
@@ -38,15 +60,7 @@ def read_settings(name_or_file: str, command: str, known: Callable[[], Iterable[
         raise ConfigError(
             f"settings file {path} holds {type(sections).__name__}, expected sections of options, each named like its command"
         )
-    if not isinstance(sections.get(command), dict) or not set(sections) <= set(COMMANDS):
-        names = list(known())
-        expected = f"expected sections of options, of {', '.join(names)}"
-        unknown = [str(name) for name in sections if name not in names]
-        if unknown:
-            raise ConfigError(f"settings file {path}: unknown {', '.join(unknown)}{did_you_mean(unknown, names)}; {expected}")
-    if not isinstance(sections.get(command), dict):
-        raise ConfigError(f"settings file {path} holds no options for {command}; it has {', '.join(map(str, sections))}")
-    return {str(name): value for name, value in sections[command].items()}
+    return path, sections
 
 
 def did_you_mean(unknown: Iterable[str], known: Iterable[str]) -> str:
