@@ -16,7 +16,7 @@ from alignkd.pipeline.config.rounds import RoundsConfig
 @options_of(RoundsConfig)
 @options.as_json
 @click.pass_context
-def rounds_command(ctx: click.Context, as_json: bool, **given: Any) -> None:
+def rounds_command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
     """Let the student answer, cache the teacher's targets for its answers, train on them, and again.
 
     The settings file has a section for each command that a round runs: answer, cache-teacher and distill; and one for rounds.
@@ -27,6 +27,7 @@ def rounds_command(ctx: click.Context, as_json: bool, **given: Any) -> None:
     """
     config = from_options(RoundsConfig, given)
     settings, sections = checked_sections(ctx)
+
     from alignkd.pipeline.runtime.signals import resumable_from_the_start
 
     with resumable_from_the_start():

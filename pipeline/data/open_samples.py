@@ -112,13 +112,8 @@ def describe_data(config: DataSettings) -> dict[str, Any]:
     about: dict[str, Any] = {"data_file": ", ".join(PurePosixPath(source.data).name for source in sources)}
     about["bytes"] = sizes[0] if len(sizes) == 1 else sizes
     limits = [source.limit for source in sources]
-    chosen: dict[str, Any] = {
-        "limit": config.limit,
-        "sample": config.sample,
-        "sample_seed": config.sample_seed or None,
-        "merge_turns": config.merge_turns or None,
-    }
-    chosen |= {"limits": limits if any(limits) else None}
+    chosen: dict[str, Any] = {"limit": config.limit, "sample": config.sample, "sample_seed": config.sample_seed or None}
+    chosen |= {"merge_turns": config.merge_turns or None, "limits": limits if any(limits) else None}
     return about | {name: value for name, value in chosen.items() if value is not None}
 
 

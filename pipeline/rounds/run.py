@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alignkd.errors import ConfigError, DataError
+from alignkd.errors import DataError
 from alignkd.pipeline.config.rounds import RoundsConfig
 from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.data.mixture.mixed import MixedSamples
@@ -79,7 +79,8 @@ def _plan(config: RoundsConfig, sections: dict[str, dict[str, Any]]) -> Plan:
     data = _counted(config, samples)
     if not any(round(config.on_policy_share * count) for _, count in data):
         raise DataError(
-            f"--on-policy-share {config.on_policy_share:g} of {len(samples):,} samples is no sample: give a larger share, or more data"
+            f"--on-policy-share {config.on_policy_share:g} of {len(samples):,} samples is no sample: give a larger share, or"
+            " more data"
         )
     return Plan(config, data, teacher, student, sampled="temperature" in sections.get("answer", {}))
 
@@ -122,19 +123,3 @@ def _figures(plan: Plan) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     found = json.loads(read_plain(path, _LARGEST))
     return found if isinstance(found, dict) else {}
-
-
-def check_sections(settings: str | None, sections: dict[str, dict[str, Any]]) -> None:
-    """Refuse a settings file that lacks what no default gives.
-
-    Raises:
-        ConfigError: names the section and the option.
-    """
-    if settings is None:
-        raise ConfigError(
-            "alignkd rounds takes the options of its commands from --settings FILE.yaml, with sections cache-teacher (teacher),"
-            " distill (student) and, if wanted, answer and rounds; docs/rounds.md has one"
-        )
-    for command, option in (("cache-teacher", "teacher"), ("distill", "student")):
-        if not isinstance(sections.get(command, {}).get(option), str):
-            raise ConfigError(f"--settings {settings}: section {command} has no {option}: give the folder of its checkpoint")

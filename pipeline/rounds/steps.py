@@ -108,7 +108,7 @@ class Plan:
 
     def _cache_answers(self, number: int) -> Step:
         folder, mixture = self.folder(number), self.folder(number) / "answers.yaml"
-        arguments = ("--data", str(mixture), "--cache", str(folder / "cache"), "--tensors-of", self.cache)
+        arguments = ("--data", str(mixture), "--cache", str(folder / "cache"), "--calibration-from", self.cache)
         return Step(f"round-{number}/cache", "cache-teacher", arguments, folder, (mixture, self._own_answers(number)))
 
     def _train(self, number: int, student: str) -> Step:
