@@ -98,6 +98,12 @@ class DistillConfig(shared.DataSettings):
     lora_rank: int = setting(64, group="training", aliases=("lora-r",), at_least=1, help="Rank of the updates.")
     lora_alpha: int = setting(128, group="training", at_least=1, help="The updates are multiplied by alpha / rank.")
     lora_dropout: float = setting(0.0, group="training", at_least=0, less_than=1, help="Dropout before the updates.")
+    adapters_of: str | None = setting(
+        None,
+        group="training",
+        metavar="RUN",
+        help="Start the maps between teacher and student from those of a finished run, of the same teacher and recipe.",
+    )
     online_teacher: str | None = setting(
         None,
         group="model",

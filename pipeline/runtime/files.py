@@ -27,8 +27,13 @@ def check_out_folder(out: Path, option: str = "--out") -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a whole file beside ``path``, then put it in its place in one step."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """As :func:`replace_text`, for bytes."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content)
     part.replace(path)
 
 

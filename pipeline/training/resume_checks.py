@@ -33,7 +33,7 @@ content, batches by the samples that a step takes."""
 
 _WRITTEN = (
     *("checkpoints", "student", "student-official", "adapter", "best", "tensorboard"),
-    *("metrics.jsonl", "run.json", "result.json"),
+    *("metrics.jsonl", "run.json", "result.json", "adapters.safetensors"),
 )
 
 

@@ -122,7 +122,7 @@ def _distill(
     with explained_write_faults(out, "the student", lambda: "The last checkpoint holds all that was learned."):
         if lock is not None:
             lock.check()
-        folder = save_student(inputs.student, peft_model, out, deepspeed=config.deepspeed, first=processes.first)
+        folder = save_student(objective, peft_model, out, deepspeed=config.deepspeed, first=processes.first)
         if processes.first:
             for saved in (folder, out / "student-official"):
                 if saved.is_dir():

@@ -8,6 +8,7 @@ from alignkd.models.loading import save_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective
 from alignkd.pipeline.runtime.devices import parse_dtype
+from alignkd.pipeline.training.adapters import load_adapters, save_adapters
 from alignkd.pipeline.training.lora import LoraSettings, add_lora, merge_lora
 from alignkd.pipeline.training.run_inputs import RunInputs
 from alignkd.pipeline.training.teacher_source import Teacher
@@ -20,7 +21,7 @@ def build_objective(inputs: RunInputs, teacher: Teacher, *, processes: int) -> t
     Call it before DeepSpeed changes what the student's modules are.
 
     Raises:
-        ConfigError: the recipe cannot be used with this student.
+        ConfigError: the recipe cannot be used with this student, or the adapters to start from are others.
     """
     config, student = inputs.config, inputs.student
     objective = Objective(
@@ -31,6 +32,8 @@ def build_objective(inputs: RunInputs, teacher: Teacher, *, processes: int) -> t
         teacher.logit_codec,
         keep_all_parameters_in_graph=processes > 1,
     )
+    if config.adapters_of is not None:
+        load_adapters(objective, Path(config.adapters_of))
     if config.gradient_checkpointing:
         objective.recompute_activations()
     if not config.lora:
@@ -42,14 +45,18 @@ def build_objective(inputs: RunInputs, teacher: Teacher, *, processes: int) -> t
     return objective, peft_model
 
 
-def save_student(student: Vlm, peft_model: Any, out: Path, *, deepspeed: str | None, first: bool) -> Path:
-    """Write the student in Hugging Face form and, if its family has one, in the official layout. Returns the first folder.
+def save_student(objective: Objective, peft_model: Any, out: Path, *, deepspeed: str | None, first: bool) -> Path:
+    """Write the student in Hugging Face form and, if its family has one, in the official layout; and the adapters beside it.
+
+    Returns the first folder.
 
     Every process calls it, as ZeRO-3 gathers parameters from all of them; the ``first`` writes. With ``peft_model`` the
     adapter is written, too, and then merged into the weights.
     """
-    with all_parameters(student, deepspeed):
+    student = objective.vlm
+    with all_parameters(student, deepspeed, objective):
         if first:
+            save_adapters(objective, out)
             student.model.eval()
             if peft_model is not None:
                 merge_lora(peft_model, student, out / "adapter")
@@ -59,11 +66,14 @@ def save_student(student: Vlm, peft_model: Any, out: Path, *, deepspeed: str | N
     return out / "student"
 
 
-def all_parameters(student: Vlm, deepspeed: str | None) -> AbstractContextManager[Any]:
-    """Within it the first process has every parameter whole: ZeRO-3 gathers them. Every process enters it."""
+def all_parameters(student: Vlm, deepspeed: str | None, objective: Objective | None = None) -> AbstractContextManager[Any]:
+    """Within it the first process has every parameter whole: ZeRO-3 gathers them. Every process enters it.
+
+    With ``objective``, its adapters are among them.
+    """
     if zero_stage(deepspeed) != 3:
         return nullcontext()
     import deepspeed as library
 
-    gathered: AbstractContextManager[Any] = library.zero.GatheredParameters(list(student.model.parameters()))
+    gathered: AbstractContextManager[Any] = library.zero.GatheredParameters(list((objective or student.model).parameters()))
     return gathered

@@ -22,8 +22,8 @@ def checked_sections(ctx: click.Context) -> tuple[str, dict[str, dict[str, Any]]
     settings: str | None = ctx.meta.get(SETTINGS)
     if settings is None:
         raise ConfigError(
-            "alignkd rounds takes the options of its commands from --settings FILE.yaml, with the sections rounds, cache-teacher"
-            " (with teacher), distill (with student) and, if wanted, answer; docs/rounds.md has one"
+            "alignkd rounds takes the options of its commands from --settings FILE.yaml, with the sections rounds,"
+            " cache-teacher (with teacher), distill (with student) and, if wanted, answer; docs/rounds.md has one"
         )
     root = ctx.find_root()
     assert isinstance(root.command, click.Group)

@@ -14,6 +14,7 @@ _FOLDERS = {
     "student-official": "the student in the layout of the official release",
     "best": "the best student so far, by --keep-best",
     "adapter": "the low-rank updates and the projector, for PEFT",
+    "adapters.safetensors": "what was learned beside the student, for --adapters-of",
     "metrics.jsonl": "the log lines",
     "tensorboard": "the log lines for TensorBoard",
     "checkpoints": "the last checkpoints",
