@@ -10,7 +10,7 @@ from typing import Any
 from alignkd.errors import ConfigError
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.answer import AnswerConfig
-from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.evaluate.running import identity
 from alignkd.plugins import loaded_plugins
 
@@ -20,7 +20,7 @@ _DRAWN = ("top_p", "seed")
 _SHOWN = 40
 
 
-def of_run(config: AnswerConfig, vlm: Vlm, samples: SampleFile, template: str, prompt_date: str) -> dict[str, Any]:
+def of_run(config: AnswerConfig, vlm: Vlm, samples: Samples, template: str, prompt_date: str) -> dict[str, Any]:
     """Everything that decides the answers; neither batches nor processes, nor where it runs."""
     names = _ASKED + (_DRAWN if config.temperature else ())
     given = {name: getattr(config, name) for name in names}

@@ -13,8 +13,8 @@ from alignkd.pipeline.answer.parts import AnswerParts
 from alignkd.pipeline.answer.records import record_of
 from alignkd.pipeline.answer.work import Work
 from alignkd.pipeline.config.answer import AnswerConfig
+from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
-from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.evaluate.running.part_lines import AGAIN
 from alignkd.pipeline.runtime.out_folder.write_faults import explained_write_faults
 from alignkd.pipeline.runtime.printable import json_text
@@ -39,7 +39,7 @@ class Tally:
 
 
 def write_answers(
-    config: AnswerConfig, samples: SampleFile, work: Work, parts: AnswerParts, provenance: Mapping[str, Any]
+    config: AnswerConfig, samples: Samples, work: Work, parts: AnswerParts, provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write the data file, and return its figures.
 
@@ -78,7 +78,7 @@ def write_answers(
 
 def _records(
     config: AnswerConfig,
-    samples: SampleFile,
+    samples: Samples,
     first: int,
     index: int,
     parts: AnswerParts,
@@ -111,7 +111,7 @@ def _records(
         yield record
 
 
-def _name(samples: SampleFile, index: int) -> str:
+def _name(samples: Samples, index: int) -> str:
     return samples[index].id or samples.key(index)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from alignkd.errors import TransientError
 from alignkd.pipeline.answer.answering import Answer, Unit
 from alignkd.pipeline.answer.questions import Unanswerable
-from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.evaluate.running.part_lines import AGAIN, Append, PartLine, appending, read_part_lines
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.plain_files import open_plain
@@ -27,7 +27,7 @@ _TYPES: dict[str, Any] = {field.name: field.type for field in fields(Answer)}
 class AnswerParts:
     """The part files of one run, as they were when they were read."""
 
-    def __init__(self, folder: Path, samples: SampleFile, answers: int) -> None:
+    def __init__(self, folder: Path, samples: Samples, answers: int) -> None:
         self.samples, self.answers = samples, answers
         self.files: list[Path] = []
         self.rejected: dict[int, str] = {}

@@ -13,14 +13,13 @@ import torch
 from alignkd.errors import SampleError
 from alignkd.inputs.batch import ModelInput
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.data.preparer import Preparer, check_text
 from alignkd.pipeline.data.sample import Sample
-from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.data.tower_features import IMAGES_AT_ONCE
 
 _READERS = 4
 _NOTHING = torch.zeros(0)
-_Images = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def turns_asked(sample: Sample) -> tuple[tuple[str, str], ...]:
 class Questions:
     """The questions of a data file for one model."""
 
-    def __init__(self, vlm: Vlm, samples: SampleFile, preparer: Preparer) -> None:
+    def __init__(self, vlm: Vlm, samples: Samples, preparer: Preparer) -> None:
         self.vlm, self.samples, self.preparer = vlm, samples, preparer
 
     def windows(self, windows: Iterable[Sequence[int]]) -> Iterator[tuple[list[Asked], list[Unanswerable]]]:
@@ -72,16 +71,17 @@ class Questions:
                 pool.shutdown(cancel_futures=True)
 
     def _read(self, pool: ThreadPoolExecutor, window: Sequence[int]) -> list[tuple[int, Sample, "Future[list[Any]]"]]:
-        found, images = [], dict[_Images, Future[list[Any]]]()
+        found, images = [], dict[tuple[tuple[str, ...], tuple[str, ...]], Future[list[Any]]]()
         for index in window:
             sample = self.samples[index]
-            if sample.images not in images:
-                images[sample.images] = pool.submit(self._load, sample)
-            found.append((index, sample, images[sample.images]))
+            name = sample.images, sample.places
+            if name not in images:
+                images[name] = pool.submit(self._load, sample)
+            found.append((index, sample, images[name]))
         return found
 
     def _load(self, sample: Sample) -> list[Any]:
-        loaded, _ = self.preparer.load_images(sample.images)
+        loaded, _ = self.preparer.load_images(self.preparer.places(sample))
         return loaded
 
     def _ready(self, reading: Sequence[tuple[int, Sample, "Future[list[Any]]"]]) -> tuple[list[Asked], list[Unanswerable]]:

@@ -24,10 +24,10 @@ from alignkd.pipeline.answer.questions import Questions
 from alignkd.pipeline.answer.work import MOST_OF_FEATURES, MOST_OF_PIXELS, Work
 from alignkd.pipeline.config.answer import AnswerConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
-from alignkd.pipeline.data.image_paths import check_image_folder
+from alignkd.pipeline.data.contract import Samples
+from alignkd.pipeline.data.open_samples import check_images, open_samples
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
-from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.evaluate.running.hold import holding
 from alignkd.pipeline.evaluate.running.identity import stored
 from alignkd.pipeline.evaluate.running.part_lines import AGAIN, part_files
@@ -62,11 +62,11 @@ def answer(config: AnswerConfig) -> dict[str, Any]:
     load_plugins(config.plugins)
     worker, folder = find_worker(), run_folder(config.out)
     check_out_folder(folder)
-    check_image_folder(config.images)
+    check_images(config)
     _check_out(Path(config.out), folder)
     config = pin_models(config)
     with stop_on_signals() as stop:
-        samples = SampleFile(config.data)
+        samples = open_samples(config)
         with holding(folder, worker, stop.check):
             return _Run(config, samples, worker, stop).result()
 
@@ -85,7 +85,7 @@ def _check_out(out: Path, folder: Path) -> None:
 class _Run:
     """One process of a run, its model loaded."""
 
-    def __init__(self, config: AnswerConfig, samples: SampleFile, worker: Worker, stop: StopFlag) -> None:
+    def __init__(self, config: AnswerConfig, samples: Samples, worker: Worker, stop: StopFlag) -> None:
         self.config, self.samples, self.worker, self.stop = config, samples, worker, stop
         self.folder = run_folder(config.out)
         device = pick_device(config.device, worker.local_rank)
@@ -97,7 +97,6 @@ class _Run:
             self.vlm,
             template=template,
             max_length=DEFAULT_MAX_LENGTH,
-            image_root=config.images,
             with_spans=False,
             # A template that writes a date writes the same one when the run is continued.
             prompt_date=config.prompt_date or stored(self.folder).get("prompt_date") or datetime.now(UTC).date().isoformat(),
@@ -120,8 +119,8 @@ class _Run:
             rank=self.worker,
             device=device_words(str(self.vlm.device)),
             model=self.config.model,
-            data=f"{self.config.data} ({len(self.samples):,} samples)",
-            images=self.config.images,
+            data=f"{self.config.data_words} ({len(self.samples):,} samples)",
+            images=self.config.images_words,
             plan=f"{len(self.work.order) * self.config.n:,} answers of up to {self.config.max_new_tokens:,} tokens, temperature"
             f" {self.config.temperature:g}",
             out=self.config.out,

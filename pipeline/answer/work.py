@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from alignkd.pipeline.data.samples import SampleFile
+from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.runtime.ranks import Worker
 
 MOST_OF_FEATURES, MOST_OF_PIXELS = 256, 128
@@ -19,7 +19,7 @@ class Work:
     Identical samples are answered once: ``first`` has, for each sample, the index of the first that is like it.
     """
 
-    def __init__(self, samples: SampleFile, answers: int, most: int) -> None:
+    def __init__(self, samples: Samples, answers: int, most: int) -> None:
         self.order = samples.by_image()
         names = np.ascontiguousarray(samples.keys).view("S16").ravel()
         _, first, of = np.unique(names, return_index=True, return_inverse=True)

@@ -6,18 +6,16 @@ from pathlib import Path
 from alignkd.errors import ConfigError
 from alignkd.pipeline.config import shared
 from alignkd.pipeline.config.benchmark import BATCH_TOKENS
-from alignkd.settings import Settings, setting
+from alignkd.settings import setting
 
 SUFFIXES = (".jsonl", ".json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerConfig(Settings):
+class AnswerConfig(shared.DataSettings):
     """What ``alignkd answer`` is asked to do."""
 
     model: str = setting(group="model", help="The teacher, or a student: a folder, or ORG/NAME[@REVISION].")
-    data: str = shared.data()
-    images: str | None = shared.images()
     out: str = setting(
         group="storage",
         metavar="FILE",

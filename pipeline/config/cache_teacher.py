@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from alignkd.pipeline.config import shared
 from alignkd.pipeline.config.cache_layout import ALIGNMENTS
-from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH, SHARD_FORMATS
+from alignkd.pipeline.config.shared import ANSWERS, DEFAULT_MAX_LENGTH, SHARD_FORMATS, Answers
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.settings import setting
 
@@ -14,6 +14,12 @@ class CacheTeacherConfig(shared.DataSettings):
     """What ``alignkd cache-teacher`` is asked to do. ``attention_layers``: see :mod:`alignkd.losses.layers`."""
 
     teacher: str = setting(group="model", help="The teacher's checkpoint: a folder, or ORG/NAME[@REVISION].")
+    answers: Answers = setting(
+        "both",
+        group="data",
+        choices=ANSWERS,
+        help="Samples whose answers are the data's own, those that this teacher wrote (alignkd answer), or all.",
+    )
     cache: str = setting(group="storage", help="Where the cache is written: a folder, or a URL such as s3://bucket/cache.")
     template: str | None = shared.template()
     prompt_date: str | None = shared.prompt_date()

@@ -1,12 +1,14 @@
 """Settings that several jobs share."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from alignkd.errors import ConfigError
 from alignkd.settings import Settings, setting
 
 DEFAULT_MAX_LENGTH = 2048
+ANSWERS = ("data", "teacher", "both")
+Answers = Literal["data", "teacher", "both"]
 DTYPES = ("float32", "bfloat16", "float16")
 SHARD_FORMATS = ("zarr", "webdataset")
 ATTENTION_CODECS = ("sqrt8", "sqrt4", "float16", "int8-rows", "exact")

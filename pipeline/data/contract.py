@@ -9,10 +9,23 @@ from typing import Protocol
 
 import numpy as np
 
+from alignkd.pipeline.data.provenance import Author
 from alignkd.pipeline.data.sample import Sample
 
 NO_IMAGE = 0
 """The image hash of a sample without images."""
+
+
+@dataclass(frozen=True)
+class Authors:
+    """Who wrote the answers of N samples: ``number_of`` ``[N]`` are places in ``names``."""
+
+    names: tuple[Author, ...]
+    number_of: np.ndarray
+
+    def select(self, order: np.ndarray) -> Authors:
+        """Those of some samples."""
+        return Authors(self.names, self.number_of[order])
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,8 @@ class Samples(ABC):
 
     ``path``: the data, for messages. ``keys``: uint8 ``[N, 16]``. ``faults``: records that cannot be read; each is a sample
     with a ``fault``. ``image_hashes``: uint64 ``[N]``, equal for samples of the same images, :data:`NO_IMAGE` without one;
-    ``image_counts``: ``[N]``; both None where a plan says where samples are and nothing was indexed.
+    ``image_counts``: ``[N]``; both None where a plan says where samples are and nothing was indexed. ``authors``: who wrote
+    the answers of each, None where only the samples themselves say it (:func:`alignkd.pipeline.data.authors.authors_of`).
     """
 
     path: object
@@ -45,6 +59,7 @@ class Samples(ABC):
     faults: int = 0
     image_hashes: np.ndarray | None = None
     image_counts: np.ndarray | None = None
+    authors: Authors | None = None
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
@@ -120,6 +135,7 @@ class SelectedSamples(Samples):
         self.keys = samples.keys[order]
         self.image_hashes = None if samples.image_hashes is None else samples.image_hashes[order]
         self.image_counts = None if samples.image_counts is None else samples.image_counts[order]
+        self.authors = None if samples.authors is None else samples.authors.select(order)
         # Which records have a fault is known when they are read: of a part, at most as many as of the whole.
         self.faults = min(samples.faults, len(order))
 

@@ -19,6 +19,8 @@ from typing import Any
 
 from alignkd.errors import SampleError
 from alignkd.inputs.prompts import IMAGE_TAG
+from alignkd.pipeline.data.provenance import DATA, Author, read_author
+from alignkd.pipeline.data.provenance import NOT_READ as PROVENANCE_NOT_READ
 from alignkd.pipeline.data.turns import has_images, kind_of, merged, read_turns, references, short
 
 _VIDEO_TAG = "<video>"
@@ -36,7 +38,8 @@ class Sample:
 
     ``images``: the references of its images, which are part of the key; ``places``: where the bytes of each are, empty where
     only the reader of the image folder knows. ``provenance``: the model that wrote its answers, "" for those of the data
-    itself. ``source``: the name of its dataset. None of these three is part of the key.
+    itself, and ``provenance_weights`` the digest of that model's weights. ``source``: the name of its dataset. None of these
+    is part of the key.
 
     ``fault``: why its record cannot be read; such a sample has a key of its record and nothing else, and is rejected when it
     is prepared. ``note``: what of its record is read otherwise than its author may have meant.
@@ -51,6 +54,12 @@ class Sample:
     places: tuple[str, ...] = ()
     provenance: str = ""
     source: str = ""
+    provenance_weights: str = ""
+
+    @property
+    def author(self) -> Author:
+        """Who wrote its answers."""
+        return Author(self.provenance, self.provenance_weights)
 
 
 def parse_sample(record: Any, where: str) -> Sample:
@@ -89,15 +98,11 @@ def read_sample(record: Any, *, merge_turns: bool = False) -> Sample:
             if _tags_in(turns) != len(images):
                 raise SampleError(f"{tags} {IMAGE_TAG} in the text but {len(images)} images; the numbers must be equal")
     sample_id = "" if record.get("id") is None else str(record["id"])
+    author = read_author(record.get("provenance"))
+    note = note if author is not None else note or PROVENANCE_NOT_READ
+    model, weights = author or DATA
     key = _key(sample_id, images, turns)
-    return Sample(sample_id, tuple(images), tuple(turns), key, note=note, provenance=_provenance(record))
-
-
-def _provenance(record: dict[str, Any]) -> str:
-    """The model that wrote the answers of a record, as ``alignkd answer`` notes it: ``{"provenance": {"model": ...}}``."""
-    found = record.get("provenance")
-    model = found.get("model") if isinstance(found, dict) else None
-    return model if isinstance(model, str) else ""
+    return Sample(sample_id, tuple(images), tuple(turns), key, note=note, provenance=model, provenance_weights=weights)
 
 
 def faulty_sample(record: Any, text: bytes, fault: str) -> Sample:

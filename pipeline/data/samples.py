@@ -18,10 +18,11 @@ import numpy as np
 
 from alignkd.errors import AlignkdError, DataError, SampleError
 from alignkd.pipeline.data import records
-from alignkd.pipeline.data.contract import NO_IMAGE, Samples, Source
+from alignkd.pipeline.data.contract import NO_IMAGE, Authors, Samples, Source
 from alignkd.pipeline.data.files.data_file import open_data_file
 from alignkd.pipeline.data.files.remote import is_remote
 from alignkd.pipeline.data.images.placed import placed
+from alignkd.pipeline.data.provenance import Author
 from alignkd.pipeline.data.sample import Sample, faulty_sample, read_sample
 from alignkd.pipeline.runtime.retries import with_retries
 
@@ -68,6 +69,7 @@ class SampleFile(Samples):
     def _index(self) -> None:
         starts, lengths, keys, images, counts = array("q"), array("q"), bytearray(), bytearray(), array("i")
         faults, first, notes = 0, list[str](), Counter[str]()
+        authors, written_by = array("i"), dict[Author, int]()
         with open_data_file(str(self.path)) as file:
             for number, record in enumerate(records.read_records(file, self.path)):
                 sample = _parse(record, number, merge_turns=self._merge)
@@ -76,6 +78,7 @@ class SampleFile(Samples):
                 keys += bytes.fromhex(sample.key)
                 images += image_hash(sample.images)
                 counts.append(len(sample.images))
+                authors.append(written_by.setdefault(sample.author, len(written_by)))
                 if sample.fault:
                     faults += 1
                     first += [sample.fault] if len(first) < 3 else []
@@ -96,6 +99,7 @@ class SampleFile(Samples):
         self.keys = np.frombuffer(bytes(keys), dtype=np.uint8).reshape(-1, 16)
         self.image_hashes = np.frombuffer(bytes(images), dtype="<u8")
         self.image_counts = np.asarray(counts)
+        self.authors = Authors(tuple(written_by), np.asarray(authors))
 
     @classmethod
     def known(

@@ -1,6 +1,7 @@
 """The samples of stage two with their cached rows, each pair checked."""
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +19,10 @@ from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.cross_model import CrossModelMap, TargetMask, with_masks
 from alignkd.pipeline.cache_io.several import TaughtRow, collate_several
 from alignkd.pipeline.cache_io.targets import collate_targets
+from alignkd.pipeline.data.authors import taken_by
 from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.data.preparer import Prepared, Preparer
+from alignkd.pipeline.data.provenance import AnswerChoice
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.feeding.order import WINDOW_SHARDS
@@ -28,6 +31,8 @@ from alignkd.pipeline.feeding.teacher_rows import TeacherRows, Teaching, named, 
 from alignkd.plugins import load_plugins, loaded_plugins
 from alignkd.targets.batch_targets import Targets
 from alignkd.targets.several import SeveralTargets
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,10 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
             return np.arange(len(self.samples))
         shards_KN = np.stack([cache.reader.shards_of(self.samples.keys) for cache in self.caches])
         kept = np.ones(len(self.samples), dtype=bool)
-        for index in np.flatnonzero((shards_KN < 0).all(axis=0)).tolist():
+        absent: np.ndarray = np.asarray((shards_KN < 0).all(axis=0))
+        if absent.any():
+            kept = self._of_chosen_answers(absent)
+        for index in np.flatnonzero(absent & kept).tolist():
             sample = self.samples[index]
             if not sample.fault:
                 where = "the cache" if len(self.caches) == 1 else f"any of the {len(self.caches)} caches"
@@ -143,6 +151,14 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         usable = np.flatnonzero(kept)
         self.teaching = self.teaching and self.teaching.only(usable)
         return usable
+
+    def _of_chosen_answers(self, absent: np.ndarray) -> np.ndarray:
+        """Which samples the caches should have, or have: those of answers that none of them was written for are left out."""
+        plans = [plan for cache in self.caches for plan in cache.reader.plan.parts]
+        kept: np.ndarray = ~absent | taken_by(self.samples, [AnswerChoice.of_meta(plan.meta) for plan in plans])
+        if left_out := int((~kept).sum()):
+            _log.info("%s samples are left out: their answers are not those that the cache was written for", f"{left_out:,}")
+        return kept
 
     def _note_rejected(self, kept: np.ndarray) -> None:
         """Leave out samples that stage one rejected for every teacher that could have taught them."""

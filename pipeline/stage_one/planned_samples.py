@@ -1,6 +1,7 @@
 """The samples of a configuration, in the order of a cache's plan."""
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,20 +12,26 @@ from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.storage import open_storage
 from alignkd.errors import AlignkdError
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
+from alignkd.pipeline.data.authors import chosen_samples
 from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.data.open_samples import describe_data, known_samples, open_samples
+from alignkd.pipeline.data.provenance import AnswerChoice
 from alignkd.pipeline.hub.names import name_of
 
+_log = logging.getLogger(__name__)
 _RUN_BYTES = 2**24
 
 
-def find_samples(config: CacheTeacherConfig) -> tuple[Samples, Plan]:
+def find_samples(config: CacheTeacherConfig, weights: str = "") -> tuple[Samples, Plan]:
     """The samples in the order of the plan, and the plan: that of the cache, if it was made from data of these sizes.
 
+    ``weights``: the digest of the teacher's, where its own answers are chosen.
+
     Raises:
-        DataError: the data cannot be read, or is not in a known format.
+        DataError: the data cannot be read, is not in a known format, or has no sample whose answers are chosen.
     """
-    about = describe_data(config)
+    choice = AnswerChoice(config.answers, weights)
+    about = {**describe_data(config), **choice.as_meta()}
     storage = open_storage(config.cache)
     if storage.size(MANIFEST) is not None:
         plan = read_manifest(storage).load_plan(storage)
@@ -34,8 +41,11 @@ def find_samples(config: CacheTeacherConfig) -> tuple[Samples, Plan]:
             if known is not None:
                 return known, plan
     samples = open_samples(config)
+    records, samples = len(samples), chosen_samples(samples, choice)
+    if len(samples) < records:
+        _log.info("--answers %s: %s of %s samples", config.answers, f"{len(samples):,}", f"{records:,}")
     planned = samples.select(samples.by_image())
-    return planned, Plan(planned.keys, config.shard_samples, {**about, "records": len(samples)}, planned.locators())
+    return planned, Plan(planned.keys, config.shard_samples, {**about, "records": records}, planned.locators())
 
 
 def _sizes(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from alignkd.pipeline.config.cache_layout import ADVANTAGE
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.contract import Samples
-from alignkd.pipeline.data.open_samples import check_images
+from alignkd.pipeline.data.open_samples import check_images, describe_data
 from alignkd.pipeline.data.preparer import Prepared, Preparer
 from alignkd.pipeline.hub.models import model_folder, pin_models, tower_folder
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
@@ -62,7 +62,7 @@ class StageOne:
 
     @classmethod
     def open(cls, config: CacheTeacherConfig, local_rank: int = 0, stop: StopFlag | None = None) -> "StageOne":
-        """Read the data file (or the plan of an earlier run), then load the teacher.
+        """Read the data file (or the plan of an earlier run), then load the teacher; first the teacher, to know its answers.
 
         Raises:
             AlignkdError: one of the two cannot be used, or options contradict each other.
@@ -72,7 +72,8 @@ class StageOne:
         check_images(config)
         check_writable(config.cache)
         config = pin_models(config, recorded_configuration(config))
-        samples, plan = find_samples(config)
+        describe_data(config)
+        found = None if config.answers == "teacher" else find_samples(config)
         check_existing(config)
         compared = check_student(config, recipe)
         tower = tower_folder(config.vision_tower)
@@ -85,6 +86,7 @@ class StageOne:
         settings = resolve_targets(config, teacher)
         template = config.template or teacher.default_template
         check_template(template, teacher.templates)
+        samples, plan = find_samples(config, teacher.weights_fingerprint()) if found is None else found
         config = replace(config, settings=settings)
         return cls(config, teacher, template, samples, plan, StopFlag() if stop is None else stop)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from alignkd.pipeline.data.authors import joined
 from alignkd.pipeline.data.contract import NO_IMAGE, Samples, Source
 from alignkd.pipeline.data.sample import Sample
 
@@ -37,6 +38,7 @@ class MixedSamples(Samples):
             self.image_hashes = np.concatenate(self._hashes())[self._order]
             counts = [part.image_counts for part in parts if part.image_counts is not None]
             self.image_counts = np.concatenate(counts)[self._order]
+        self.authors = joined(parts, self._order)
 
     @property
     def _order(self) -> np.ndarray:
