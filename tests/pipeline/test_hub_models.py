@@ -27,7 +27,7 @@ from tiny_runs import (
 from alignkd.cli import UserError, main
 from alignkd.errors import CheckpointError, ConfigError, TransientError
 from alignkd.pipeline.hub.download import chosen_files
-from alignkd.pipeline.hub.models import model_folder, pin_model
+from alignkd.pipeline.hub.models import is_here, model_folder, pin_model
 from alignkd.pipeline.hub.names import ModelName, parse_name
 from alignkd.pipeline.hub.snapshots import TOWER_SETTINGS
 
@@ -141,6 +141,16 @@ def test_a_run_that_goes_on_keeps_its_commit_when_the_branch_has_moved(hub, chec
     assert pin_model("org/tiny", recorded=f"org/tiny@{first}") == f"org/tiny@{first}"
     assert pin_model("org/tiny@main", recorded=f"org/tiny@{first}") == f"org/tiny@{second}"
     assert pin_model("org/tiny", recorded=f"org/other@{first}") == f"org/tiny@{second}"
+
+
+def test_what_is_here_is_a_folder_or_a_whole_snapshot(hub, checkpoint, tmp_path):
+    hub.add("org/tiny", checkpoint)
+    assert is_here(str(checkpoint))
+    assert not is_here("org/tiny")
+    assert not is_here(str(tmp_path / "gone"))
+    huggingface_hub.snapshot_download("org/tiny", allow_patterns=["config.json"])
+    assert not is_here("org/tiny")
+    assert is_here(pin_model("org/tiny", may_download=True))
 
 
 def test_a_model_that_is_not_here_is_refused_with_the_commands_that_bring_it(hub):
