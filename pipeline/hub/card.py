@@ -157,7 +157,7 @@ class Card:
             "data": ", ".join(short_name(text) for text in _texts(settings.get("data"))) or None,
             "samples": settings.get("samples"),
             "samples' keys, SHA-256": settings.get("data_keys"),
-            "steps": result.get("steps", settings.get("steps")),
+            "steps": self.best.get("step") if self.best else result.get("steps", settings.get("steps")),
             "samples seen": result.get("samples"),
             "positions (text and vision tokens) seen": result.get("tokens"),
             "rejected samples": result.get("rejected"),

@@ -132,7 +132,9 @@ def test_a_best_student_says_what_chose_it(ended, tmp_path, monkeypatch):
     best = {"name": "gqa", "value": 61.5, "step": 8}
     monkeypatch.setattr("alignkd.pipeline.training.evaluation.best.read_best", lambda _: best)
     alignkd("push", out, "--best", "--folder", tmp_path / "published")
-    assert "best student of its run by gqa: 61.5 at step 8." in (tmp_path / "published" / "README.md").read_text()
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "best student of its run by gqa: 61.5 at step 8." in card
+    assert "* steps: 8\n" in card
 
 
 @pytest.mark.parametrize(
