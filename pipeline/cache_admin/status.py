@@ -11,6 +11,7 @@ from alignkd.cache_store.protocol.store import CacheStore, open_store
 from alignkd.cache_store.protocol.worker_reports import AT_WORK, Heard, read_reports
 from alignkd.cache_store.rows.reasons import count_reasons, reason_class
 from alignkd.cache_store.storage import open_storage
+from alignkd.pipeline.cache_admin.sight import SIGHT, recorded_sight
 from alignkd.pipeline.cache_admin.workers import worker_figures
 from alignkd.pipeline.config.cache_layout import attention_layer, logit_width
 from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
@@ -70,6 +71,7 @@ def status_figures(store: CacheStore) -> dict[str, Any]:
         "samples_per_second": round(status.samples_done / status.seconds, 3) if status.seconds else 0.0,
         "tokens": status.tokens,
         **recent_figures(status),
+        SIGHT: recorded_sight(store.storage),
         "rejected_by_reason": rejected_by_reason(status),
         "rejected": rejected_samples(status),
     }

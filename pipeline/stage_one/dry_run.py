@@ -20,10 +20,12 @@ from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.storage.local import LocalStorage
 from alignkd.capture.teacher_slice import check_sliceable, slice_config, slice_sizes
 from alignkd.errors import AlignkdError, DataError, SampleError
+from alignkd.pipeline.cache_admin.sight import SIGHT
 from alignkd.pipeline.cache_admin.status import dense_bytes
 from alignkd.pipeline.config.cache_layout import logit_width
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.stage_one.checks.place import check_room, free_bytes
+from alignkd.pipeline.stage_one.checks.sight import look
 from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
 from alignkd.pipeline.stage_one.shard_work import not_finite, rows
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
@@ -80,6 +82,7 @@ def dry_run(config: CacheTeacherConfig, probe: int = 32) -> dict[str, Any]:
         "saves_most": min(options, key=lambda name: options[name]) if options else None,
         "seconds_per_sample": round(trial.seconds / len(made), 6),
         "hours": round(trial.seconds / len(made) * total / 3600, 4),
+        SIGHT: look(stage),
     }
 
 

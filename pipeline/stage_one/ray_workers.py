@@ -28,6 +28,7 @@ from alignkd.pipeline.runtime.progress import ProgressBar, progress_bar
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals, take_back_signals
 from alignkd.pipeline.stage_one.checks.rejections import CommittedRejections
+from alignkd.pipeline.stage_one.checks.sight import check_sight
 from alignkd.pipeline.stage_one.dry_run import check_room_for_plan
 from alignkd.pipeline.stage_one.heartbeat import Heartbeat
 from alignkd.pipeline.stage_one.teacher_stage import StageOne
@@ -61,7 +62,8 @@ class ShardActor:
         load_plugins(self.config.plugins)
         stage, beat = StageOne.open(self.config), Heartbeat(self.config.cache, Worker())
         store = stage.open_store(lambda: beat.enter("calibrating"), partial(check_room_for_plan, stage))
-        log_stage_one(stage, store, Worker())
+        # Every actor looks, since none of them leaves a record; a few seconds each, at the same time.
+        log_stage_one(stage, store, Worker(), check_sight(stage, store))
         job = WorkerJob(stage, store, Worker(), StopFlag())
         beat.enter("writing", lambda: job.samples)
         return job

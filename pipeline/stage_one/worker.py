@@ -23,6 +23,7 @@ from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.cache_store.rows.encode import EncodedRow, encode_row
 from alignkd.cache_store.rows.row import Rejected
 from alignkd.errors import TransientError
+from alignkd.pipeline.cache_admin.sight import SIGHT
 from alignkd.pipeline.cache_admin.status import status_figures
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.runtime.devices import device_words, peak_memory_bytes
@@ -33,6 +34,7 @@ from alignkd.pipeline.runtime.ranks import Worker, find_worker
 from alignkd.pipeline.runtime.run_record import make_run_record
 from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
 from alignkd.pipeline.stage_one.checks.rejections import CommittedRejections
+from alignkd.pipeline.stage_one.checks.sight import check_sight, sight_of_start
 from alignkd.pipeline.stage_one.dry_run import check_room_for_plan
 from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
 from alignkd.pipeline.stage_one.heartbeat import heartbeat
@@ -62,8 +64,9 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
         store = stage.open_store(lambda: beat.enter("calibrating"), partial(check_room_for_plan, stage))
         store.sweep(min_age_s=MIN_AGE_S)
         configuration = asdict(stage.config) | {"template": stage.template, "worker": str(worker)}
-        store.write_run(make_run_record("cache-teacher", configuration))
-        log_stage_one(stage, store, worker)
+        sight = check_sight(stage, store)
+        store.write_run(make_run_record("cache-teacher", configuration) | ({} if sight is None else {SIGHT: sight}))
+        log_stage_one(stage, store, worker, sight)
         started = time.perf_counter()
         job = WorkerJob(stage, store, worker, stop)
         beat.enter("writing", lambda: job.samples)
@@ -100,7 +103,7 @@ def check_done(store: CacheStore, worker: Worker, *, steal: bool) -> None:
         _log.info("%d shards of other workers are not committed yet", len(pending))
 
 
-def log_stage_one(stage: StageOne, store: CacheStore, worker: Worker) -> None:
+def log_stage_one(stage: StageOne, store: CacheStore, worker: Worker, sight: dict[str, Any] | None) -> None:
     """The line of the log that says what starts."""
     config, plan = stage.config, stage.plan
     done = plan.shards - len(store.pending())
@@ -115,6 +118,7 @@ def log_stage_one(stage: StageOne, store: CacheStore, worker: Worker) -> None:
         plan=f"{plan.shards:,} shards of up to {config.shard_samples:,} samples, {done:,} of them done",
         targets="+".join(config.settings.targets),
         template=stage.template,
+        sight=sight_of_start(sight),
     )
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignkd.cache_store.protocol.worker_reports import AT_WORK
+from alignkd.pipeline.cache_admin.sight import SIGHT, sight_words
 from alignkd.pipeline.commands.output.printing import size_words
 from alignkd.pipeline.config.cache_layout import ADVANTAGE, attention_layer
 from alignkd.pipeline.runtime.printable import printable, printable_lines
@@ -29,6 +30,8 @@ def status_table(figures: Mapping[str, Any]) -> Group:
     parts: list[RenderableType] = [Text(printable(headline(figures)))]
     if "shards" in figures:
         parts += ["", _progress(figures), Text(rate_words(figures))]
+        if figures.get(SIGHT) is not None:
+            parts += [Text(sight_words(figures[SIGHT]))]
         if figures["shards_missing"]:
             parts += [Text(printable_lines(_missing_words(figures)))]
         if figures["shards_to_retry"]:
