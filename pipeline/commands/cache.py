@@ -1,4 +1,4 @@
-"""``alignkd cache``: look after a cache. No command here loads a model, or torch."""
+"""``alignkd cache``: look after a cache. None of them but ``rank`` loads a model, or torch."""
 
 import dataclasses
 import sys
@@ -9,6 +9,7 @@ import click
 
 from alignkd.errors import ConfigError, DataError
 from alignkd.extras import require
+from alignkd.pipeline.commands.cache_rank import cache_rank
 from alignkd.pipeline.commands.options import job_command as options
 from alignkd.pipeline.commands.output.messages import message_text
 from alignkd.pipeline.commands.output.printing import print_figures, say, say_json, without_credentials
@@ -26,6 +27,9 @@ _ANY_REASON = "any"
 @click.group("cache", cls=options.CommandGroup)
 def cache() -> None:
     """Look into a cache: its progress, its soundness, its rows."""
+
+
+cache.add_command(cache_rank)
 
 
 @cache.command("status", short_help="Progress: what is done and left, at which rate, by whom.")

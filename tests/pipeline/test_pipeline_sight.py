@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import SAMPLES, TEACHER, TEXT_ONLY, content, record, run_record, write_cache, write_data
 from tiny_runs import train as train_student
 
+from alignkd.cache_store.storage import open_storage
 from alignkd.cli import main
 from alignkd.pipeline.cache_admin.sight import recorded_sight, sight_words
 from alignkd.pipeline.config.targets import TargetSettings
+from alignkd.pipeline.stage_one import worker
+from alignkd.pipeline.stage_one.checks import sight as module
 
 ATTENTION = TargetSettings(targets=("attention",))
 WARNING = "the teacher does not look at its images"
@@ -82,25 +85,14 @@ def test_a_blind_teacher_is_warned_about_with_its_figures_and_what_to_do(stripes
     sight, warnings = looked(stripes, tmp_path / "cache", caplog, teacher=str(teacher))
     assert sight["blind"] is True
     assert len(warnings) == 1
-    for word in (
-        f"{sight['gain']:.4f} nats",
-        "0.02",
-        "median advantage",
-        "alignkd show",
-        "vision tower",
-        "preprocessor_config",
-    ):
+    for word in ("0.02", "median advantage", "alignkd show", "vision tower", "preprocessor_config"):
         assert word in warnings[0]
+    assert f"{sight['gain']:.4f} nats" in warnings[0]
 
 
-def test_the_look_changes_neither_rows_nor_targets_and_a_resumed_run_repeats_the_warning(
-    stripes, tmp_path, caplog, monkeypatch
-):
+def test_the_look_changes_no_row_and_a_resumed_run_repeats_the_warning(stripes, tmp_path, caplog, monkeypatch):
     sight, warnings = looked(stripes, tmp_path / "cache", caplog)
     assert sight["blind"] is True
-    from alignkd.pipeline.stage_one import worker
-    from alignkd.pipeline.stage_one.checks import sight as module
-
     looks = []
     monkeypatch.setattr(module, "look", lambda stage: looks.append(stage))
     with caplog.at_level(logging.WARNING, "alignkd"):
@@ -137,17 +129,8 @@ def test_a_few_samples_decide_nothing_and_text_alone_is_not_looked_at(tmp_path, 
 
 
 def test_figures_that_another_program_wrote_are_left_out(tmp_path):
-    from alignkd.cache_store.storage import open_storage
-
-    good = {
-        "samples": 9,
-        "tokens": 9,
-        "gain": 1,
-        "standard_error": 0.1,
-        "median_advantage": 0,
-        "threshold": 0.02,
-        "blind": False,
-    }
+    good = {"samples": 9, "tokens": 9, "gain": 1, "standard_error": 0.1, "median_advantage": 0, "threshold": 0.02}
+    good |= {"blind": False}
     for number, found in enumerate([{**good, "gain": "1"}, {**good, "gain": float("nan")}, {**good, "blind": "no"}, [], 3]):
         (tmp_path / f"{number}" / "runs").mkdir(parents=True)
         (tmp_path / f"{number}" / "runs" / "00.json").write_text(json.dumps({"sight": found}))
