@@ -45,7 +45,7 @@ def stripes(tmp_path_factory):
 def seeing(stripes, tmp_path_factory):
     """The golden teacher after a few seconds of fine-tuning on the stripes."""
     out = tmp_path_factory.mktemp("seeing") / "out"
-    settings = {"student": str(TEACHER), "images": str(stripes), "recipe": "sft", "max_steps": 30, "batch_size": 8}
+    settings = {"student": str(TEACHER), "images": str(stripes), "recipe": "sft", "max_steps": 20, "batch_size": 8}
     train_student(stripes / "data.json", None, out, **settings, learning_rate=3e-3, projector_learning_rate=1e-2)
     return out / "student"
 
