@@ -147,14 +147,15 @@ class Card:
     def _training(self) -> Iterator[str]:
         yield "## Training"
         result, settings = self.result or {}, self.settings
-        fingerprint = settings.get("cache_fingerprint")
-        teacher = fingerprint.get("teacher") if isinstance(fingerprint, Mapping) else None
+        prints = _mappings(settings.get("cache_fingerprint"))
+        weights = [teacher.get("weights") for one in prints for teacher in _mappings(one.get("teacher"))]
         facts = {
-            "student at the start": short_name(str(settings.get("student"))),
+            "student at the start": short_name(str(settings["student"])) if settings.get("student") else None,
             "teacher": self.teacher,
-            "teacher's weights, SHA-256": teacher.get("weights") if isinstance(teacher, Mapping) else None,
-            "cache fingerprint, SHA-256": _digest(fingerprint),
+            "teacher's weights, SHA-256": ", ".join(map(str, weights)) or None,
+            "cache fingerprint, SHA-256": ", ".join(map(_digest, prints)) or None,
             "data": ", ".join(short_name(text) for text in _texts(settings.get("data"))) or None,
+            "weights of the data": settings.get("data_weight") or None,
             "samples": settings.get("samples"),
             "samples' keys, SHA-256": settings.get("data_keys"),
             "steps": self.best.get("step") if self.best else result.get("steps", settings.get("steps")),
@@ -204,9 +205,12 @@ def _texts(value: Any) -> Iterable[str]:
     return [text for text in value if isinstance(text, str)] if isinstance(value, Sequence) else []
 
 
-def _digest(value: Any) -> str | None:
-    if not isinstance(value, Mapping):
-        return None
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    """The mappings of a field that holds one, several, or none: those of one cache or of several."""
+    return [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, Mapping)]
+
+
+def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 

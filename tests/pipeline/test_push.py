@@ -198,6 +198,16 @@ def test_names_of_the_hub_stay_whole_and_paths_lose_their_folders():
     assert short_name("C:\\Users\\bob\\train.json") == "train.json"
 
 
+def test_a_card_names_every_cache_and_dataset():
+    caches = [{"teacher": {"weights": digit * 64}, "data": digit} for digit in "12"]
+    settings = {"cache_fingerprint": caches, "data": ["/a/one.json", "/b/two.parquet"], "data_weight": [1.0, 0.5]}
+    lines = Card({"configuration": settings}, "llava").text().splitlines()
+    assert f"* teacher's weights, SHA-256: {'1' * 64}, {'2' * 64}" in lines
+    assert "* data: one.json, two.parquet" in lines
+    assert "* weights of the data: \\[1.0, 0.5\\]" in lines
+    assert next(len(line.split(", ")) for line in lines if "cache fingerprint" in line) == 3
+
+
 def test_a_base_model_and_data_of_the_hub_stand_in_the_head():
     settings = {"student": f"mtgv/MobileVLM_V2-1.7B@{'0' * 40}", "data": "hf://datasets/org/data@main/train.json"}
     head = head_of(Card({"configuration": settings}, "mobilevlm_v2").text())
