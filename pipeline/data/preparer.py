@@ -19,7 +19,7 @@ from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.destroyed import destroy
 from alignkd.inputs.encoder import Encoder, Planned
 from alignkd.models.encoders.image_files import ImageError, open_image
-from alignkd.models.encoders.rgb import rgb_by_pillow, what_is_lost
+from alignkd.models.encoders.pillow_rgb import rgb_by_pillow, what_is_lost
 from alignkd.models.encoders.templates.chat_template import check_date
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.data.doubtful_images import DoubtfulImages

@@ -19,8 +19,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from alignkd.errors import CheckpointError, SampleError
 from alignkd.inputs.prompts import IGNORE, PromptError
 from alignkd.models.encoders.image_files import image_size
+from alignkd.models.encoders.pillow_rgb import rgb_by_pillow, what_is_lost
 from alignkd.models.encoders.processors import load_processor
-from alignkd.models.encoders.rgb import rgb_by_pillow, what_is_lost
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.sample import parse_sample

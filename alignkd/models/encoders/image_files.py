@@ -4,6 +4,7 @@ Faults of storage (:func:`alignkd.errors.is_transient`) are no fault of the imag
 """
 
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -124,7 +125,9 @@ def _readable(name: str) -> Iterator[None]:
     except Exception as error:  # Pillow's decoders raise many kinds of error on damaged data
         if is_transient(error):
             raise
-        raise ImageError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+        # Pillow names the object that it reads, with its address: the same file would have another reason each time.
+        what = re.sub(r" <_io\.[^>]*>", "", str(error))
+        raise ImageError(f"{name}: not a readable image ({type(error).__name__}: {what})") from error
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -13,7 +13,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from alignkd.errors import CheckpointError, wrap_errors
 from alignkd.inputs.regions import SquareMode
-from alignkd.models.encoders.rgb import check_after_padding, check_prepared, rgb_by_pillow
+from alignkd.models.encoders.pillow_rgb import rgb_by_pillow
+from alignkd.models.encoders.rgb import check_after_padding, check_prepared
 
 PAD_OWN_MODE = "pad-own-mode"
 """An ``aspect_ratio``: padded in the mode of the file, then converted, as MobileVLM's loader for MMBench does."""

@@ -1,4 +1,4 @@
-"""Any image to RGB as a model's own loader makes it, and what would not survive that.
+"""Any image to RGB as a model's own loader makes it.
 
 Files have transparency, palettes, 16 bits a channel, an orientation. transformers turns an image upright where it opens the
 file (``load_image``), and its image processors lay transparency on white. The training code of LLaVA, MobileVLM and MiniGPT-4
@@ -12,20 +12,10 @@ from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
 from alignkd.models.encoders.image_files import ImageError, read_pixels, upright
+from alignkd.models.encoders.pillow_rgb import converted
 
 MAX_PREPARED_PIXELS = 2**27
 """An image that padding or resizing would make larger than this (11,585 x 11,585) is rejected."""
-_DEEP = ("I", "F")
-
-
-def rgb_by_pillow(image: Image.Image) -> Image.Image:
-    """What LLaVA's and MobileVLM's training code makes of an opened file.
-
-    Raises:
-        ImageError: it is damaged or cut short.
-    """
-    read_pixels(image)
-    return image if image.mode == "RGB" else _converted(image)
 
 
 def rgb_by_processor(image: Image.Image, image_processor: Any) -> Image.Image:
@@ -40,35 +30,12 @@ def rgb_by_processor(image: Image.Image, image_processor: Any) -> Image.Image:
     if image.mode == "RGB" and image.info.get("transparency") is None:
         return image
     if not getattr(image_processor, "do_convert_rgb", True):
-        return _converted(image)
+        return converted(image)
     try:
         own = getattr(image_processor, "convert_to_rgb", None)
         return Image.fromarray(own(image) if own is not None else convert_to_rgb(image, return_numpy=True))
     except (ValueError, TypeError) as error:
         raise ImageError(f"an image of mode {image.mode} cannot become RGB ({error})") from error
-
-
-def _converted(image: Image.Image) -> Image.Image:
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ImageError(f"an image of mode {image.mode} cannot become RGB ({error})") from error
-
-
-def what_is_lost(image: Image.Image, rgb: Image.Image) -> str:
-    """Why the RGB image shows little or nothing of the file's, in words; empty where nothing is wrong."""
-    if image.mode.startswith(_DEEP):
-        _, high = (image if image.mode in _DEEP else image.convert("I")).getextrema()
-        if isinstance(high, int | float) and high > 255:
-            return f"its values reach {high:g}, and RGB cuts them at 255"
-    spots = [(x, y) for x in (0, rgb.width // 2, rgb.width - 1) for y in (0, rgb.height // 2, rgb.height - 1)]
-    # Of a picture that shows something, some of a few pixels nearly always differ; only then all are looked at.
-    if len({rgb.getpixel(spot) for spot in spots}) > 1 and image.mode != "F":
-        return ""
-    extrema = rgb.getextrema()
-    if all(isinstance(band, tuple) and band[1] - band[0] <= int(image.mode == "F") for band in extrema):
-        return f"as RGB all of it has one value (the file's mode is {image.mode})"
-    return ""
 
 
 def check_after_padding(size: tuple[int, int]) -> None:

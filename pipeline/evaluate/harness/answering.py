@@ -10,7 +10,7 @@ from alignkd.errors import DataError, SampleError
 from alignkd.inputs.batch import ModelInput
 from alignkd.inputs.encoder import Encoder
 from alignkd.inputs.prompts import IMAGE_TAG
-from alignkd.models.encoders.rgb import rgb_by_pillow
+from alignkd.models.encoders.pillow_rgb import rgb_by_pillow
 from alignkd.models.encoders.templates.chat_template import check_date
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH

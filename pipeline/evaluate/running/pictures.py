@@ -14,8 +14,8 @@ import torch
 from alignkd.errors import DataError, SampleError
 from alignkd.inputs.encoder import Encoder
 from alignkd.models.encoders.image_files import open_image
+from alignkd.models.encoders.pillow_rgb import rgb_by_pillow
 from alignkd.models.encoders.placeholder import LoadedImage, PlaceholderEncoder
-from alignkd.models.encoders.rgb import rgb_by_pillow
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.data.tower_features import IMAGES_AT_ONCE
 from alignkd.pipeline.evaluate.benchmarks.contract import Benchmark, ImageTreatment
