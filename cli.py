@@ -10,6 +10,7 @@ from alignkd.pipeline.commands.output.messages import log_end, make_streams_safe
 from alignkd.version import __version__
 
 _COMMANDS = {
+    "check": "check:check_command",
     "cache-teacher": "cache_teacher:cache_teacher_command",
     "cache": "cache:cache",
     "distill": "distill:distill_command",

@@ -14,7 +14,8 @@ from alignkd.errors import SampleError
 from alignkd.inputs.batch import ModelInput
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.data.contract import Samples
-from alignkd.pipeline.data.preparer import Preparer, check_text
+from alignkd.pipeline.data.preparer import Preparer
+from alignkd.pipeline.data.rejected_samples import check_text
 from alignkd.pipeline.data.sample import Sample
 from alignkd.pipeline.data.tower_features import IMAGES_AT_ONCE
 

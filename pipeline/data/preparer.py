@@ -24,7 +24,8 @@ from alignkd.models.encoders.templates.chat_template import check_date
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.data.doubtful_images import DoubtfulImages
 from alignkd.pipeline.data.image_paths import image_path
-from alignkd.pipeline.data.images.places import place_of, read_place, size_at
+from alignkd.pipeline.data.images.places import image_reason, place_of, read_place, size_at
+from alignkd.pipeline.data.rejected_samples import check_text
 from alignkd.pipeline.data.sample import Sample
 
 
@@ -192,7 +193,7 @@ class Preparer:
             image = open_image(io.BytesIO(data), path)
             rgb = decode(image)
         except ImageError as error:
-            raise SampleError(f"image {error}" if path in str(error) else f"image {path}: {error}") from error
+            raise SampleError(image_reason(path, error)) from error
         if lost := what_is_lost(image, rgb):
             self.doubtful.add(place, lost)
         return rgb, hashlib.sha256(data).hexdigest()
@@ -211,18 +212,3 @@ def _memory_for(sample: Sample) -> Iterator[None]:
         raise TransientError(
             f"sample {sample.id or sample.key!r}: there is not enough memory to prepare it; use fewer workers, or free memory"
         ) from error
-
-
-def check_text(sample: Sample) -> None:
-    """Reject a sample whose record could not be read, and text that no tokenizer takes.
-
-    Raises:
-        SampleError: it has a fault; or it holds half of a surrogate pair, which JSON can escape but UTF-8 cannot encode.
-    """
-    if sample.fault:
-        raise SampleError(sample.fault)
-    try:
-        for _, text in sample.turns:
-            text.encode()
-    except UnicodeEncodeError as error:
-        raise SampleError(f"its text is not Unicode: {error}") from error

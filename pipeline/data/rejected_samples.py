@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from alignkd.cache_store.rows.reasons import in_words, reason_class
-from alignkd.errors import DataError
+from alignkd.errors import DataError, SampleError
+from alignkd.pipeline.data.sample import Sample
 
 LEAST_ALLOWED = 10
 """A share of ``--max-rejected`` allows at least this many: one per cent of a few samples would be none."""
@@ -89,3 +90,18 @@ class RejectedSamples:
         """The reasons by count, and the first few samples with theirs."""
         first = "; ".join(f"{name}: {why}" for name, why in list(self.reasons.items())[:3])
         return f"{in_words(dict(self.by_class.most_common()))}. First: {first}"
+
+
+def check_text(sample: Sample) -> None:
+    """Reject a sample whose record could not be read, and text that no tokenizer takes.
+
+    Raises:
+        SampleError: it has a fault; or it holds half of a surrogate pair, which JSON can escape but UTF-8 cannot encode.
+    """
+    if sample.fault:
+        raise SampleError(sample.fault)
+    try:
+        for _, text in sample.turns:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(f"its text is not Unicode: {error}") from error

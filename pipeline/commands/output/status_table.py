@@ -1,28 +1,27 @@
 """``alignkd cache status`` for people: tables of at most 80 columns."""
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from alignkd.cache_store.protocol.worker_reports import AT_WORK
 from alignkd.pipeline.cache_admin.sight import SIGHT, sight_words
 from alignkd.pipeline.commands.output.printing import size_words
+from alignkd.pipeline.commands.output.tables import add_row, figures_table, print_width
 from alignkd.pipeline.config.cache_layout import ADVANTAGE, attention_layer
 from alignkd.pipeline.runtime.printable import printable, printable_lines
 
-WIDTH = 80
 _MOST_WORKERS = 12
 _MOST_REASONS = 8
 
 
 def print_status(figures: Mapping[str, Any]) -> None:
     """Print the figures of :mod:`alignkd.pipeline.cache_admin.status` on standard output."""
-    Console(width=WIDTH, highlight=False, markup=False, emoji=False).print(status_table(figures))
+    print_width(status_table(figures))
 
 
 def status_table(figures: Mapping[str, Any]) -> Group:
@@ -83,10 +82,10 @@ def duration(seconds: float) -> str:
 
 
 def _progress(figures: Mapping[str, Any]) -> Table:
-    table = _table(("", "done", "left", "rejected", "planned"))
+    table = figures_table(("", "done", "left", "rejected", "planned"))
     done, rejected, planned = figures["samples_done"], figures["samples_rejected"], figures["samples"]
-    _row(table, "samples", f"{done:,}", f"{planned - done - rejected:,}", f"{rejected:,}", f"{planned:,}")
-    _row(
+    add_row(table, "samples", f"{done:,}", f"{planned - done - rejected:,}", f"{rejected:,}", f"{planned:,}")
+    add_row(
         table,
         "shards",
         f"{figures['shards_done']:,}",
@@ -111,20 +110,20 @@ def _retry_words(shards: Sequence[int]) -> str:
 
 
 def _rejected(figures: Mapping[str, Any]) -> Table:
-    table = _table(("rejected because", "samples", "for example"), wide=2)
+    table = figures_table(("rejected because", "samples", "for example"), wide=2)
     for kind, count in list(figures["rejected_by_reason"].items())[:_MOST_REASONS]:
         first = next(sample for sample in figures["rejected"] if sample["kind"] == kind)
-        _row(table, kind, f"{count:,}", f"{first['id'] or first['key']}: {first['reason']}")
+        add_row(table, kind, f"{count:,}", f"{first['id'] or first['key']}: {first['reason']}")
     return table
 
 
 def _workers(workers: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table(("worker", "host", "state", "last commit", "samples", "a second"))
+    table = figures_table(("worker", "host", "state", "last commit", "samples", "a second"), texts=("host", "state"))
     for worker in workers[:_MOST_WORKERS]:
         last, rate = worker["seconds_since_commit"], worker["samples_per_second"]
         state = "alive, " + worker["state"] if worker["state"] in AT_WORK else worker["state"]
         ago = "none yet" if last is None else f"{duration(last)} ago"
-        _row(
+        add_row(
             table,
             worker["worker"],
             worker["host"],
@@ -134,7 +133,7 @@ def _workers(workers: Sequence[Mapping[str, Any]]) -> Table:
             "" if rate is None else f"{rate:,.4g}",
         )
     if len(workers) > _MOST_WORKERS:
-        _row(table, "...", f"{len(workers) - _MOST_WORKERS} more: --json", "", "", "", "")
+        add_row(table, "...", f"{len(workers) - _MOST_WORKERS} more: --json", "", "", "", "")
     return table
 
 
@@ -142,7 +141,7 @@ def _bytes(figures: Mapping[str, Any]) -> Table:
     naive, stored = figures["dense_bytes_by_field"], dict[str, int]()
     for name, size in figures["bytes_by_field"].items():
         stored[_target(name)] = stored.get(_target(name), 0) + size
-    table = _table(("bytes", "stored", "a sample", "uncompressed", "ratio"))
+    table = figures_table(("bytes", "stored", "a sample", "uncompressed", "ratio"))
     for target, size in stored.items():
         _size_row(table, target, size, naive.get(target.replace(" ", "_"), 0), figures["samples_done"])
     if figures["tensor_bytes"]:
@@ -162,7 +161,7 @@ def _target(field: str) -> str:
 
 def _size_row(table: Table, name: str, size: int, naive: int, samples: int) -> None:
     each = size_words(size / samples) if samples else ""
-    _row(
+    add_row(
         table,
         name,
         size_words(size),
@@ -170,21 +169,6 @@ def _size_row(table: Table, name: str, size: int, naive: int, samples: int) -> N
         size_words(naive) if naive else "",
         f"1 : {naive / size:,.1f}" if naive and size else "",
     )
-
-
-def _table(columns: Iterable[str], wide: int | None = None) -> Table:
-    """Columns of figures, right-aligned after the first; ``wide``: the one that is cut where a line is too long."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
-    for number, name in enumerate(columns):
-        text = number in (0, wide) or name in ("host", "state")
-        table.add_column(
-            name, justify="left" if text else "right", no_wrap=number != wide, overflow="fold" if number == wide else "ellipsis"
-        )
-    return table
-
-
-def _row(table: Table, *words: str) -> None:
-    table.add_row(*(Text(printable(word)) for word in words))
 
 
 def _plural(noun: str, count: int) -> str:

@@ -1,0 +1,1 @@
+"""What is wrong with data, all of it in one pass, before any model works on it."""
