@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from alignkd.models.encoders.image_files import ImageError, open_image
+from alignkd.models.encoders.image_files import ImageError, open_image, size_of_image
 from alignkd.models.encoders.pillow_rgb import has_transparency, is_deep, what_is_lost
 from alignkd.pipeline.check.tally import Found, Named, kind_of
-from alignkd.pipeline.data.images.places import image_reason, read_place, size_at
+from alignkd.pipeline.data.images.places import image_reason, read_place
 
 NO_SIZE = (0, 0)
 TRANSPARENT = "transparency"
@@ -49,20 +49,20 @@ def look_at(place: str, decode: Decode) -> ImageFact:
         TransientError: storage does not answer.
     """
     try:
-        size, head_fault = size_at(place), ""
+        data = read_place(place)
+        size = size_of_image(io.BytesIO(data), place)
     except ImageError as error:
-        size, head_fault = NO_SIZE, f"image {error}"
+        return ImageFact(head_fault=f"image {error}", fault=image_reason(place, error))
     try:
-        image = open_image(io.BytesIO(read_place(place)), place)
-        shown = image.size if size == NO_SIZE else size
+        image = open_image(io.BytesIO(data), place)
         rgb = decode(image)
     except ImageError as error:
-        return ImageFact(size, head_fault=head_fault, fault=image_reason(place, error))
+        return ImageFact(size, fault=image_reason(place, error))
     lost = what_is_lost(image, rgb)
     doubts = [(TRANSPARENT, f"its mode is {image.mode}")] if has_transparency(image) else []
     doubts += [(DEEP, f"its mode is {image.mode}")] if is_deep(image) else []
     doubts += [(CUT_OFF if "cuts them" in lost else EMPTY, lost)] if lost else []
-    return ImageFact(shown, image.format or "unknown", tuple(doubts), head_fault)
+    return ImageFact(size, image.format or "unknown", tuple(doubts))
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -17,6 +16,7 @@ from alignkd.pipeline.config.check import CheckConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.sample import Sample
+from alignkd.pipeline.hub.models import model_folder, pin_models, tower_folder
 
 ASSUMED_SIZE = (336, 336)
 """Of every image, where images are not read."""
@@ -98,10 +98,11 @@ def open_model(config: CheckConfig) -> CheckedModel:
     Raises:
         AlignkdError: it is no checkpoint, or does not know the template.
     """
+    config = pin_models(config)
     assert config.model is not None
-    tower = Path(config.vision_tower) if config.vision_tower else None
-    described: Vlm | None = describe_vlm(config.model, vision_tower=tower)
-    vlm = load_vlm(config.model, vision_tower=tower) if described is None else described
+    folder, tower = model_folder(config.model), tower_folder(config.vision_tower)
+    described: Vlm | None = describe_vlm(folder, vision_tower=tower)
+    vlm = load_vlm(folder, vision_tower=tower) if described is None else described
     template = config.template or vlm.default_template
     encoder = Preparer.of(
         vlm,

@@ -14,7 +14,9 @@ class CheckConfig(shared.DataSettings):
     """What ``alignkd check`` is asked to do."""
 
     model: str | None = setting(
-        None, group="model", help="Folder of a checkpoint: check with its tokenizer, template and image processor."
+        None,
+        group="model",
+        help="A checkpoint, a folder or ORG/NAME[@REVISION]: judge samples as its own encoder does.",
     )
     read_images: bool = setting(True, group="data", help="Read every image; without, the texts alone are checked.")
     template: str | None = shared.template()
@@ -27,6 +29,7 @@ class CheckConfig(shared.DataSettings):
         help="Cut texts at this many ids, as cache-teacher does.",
     )
     vision_tower: str | None = shared.vision_tower()
+    download: bool = shared.download()
     workers: int | None = setting(
         None, at_least=1, at_most=256, default_text="the processor cores", help="Processes that read samples and images."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from itertools import pairwise
 
 import numpy as np
@@ -23,6 +24,7 @@ from alignkd.pipeline.check.verdicts import PlainJudge
 from alignkd.pipeline.config.check import CheckConfig
 from alignkd.pipeline.data.open_samples import open_samples
 from alignkd.pipeline.data.sample import read_sample
+from alignkd.pipeline.runtime.signals import Interrupted
 
 ASKED = "<image>\nWhat?"
 MESSY = [
@@ -209,6 +211,21 @@ def test_several_processes_find_what_one_finds(messy, pictures, figures, monkeyp
         monkeypatch.setattr(run, name, 3)
     several = checked(messy, pictures, workers=2)
     assert {**several, "seconds": 0} == {**figures, "seconds": 0}
+
+
+def test_a_signal_ends_it_at_the_next_part(messy, monkeypatch):
+    monkeypatch.setattr(run, "_SAMPLES_AT_ONCE", 3)
+    real, calls = SampleLook.__call__, []
+
+    def look(self, span):
+        calls.append(span)
+        signal.raise_signal(signal.SIGTERM)
+        return real(self, span)
+
+    monkeypatch.setattr(SampleLook, "__call__", look)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM, before everything was checked"):
+        checked(messy, read_images=False)
+    assert len(calls) == 1
 
 
 @settings(max_examples=30, deadline=None)
