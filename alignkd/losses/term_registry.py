@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from alignkd.errors import ConfigError
+from alignkd.targets.logit_settings import DIVERGENCE_NAMES
 
 AveragedOver = Literal["with_image", "with_text_after_image", "samples"]
 """Which samples of a step a term is averaged over: those with an image, those with text after an image, or all."""
@@ -60,6 +61,17 @@ def find_term(name: str) -> RegisteredTerm:
             " recipe is read"
         )
     return _TERMS[name]
+
+
+_ANSWERS = ("supervised", *DIVERGENCE_NAMES)
+_SAMPLES = {"attention": "with_text_after_image", "vision_all": "with_image", "vision_focus": "with_image"}
+
+
+def averaged_over(term: str) -> str:
+    """What a term of the objective is a mean over: a field of :class:`alignkd.inputs.batch.Counts`."""
+    if term in _ANSWERS:
+        return "answers"
+    return _SAMPLES[term] if term in _SAMPLES else find_term(term).averaged_over
 
 
 def _where(made_by: Callable[..., Any]) -> str:

@@ -46,7 +46,7 @@ def _of_teacher(rows: Mapping[int, TaughtRow], batch: Batch) -> Targets:
     targets = collate_targets([row.stored for row in rows.values()], batch, list(rows))
     answers_B = np.bincount(batch.answer_samples_A.numpy(), minlength=batch.samples)
     paired_A = np.concatenate([_answers(rows.get(place), count) for place, count in enumerate(answers_B.tolist())])
-    if targets.answers and not paired_A.all():
+    if (targets.answers or targets.advantage_A is not None) and not paired_A.all():
         paired_P, unpaired_U = (torch.from_numpy(np.flatnonzero(chosen)) for chosen in (paired_A, ~paired_A))
         targets = replace(targets, paired_P=paired_P, unpaired_U=unpaired_U)
     return replace(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from alignkd.errors import ConfigError
 from alignkd.losses.recipes import RECIPES, Recipe
 from alignkd.pipeline.config import shared
 from alignkd.pipeline.config.shared import DTYPES
@@ -21,8 +22,19 @@ class DistillConfig(shared.DataSettings):
     """
 
     student: str = setting(group="model", help="The student's checkpoint: a folder, or ORG/NAME[@REVISION].")
-    cache: str | None = setting(
-        None, group="data", help="The cache that cache-teacher wrote. Not needed by recipes without a teacher, such as sft."
+    cache: str | tuple[str, ...] | None = setting(
+        None,
+        group="data",
+        help="The cache that cache-teacher wrote; may be repeated, one for each teacher. Not needed by recipes without a"
+        " teacher, such as sft.",
+    )
+    cache_weight: tuple[float, ...] = setting(
+        (),
+        group="data",
+        at_least=0,
+        at_most=1e6,
+        default_text="1",
+        help="How much the teacher of each --cache counts for samples that several of them teach; once for each --cache.",
     )
     out: str = setting(group="storage", aliases=("output-dir",), help="Folder of the run.")
     recipe: Recipe = RECIPES["align-kd"]
@@ -139,11 +151,11 @@ class DistillConfig(shared.DataSettings):
         aliases=("val-data",),
         help="Held-out samples, in LLaVA format: their loss while it trains.",
     )
-    eval_cache: str | None = setting(
+    eval_cache: str | tuple[str, ...] | None = setting(
         None,
         group="evaluation",
         default_text="--cache, if it holds them",
-        help="The cache of the teacher's targets for the held-out samples.",
+        help="The cache of the teacher's targets for the held-out samples; once for each --cache, in its order.",
     )
     eval_images: str | None = setting(
         None, group="evaluation", default_text="--images", help="Folder of the held-out samples' images."
@@ -180,6 +192,32 @@ class DistillConfig(shared.DataSettings):
     download: bool = shared.download()
     plugins: tuple[str, ...] = shared.plugins()
     feature_bytes: int = 4 * 2**30
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other.
+
+        Raises:
+            ConfigError: weights or held-out caches that do not go with the caches, or the same cache twice.
+        """
+        super().check()
+        caches, held_out = shared.several(self.cache), shared.several(self.eval_cache)
+        if len(set(caches)) < len(caches):
+            twice = next(url for url in caches if caches.count(url) > 1)
+            raise ConfigError(
+                f"--cache {twice} is given twice: give the cache of each teacher once, its share with --cache-weight"
+            )
+        if self.cache_weight and len(self.cache_weight) != len(caches):
+            raise ConfigError(
+                f"--cache-weight is given {len(self.cache_weight)} times and --cache {len(caches)} times: give one for each"
+                " --cache, in its order"
+            )
+        if self.cache_weight and not any(self.cache_weight):
+            raise ConfigError("--cache-weight is 0 for every --cache: give at least one of them a weight above 0")
+        if held_out and max(len(held_out), len(caches)) > 1 and len(held_out) != len(caches):
+            raise ConfigError(
+                f"--eval-cache is given {len(held_out)} times and --cache {len(caches)} times: give the held-out cache of each"
+                " teacher, in the order of --cache, or none where the training caches hold the held-out samples"
+            )
 
     @property
     def samples_at_once(self) -> int | None:

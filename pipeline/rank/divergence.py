@@ -22,7 +22,7 @@ from alignkd.pipeline.runtime.devices import parse_dtype
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.training.run_inputs import open_data, open_inputs
-from alignkd.pipeline.training.teacher_source import open_teacher
+from alignkd.pipeline.training.teacher_source import open_teachers
 from alignkd.targets.batch_targets import DecodedTargets
 from alignkd.targets.logit_settings import DIVERGENCE_NAMES
 from alignkd.targets.logits import LogitCodec
@@ -56,7 +56,7 @@ def sample_divergences(config: RankConfig) -> dict[str, float]:
     recipe = divergence_recipe(config.recipe)
     given = {name: getattr(config, name) for name in ("student", "data", "images", "limit", "sample", "device", "max_rejected")}
     inputs = open_inputs(DistillConfig(**given, cache=config.cache, recipe=recipe, out=""), Worker())
-    student, codec = inputs.student, open_teacher(inputs).logit_codec
+    student, codec = inputs.student, open_teachers(inputs)[0].logit_codec
     assert codec is not None, "a recipe with divergences needs logits"
     enable_capture(student)
     student.model.eval()

@@ -12,9 +12,10 @@ from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.training.run_inputs import check_options, open_data, open_inputs
 from alignkd.pipeline.training.student import build_objective
-from alignkd.pipeline.training.teacher_source import open_teacher
+from alignkd.pipeline.training.teacher_source import open_teachers
 from alignkd.plugins import load_plugins
 from alignkd.targets.batch_targets import Targets
+from alignkd.targets.several import SeveralTargets
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Distillation:
     objective: Objective
     data: TrainingSet
 
-    def batch(self, samples: Sequence[int]) -> tuple[Batch, Targets]:
+    def batch(self, samples: Sequence[int]) -> tuple[Batch, Targets | SeveralTargets]:
         """Some samples of ``data``, by their index, and the teacher's targets for them, on the student's device.
 
         Raises:
@@ -48,5 +49,5 @@ def open_distillation(config: DistillConfig) -> Distillation:
     load_plugins(config.plugins)
     check_options(config)
     inputs = open_inputs(config, Worker())
-    objective, _ = build_objective(inputs, open_teacher(inputs), processes=1)
+    objective, _ = build_objective(inputs, open_teachers(inputs), processes=1)
     return Distillation(inputs.student, objective, open_data(inputs))

@@ -63,7 +63,7 @@ def check_out(out: Path, *, resume: bool) -> None:
 
 def resolved_settings(inputs: RunInputs, data: TrainingSet, schedule: Schedule) -> dict[str, Any]:
     """The configuration as a run's record keeps it: defaults resolved, data and cache by their content."""
-    config = inputs.config
+    config, prints = inputs.config, [cache.reader.fingerprint for cache in inputs.caches]
     return {
         **asdict(config),
         "template": inputs.template,
@@ -76,7 +76,7 @@ def resolved_settings(inputs: RunInputs, data: TrainingSet, schedule: Schedule) 
         "samples": len(data),
         "data_keys": data.fingerprint(),
         "data_weights": None if data.weights is None else hashlib.sha256(data.weights.tobytes()).hexdigest(),
-        "cache_fingerprint": inputs.reader.fingerprint if inputs.reader else None,
+        "cache_fingerprint": prints[0] if len(prints) == 1 else prints or None,
     }
 
 

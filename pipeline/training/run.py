@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from alignkd.losses.recipes import term_weights
 from alignkd.objective import Objective
 from alignkd.pipeline.config.distill import DistillConfig
+from alignkd.pipeline.config.shared import several
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.feature_cache import cache_tower_features
 from alignkd.pipeline.feeding.loader_processes import lost_loader
@@ -38,7 +39,14 @@ from alignkd.pipeline.training.evaluation.evaluation import EndedEarlyError, Eva
 from alignkd.pipeline.training.evaluation.open import open_evaluation
 from alignkd.pipeline.training.evaluation.plan import plan_evaluation
 from alignkd.pipeline.training.monitoring.metrics import Metrics
-from alignkd.pipeline.training.monitoring.summary import final_terms, folders, image_warnings, next_command, rejection_warnings
+from alignkd.pipeline.training.monitoring.summary import (
+    final_terms,
+    folders,
+    image_warnings,
+    next_command,
+    rejection_warnings,
+    taught_by,
+)
 from alignkd.pipeline.training.monitoring.tensorboard import TensorBoard
 from alignkd.pipeline.training.optimizers import OptimizerSettings
 from alignkd.pipeline.training.resume_checks import (
@@ -52,7 +60,7 @@ from alignkd.pipeline.training.resume_checks import (
 from alignkd.pipeline.training.run_inputs import check_options, open_data, open_inputs
 from alignkd.pipeline.training.schedule import Schedule, make_schedule
 from alignkd.pipeline.training.student import build_objective, save_student
-from alignkd.pipeline.training.teacher_source import open_teacher
+from alignkd.pipeline.training.teacher_source import open_teachers
 from alignkd.pipeline.training.trainer import DistillTrainer
 from alignkd.pipeline.training.training_arguments import training_arguments
 from alignkd.plugins import load_plugins
@@ -91,7 +99,7 @@ def _distill(
     set_seed(config.seed)
     plan = plan_evaluation(config)
     inputs = open_inputs(config, process)
-    objective, peft_model = build_objective(inputs, open_teacher(inputs), processes=process.world_size)
+    objective, peft_model = build_objective(inputs, open_teachers(inputs), processes=process.world_size)
     data = open_data(inputs)
     evaluation = open_evaluation(plan, inputs, data, objective, peft_model, processes, stop)
     schedule = make_schedule(config, data, inputs.student, process)
@@ -113,7 +121,7 @@ def _distill(
         student=config.student,
         data=f"{config.data_words} ({len(data):,} samples)",
         images=config.images_words,
-        cache=config.cache,
+        cache=", ".join(several(config.cache)) or None,
         plan=f"{schedule.steps:,} steps of {schedule.per_step:,} micro-batches, recipe {config.recipe.name}",
         out=config.out,
         template=inputs.template,
@@ -155,7 +163,9 @@ def _train(
     checkpoint, state = _resume_point(config, processes)
     done = step_of(checkpoint) if checkpoint is not None else 0
     learned = config.recipe.weighting == "learned"
-    metrics = Metrics(out / "metrics.jsonl", term_weights(config.recipe), learned=learned, writes=processes.first)
+    teachers = len(data.caches) if len(data.caches) > 1 else 0
+    weights = term_weights(config.recipe)
+    metrics = Metrics(out / "metrics.jsonl", weights, learned=learned, writes=processes.first, teachers=teachers)
     title = f"distill {config.recipe.name}"
     with progress_bar(title, schedule.steps, "steps", done=done, show=processes.first) as progress:
         callback = RunCallback(progress)
@@ -207,6 +217,7 @@ def _train(
         "tokens_per_second": round(totals["tokens"] / totals["seconds"], 1),
         "loss": line.get("loss"),
         "terms": final_terms(line),
+        **taught_by(data.caches, totals),
         **evaluation.figures(),
         "processes": processes.world_size,
         "rejected": rejects.count,

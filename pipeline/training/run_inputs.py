@@ -1,6 +1,7 @@
 """Open what a run of stage two needs, and check the parts against each other: cache, student, prompts, data."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +12,16 @@ from alignkd.extras import require
 from alignkd.inputs.prompts import check_template
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.cache_io.compatibility import check_attention_layers, check_recipe_targets, check_student_compatible
-from alignkd.pipeline.cache_io.cross_model import CrossModelMap
+from alignkd.pipeline.cache_io.compatibility import check_recipe_targets
+from alignkd.pipeline.cache_io.open_caches import OpenCache, common_prompt_date, fit_cache, naming_cache
 from alignkd.pipeline.config.cache_layout import ADVANTAGE, SLICED, is_slice
 from alignkd.pipeline.config.distill import DistillConfig
-from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
+from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH, several
 from alignkd.pipeline.data.open_samples import check_images, open_samples
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.order import WINDOW_SHARDS
+from alignkd.pipeline.feeding.teacher_rows import TeacherRows, target_fields
 from alignkd.pipeline.hub.models import model_folder, tower_folder
 from alignkd.pipeline.runtime.devices import pick_device
 from alignkd.pipeline.runtime.ranks import Worker
@@ -28,21 +30,18 @@ from alignkd.pipeline.training.training_arguments import check_trackers, zero_st
 
 @dataclass(frozen=True)
 class RunInputs:
-    """The opened inputs of a run. ``cross_model``: how rows become this student's targets, None where they are used unchanged.
+    """The opened inputs of a run. ``caches``: of one teacher each, in the order of the configuration; there may be none.
 
-    ``needs``: the targets that come from the cache, none of them beside an online teacher. ``teacher_layers``: how many
-    layers the cache's teacher has, None where the recipe compares no attention from the cache.
+    ``needs``: the targets that come from them, none beside an online teacher.
     """
 
     config: DistillConfig
     device: str
-    reader: CacheReader | None
+    caches: tuple[OpenCache, ...]
     student: Vlm
     template: str
     max_length: int
     needs: frozenset[str]
-    cross_model: CrossModelMap | None
-    teacher_layers: int | None
 
 
 def check_options(config: DistillConfig) -> None:
@@ -60,6 +59,11 @@ def check_options(config: DistillConfig) -> None:
         raise ConfigError(f"--optimizer {config.optimizer} does not run under --deepspeed; use adamw")
     if config.term_gradients and zero_stage(config.deepspeed) == 3:
         raise ConfigError("--term-gradients needs every parameter on every process, which ZeRO-3 does not keep; use zero2")
+    if config.online_teacher is not None and len(several(config.cache)) > 1:
+        raise ConfigError(
+            "--online-teacher with several --cache: a teacher in the loop is one teacher, and a cache beside it decides the"
+            " samples and their order alone; give one --cache, or leave --online-teacher out"
+        )
     if config.teacher_dtype is not None and config.online_teacher is None:
         raise ConfigError("--teacher-dtype sets the dtype of --online-teacher, which is not given")
 
@@ -72,56 +76,55 @@ def open_inputs(config: DistillConfig, process: Worker) -> RunInputs:
     """
     check_images(config)
     needs = config.recipe.needs if config.online_teacher is None else frozenset[str]()
-    reader = _open_cache(config, needs)
+    readers = _open_readers(config, needs)
     device = pick_device(config.device, process.local_rank)
     student = load_vlm(model_folder(config.student), device=device, vision_tower=tower_folder(config.vision_tower))
-    template, max_length = _prompt_settings(config, student, reader)
+    template, max_length = _prompt_settings(config, student, readers)
     check_template(template, student.templates)
-    cross_model, teacher_layers = None, None
-    if reader is not None:
-        fields = [field.name for field in reader.spec.fields]
-        found = reader.fingerprint
-        cross_model = check_student_compatible(student, found, template, max_length, reader.url, needs=needs, fields=fields)
-        if "attention" in needs:
-            teacher_layers = check_attention_layers(student, found, config.recipe)
-    return RunInputs(config, device, reader, student, template, max_length, needs, cross_model, teacher_layers)
+    caches, weights = [], config.cache_weight or (1.0,) * len(readers)
+    for reader, weight in zip(readers, weights, strict=True):
+        with naming_cache(reader, len(readers)):
+            caches.append(fit_cache(reader, student, config.recipe, needs, template, max_length, weight))
+    return RunInputs(config, device, tuple(caches), student, template, max_length, needs)
 
 
-def _open_cache(config: DistillConfig, needs: frozenset[str]) -> CacheReader | None:
-    if config.cache is None:
-        if needs:
-            raise ConfigError(
-                f"recipe {config.recipe.name!r} needs {', '.join(sorted(needs))} from a teacher: give --cache (or"
-                " --online-teacher)"
-            )
-        return None
-    reader = CacheReader(config.cache, max_shards=2 * WINDOW_SHARDS)  # of this window of samples, and of the next
-    if config.online_teacher is None:
-        check_recipe_targets(reader.fingerprint, config.recipe)
-    return reader
+def _open_readers(config: DistillConfig, needs: frozenset[str]) -> list[CacheReader]:
+    urls = several(config.cache)
+    if needs and not urls:
+        raise ConfigError(
+            f"recipe {config.recipe.name!r} needs {', '.join(sorted(needs))} from a teacher: give --cache (or --online-teacher)"
+        )
+    readers = []
+    for url in urls:
+        readers.append(CacheReader(url, max_shards=2 * WINDOW_SHARDS))  # of this window of samples, and of the next
+        if config.online_teacher is None:
+            with naming_cache(readers[-1], len(urls)):
+                check_recipe_targets(readers[-1].fingerprint, config.recipe)
+    return readers
 
 
-def _prompt_settings(config: DistillConfig, student: Vlm, reader: CacheReader | None) -> tuple[str, int]:
+def _prompt_settings(config: DistillConfig, student: Vlm, readers: Sequence[CacheReader]) -> tuple[str, int]:
     """Template and maximum length: those given, else the cache's, else the student's own and the default.
 
-    The cache's template serves if its teacher is of the student's model family; other families have prompts of their own.
+    A cache's template serves if its teacher is of the student's model family; other families have prompts of their own. Of
+    several caches the first decides whose template serves, or the first.
     """
-    template, max_length = student.default_template, DEFAULT_MAX_LENGTH
-    if reader is not None:
+    found = []
+    for reader in readers:
         unreadable = f"the fingerprint of the cache at {reader.url} is damaged: write the cache again"
         with wrap_errors(CacheError, unreadable, KeyError, TypeError, ValueError, AttributeError):
-            found = reader.fingerprint
-            max_length = int(found["max_length"])
-            same_family = found["teacher"].get("family", student.family) == student.family
-            if same_family and str(found["template"]) in student.templates:
-                template = str(found["template"])
-    return config.template or template, config.max_length or max_length
+            cached = reader.fingerprint
+            same_family = cached["teacher"].get("family", student.family) == student.family
+            serves = same_family and str(cached["template"]) in student.templates
+            found.append((serves, str(cached["template"]) if serves else student.default_template, int(cached["max_length"])))
+    first = next((one for one in found if one[0]), found[0] if found else (False, student.default_template, DEFAULT_MAX_LENGTH))
+    return config.template or first[1], config.max_length or first[2]
 
 
 def _prompt_date(inputs: RunInputs) -> str | None:
     """The date that prompts show where the template writes one: the cache's or, without one, that of the run which goes on."""
-    if inputs.reader is not None and "prompt_date" in inputs.reader.fingerprint:
-        return str(inputs.reader.fingerprint["prompt_date"])
+    if (date := common_prompt_date(inputs.caches)) is not None:
+        return date
     record = Path(inputs.config.out) / "run.json"
     if not inputs.config.resume or not record.is_file():
         return None
@@ -138,26 +141,42 @@ def open_data(inputs: RunInputs) -> TrainingSet:
     Raises:
         AlignkdError: a data file that cannot be read, or whose samples are not those of the cache.
     """
-    config, needs = inputs.config, inputs.needs
-    if inputs.reader is not None and is_slice(inputs.reader.fingerprint):
-        needs -= SLICED
+    config = inputs.config
     samples = open_samples(config)
     preparer = Preparer.of(
         inputs.student,
         template=inputs.template,
         max_length=inputs.max_length,
-        with_spans=inputs.cross_model is not None,
+        with_spans=any(cache.cross_model is not None for cache in inputs.caches),
         prompt_date=_prompt_date(inputs),
         with_destroyed=config.online_teacher is not None and ADVANTAGE in config.recipe.needs,
     )
-    layers = needed_layers(config.recipe, inputs.student, inputs.teacher_layers) if "attention" in needs else ()
+    first = inputs.caches[0] if inputs.caches else None
     return TrainingSet(
         samples,
         preparer,
         student=inputs.student,
-        reader=inputs.reader,
-        needs=needs,
+        reader=first.reader if first else None,
+        needs=_needs(inputs, first) if first else frozenset(),
         max_rejected=config.max_rejected,
-        cross_model=inputs.cross_model,
-        attention_layers=layers,
+        cross_model=first.cross_model if first else None,
+        attention_layers=_layers(inputs, first) if first else (),
+        others=[_rows(inputs, cache) for cache in inputs.caches[1:]],
+        weight=first.weight if first else 1.0,
     )
+
+
+def _needs(inputs: RunInputs, cache: OpenCache) -> frozenset[str]:
+    """The targets that come from the rows of a cache: a slice of the teacher makes some of them."""
+    return inputs.needs - SLICED if is_slice(cache.reader.fingerprint) else inputs.needs
+
+
+def _layers(inputs: RunInputs, cache: OpenCache) -> tuple[int, ...]:
+    if "attention" not in _needs(inputs, cache):
+        return ()
+    return needed_layers(inputs.config.recipe, inputs.student, cache.teacher_layers)
+
+
+def _rows(inputs: RunInputs, cache: OpenCache) -> TeacherRows:
+    fields = target_fields(cache.reader, inputs.student, _needs(inputs, cache), _layers(inputs, cache))
+    return TeacherRows(cache.reader, tuple(fields), cache.cross_model, cache.weight)

@@ -1,9 +1,11 @@
 """The student's way through a run: into the objective, and out to disk."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from alignkd.capture.teacher import Teacher
 from alignkd.models.loading import save_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective
@@ -11,11 +13,10 @@ from alignkd.pipeline.runtime.devices import parse_dtype
 from alignkd.pipeline.training.adapters import load_adapters, save_adapters
 from alignkd.pipeline.training.lora import LoraSettings, add_lora, merge_lora
 from alignkd.pipeline.training.run_inputs import RunInputs
-from alignkd.pipeline.training.teacher_source import Teacher
 from alignkd.pipeline.training.training_arguments import zero_stage
 
 
-def build_objective(inputs: RunInputs, teacher: Teacher, *, processes: int) -> tuple[Objective, Any]:
+def build_objective(inputs: RunInputs, teachers: Sequence[Teacher], *, processes: int) -> tuple[Objective, Any]:
     """The objective around the student, and the PEFT model with ``--lora``, else None.
 
     Call it before DeepSpeed changes what the student's modules are.
@@ -23,13 +24,14 @@ def build_objective(inputs: RunInputs, teacher: Teacher, *, processes: int) -> t
     Raises:
         ConfigError: the recipe cannot be used with this student, or the adapters to start from are others.
     """
-    config, student = inputs.config, inputs.student
+    config, student, first = inputs.config, inputs.student, teachers[0]
     objective = Objective(
         student,
         config.recipe,
-        teacher.shape,
-        teacher.source,
-        teacher.logit_codec,
+        first.shape,
+        first.source,
+        first.logit_codec,
+        teachers[1:],
         keep_all_parameters_in_graph=processes > 1,
     )
     if config.adapters_of is not None:

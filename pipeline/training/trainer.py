@@ -33,6 +33,7 @@ from alignkd.pipeline.training.monitoring.metrics import PRECISION, Metrics
 from alignkd.pipeline.training.monitoring.tensorboard import EVAL
 from alignkd.pipeline.training.optimizers import OptimizerSettings, optimizer_of
 from alignkd.pipeline.training.schedule import Schedule
+from alignkd.targets.several import SeveralTargets
 
 _log = logging.getLogger(__name__)
 
@@ -118,9 +119,7 @@ class DistillTrainer(CheckpointingTrainer):
         for failure in failures:
             if failure.fatal:
                 raise MisalignedRowError(failure.reason)
-        mine = [
-            inputs["targets"].mask_to_targets(inputs["batch"]).counts() for inputs in batches if inputs["batch"] is not None
-        ]
+        mine = [inputs["targets"].counts(inputs["batch"]) for inputs in batches if inputs["batch"] is not None]
         sums = self.processes.sum(
             [
                 sum(counts.answers for counts in mine),
@@ -178,6 +177,9 @@ class DistillTrainer(CheckpointingTrainer):
             masked = inputs["targets"].mask_to_targets(batch)
             masks = masked.text_mask_BT, masked.vision_mask_BV
             outputs["attention_contrast"] = attention_contrast(outcome["attention_BHTV"], *masks)
+        if isinstance(inputs["targets"], SeveralTargets):
+            outputs |= outcome["of_teachers"]
+            self.metrics.add_of_teachers(outcome["of_teachers"], inputs["targets"].taught)
         tokens, answers = batch.input_ids_BS.numel(), batch.answer_ids_A.numel()
         counts_of_batch = {name: inputs[name] for name in ("truncated", "padding")}
         self.metrics.add(outputs, samples=batch.samples, tokens=tokens, answers=answers, **counts_of_batch)

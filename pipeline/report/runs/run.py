@@ -101,6 +101,11 @@ class Run:
         value = self.settings.get(name)
         return value if isinstance(value, str) and value else None
 
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A setting of one text or several."""
+        value = self.settings.get(name)
+        return tuple(one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one)
+
     def local_paths(self, name: str) -> tuple[str, ...]:
         """A setting of one path or several; none where it names something on a network, as the record may come from others."""
         value = self.settings.get(name)

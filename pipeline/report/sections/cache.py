@@ -20,9 +20,10 @@ def cache_section(runs: Sequence[Run], url: str | None = None) -> tuple[Html, di
     notes = list[Text]()
     for run in runs:
         before = f"{run.name}: " if len(runs) > 1 else ""
-        if found := (url or run.setting("cache")):
+        learned_from = (url,) if url else run.texts("cache")
+        for found in learned_from:
             owners.setdefault(found, []).append(run.name)
-        else:
+        if not learned_from:
             notes.append(missing(f"{before}no cache: {_without(run)}"))
     figures, parts = dict[str, Any](), list[Text]()
     for found, names in owners.items():

@@ -59,7 +59,13 @@ def _best(found: Any) -> str:
 def _targets(run: Run) -> str:
     if teacher := run.setting("online_teacher"):
         return f"computed while it trained, by {teacher}"
-    return run.setting("cache") or "none: its recipe needs no teacher"
+    taught = (run.result or {}).get("teachers")
+    counts = [one.get("samples") for one in taught if isinstance(one, dict)] if isinstance(taught, list) else []
+    caches = run.texts("cache")
+    if len(caches) > 1 and len(counts) == len(caches):
+        shown = (figure(_whole(number(count))) for count in counts)
+        caches = tuple(f"{cache} (taught {count} samples)" for cache, count in zip(caches, shown, strict=True))
+    return ", ".join(caches) or "none: its recipe needs no teacher"
 
 
 def _whole(value: float | None) -> int | None:

@@ -14,25 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from alignkd.capture.teacher import Teacher
 from alignkd.errors import DataError
 from alignkd.inputs.batch import Counts
 from alignkd.losses.recipes import Recipe, term_weights
-from alignkd.losses.term_registry import find_term
+from alignkd.losses.term_registry import averaged_over
 from alignkd.objective import Objective
 from alignkd.pipeline.feeding.dataset import FailedSample, TrainingSet
 from alignkd.pipeline.feeding.row_checks import MisalignedRowError
 from alignkd.pipeline.runtime.processes import Processes
-from alignkd.pipeline.training.teacher_source import Teacher
-from alignkd.targets.logit_settings import DIVERGENCE_NAMES
 
 _ONE = Counts(answers=1, with_text_after_image=1, with_image=1, samples=1)
 """With these, the objective's terms are sums."""
-_OVER = {
-    **dict.fromkeys(("supervised", *DIVERGENCE_NAMES), "answers"),
-    "attention": "with_text_after_image",
-    "vision_all": "with_image",
-    "vision_focus": "with_image",
-}
 _COUNTS = ("answers", "with_text_after_image", "with_image", "samples")
 _COMPARED = ("agreeing", "compared")
 
@@ -43,13 +36,13 @@ class StoppedError(Exception):
 
 @dataclass
 class HeldOut:
-    """The held-out samples. ``recipe``: of which terms are measured. ``teacher``: whose targets the samples have, where they
+    """The held-out samples. ``recipe``: of which terms are measured. ``teachers``: whose targets the samples have, where they
     are not those of training; ``agreement``: whether these say what the teacher's likeliest tokens are.
     """
 
     data: TrainingSet
     recipe: Recipe
-    teacher: Teacher | None
+    teachers: tuple[Teacher, ...] | None
     agreement: bool
     batch_size: int
     batches: list[list[int]] = field(init=False)
@@ -85,7 +78,7 @@ class HeldOut:
                 self._agree(inputs["failures"] if mine else [], processes, stops)
                 mine &= inputs["batch"] is not None
                 inputs = inputs if inputs["batch"] is not None else self._first_usable()
-                here = inputs["targets"].mask_to_targets(inputs["batch"]).counts()
+                here = inputs["targets"].counts(inputs["batch"])
                 device = objective.vlm.device
                 outcome = model(
                     batch=inputs["batch"].to(device),
@@ -131,15 +124,17 @@ class HeldOut:
     @contextmanager
     def _own_targets(self, objective: Objective) -> Iterator[None]:
         """Have the objective read this set's targets, in place of those of training."""
-        if self.teacher is None:
+        if self.teachers is None:
             yield
             return
-        before = objective.source, objective.logit_codec
-        objective.source, objective.logit_codec = self.teacher.source, self.teacher.logit_codec
+        before = [(known.source, known.logit_codec) for known in objective.teachers]
         try:
+            for known, own in zip(objective.teachers, self.teachers, strict=False):
+                known.source, known.logit_codec = own.source, own.logit_codec
             yield
         finally:
-            objective.source, objective.logit_codec = before
+            for known, (source, codec) in zip(objective.teachers, before, strict=True):
+                known.source, known.logit_codec = source, codec
 
     def _means(
         self, sums: dict[str, float], counts: dict[str, float], factors: dict[str, float], processes: Processes
@@ -147,15 +142,11 @@ class HeldOut:
         names = [*self.terms, *(_COMPARED if self.agreement else ())]
         found = processes.sum([*(sums.get(name, 0.0) for name in names), *counts.values()])
         sums, counts = dict(zip(names, found, strict=False)), dict(zip(_COUNTS, found[len(names) :], strict=True))
-        means = {name: sums[name] / over for name in self.terms if (over := counts[_over(name)])}
+        means = {name: sums[name] / over for name in self.terms if (over := counts[averaged_over(name)])}
         weights = term_weights(self.recipe)
         loss = sum(weights[name] * factors.get(name, 1.0) * mean for name, mean in means.items() if weights[name] > 0)
         agreeing = {"agreement": sums["agreeing"] / sums["compared"]} if sums.get("compared") else {}
         return {"loss": loss, **means, **agreeing, "samples": counts["samples"], "answers": counts["answers"]}
-
-
-def _over(term: str) -> str:
-    return _OVER[term] if term in _OVER else find_term(term).averaged_over
 
 
 def _add(sums: dict[str, torch.Tensor], outcome: Any) -> None:

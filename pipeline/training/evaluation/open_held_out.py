@@ -1,15 +1,19 @@
 """Open the held-out samples of a run: their rows, if a cache holds them, and what they share with the training samples."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 
 from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.capture.teacher import Teacher
 from alignkd.errors import CacheError, ConfigError
 from alignkd.losses.recipes import RECIPES
 from alignkd.objective import Objective
-from alignkd.pipeline.cache_io.compatibility import check_attention_layers, check_recipe_targets, check_student_compatible
+from alignkd.pipeline.cache_io.compatibility import check_recipe_targets
+from alignkd.pipeline.cache_io.open_caches import OpenCache, fit_cache, naming_cache
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.config.shared import several
 from alignkd.pipeline.data.open_samples import open_samples
@@ -17,7 +21,7 @@ from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.order import WINDOW_SHARDS
 from alignkd.pipeline.training.evaluation.held_out import HeldOut
 from alignkd.pipeline.training.run_inputs import RunInputs, open_data
-from alignkd.pipeline.training.teacher_source import Teacher, open_teacher
+from alignkd.pipeline.training.teacher_source import open_teachers
 from alignkd.targets.logits import LogitCodec
 
 _BATCH = 16
@@ -36,22 +40,22 @@ def open_held_out(inputs: RunInputs, training: TrainingSet, objective: Objective
         return None
     own = held_out_config(config)
     batch_size = config.samples_at_once or max(1, min(_BATCH, (config.batch_tokens or 0) // inputs.max_length))
-    teacher: Teacher | None = None
+    teachers: tuple[Teacher, ...] | None = None
     if config.online_teacher is not None:
         data, recipe = open_data(replace(inputs, config=own)), config.recipe
-        agreement = _names_likeliest(objective.logit_codec)
+        agreement = _name_likeliest([objective.logit_codec])
     else:
-        reader = _reader(inputs)
-        found = _with_reader(replace(inputs, config=own), reader, inputs.reader)
-        data, same = open_data(found), reader is None or config.eval_cache is None
-        teacher = None if same else open_teacher(found)
-        recipe = config.recipe if reader is not None else RECIPES["sft"]
-        codec = objective.logit_codec if same else teacher.logit_codec if teacher else None
-        agreement = reader is not None and "logits" in found.needs and _names_likeliest(codec)
+        readers = _readers(inputs)
+        found = _with_readers(replace(inputs, config=own), readers, inputs.caches)
+        data, same = open_data(found), not readers or config.eval_cache is None
+        teachers = None if same else open_teachers(found)
+        recipe = config.recipe if readers else RECIPES["sft"]
+        codecs = [teacher.logit_codec for teacher in (objective.teachers if teachers is None else teachers)]
+        agreement = bool(readers) and "logits" in found.needs and _name_likeliest(codecs)
     if data.preparer.encoder.prompt_date:
         data.preparer.encoder.prompt_date = training.preparer.encoder.prompt_date
     _warn_of_shared(data, training)
-    return HeldOut(data, recipe, teacher, agreement, batch_size)
+    return HeldOut(data, recipe, teachers, agreement, batch_size)
 
 
 def held_out_config(config: DistillConfig) -> DistillConfig:
@@ -63,55 +67,55 @@ def held_out_config(config: DistillConfig) -> DistillConfig:
     return replace(config, data=config.eval_data, images=images, data_weight=(), limit=None, sample=None, resume=False)
 
 
-def _names_likeliest(codec: LogitCodec | None) -> bool:
-    """Whether targets say which token is the teacher's likeliest: of one kept token that may be the label instead."""
-    if codec is not None and codec.kind != "hidden" and codec.settings.top_k < 2:
+def _name_likeliest(codecs: Sequence[LogitCodec | None]) -> bool:
+    """Whether targets say which token is each teacher's likeliest: of one kept token that may be the label instead."""
+    if any(codec is not None and codec.kind != "hidden" and codec.settings.top_k < 2 for codec in codecs):
         _log.warning("the cache keeps one token an answer, the label: agreement with the teacher is not measured")
         return False
-    return codec is not None
+    return all(codec is not None for codec in codecs)
 
 
-def _reader(inputs: RunInputs) -> CacheReader | None:
-    """The cache that holds the held-out samples: the one given, the run's own if all are in it, or none."""
+def _readers(inputs: RunInputs) -> list[CacheReader]:
+    """The caches that hold the held-out samples: those given, the run's own if all samples are in them, or none."""
     config = inputs.config
     assert config.eval_data is not None
     if config.eval_cache is not None:
-        return CacheReader(config.eval_cache, max_shards=2 * WINDOW_SHARDS)
-    if inputs.reader is None:
-        return None
+        return [CacheReader(url, max_shards=2 * WINDOW_SHARDS) for url in several(config.eval_cache)]
+    if not inputs.caches:
+        return []
     samples = open_samples(held_out_config(config))
-    missing = int((inputs.reader.shards_of(samples.keys) < 0).sum())
+    missing = int(np.all([cache.reader.shards_of(samples.keys) < 0 for cache in inputs.caches], axis=0).sum())
     if missing > samples.faults:
         _log.info(
             "held-out samples: %s of %s have no row in %s, so their supervised loss alone is measured; for the teacher's"
             " terms, cache them and give --eval-cache",
             f"{missing:,}",
             f"{len(samples):,}",
-            config.cache,
+            ", ".join(several(config.cache)),
         )
-        return None
-    return CacheReader(inputs.reader.url, max_shards=2 * WINDOW_SHARDS)
+        return []
+    return [CacheReader(cache.reader.url, max_shards=2 * WINDOW_SHARDS) for cache in inputs.caches]
 
 
-def _with_reader(inputs: RunInputs, reader: CacheReader | None, of_training: CacheReader | None) -> RunInputs:
-    """The inputs with another cache, compared with the student and with the run's own cache.
+def _with_readers(inputs: RunInputs, readers: Sequence[CacheReader], of_training: Sequence[OpenCache]) -> RunInputs:
+    """The inputs with other caches, each compared with the student and with the run's own cache of its teacher.
 
     Raises:
         CacheError: names what differs.
     """
-    if reader is None:
-        return replace(inputs, reader=None, needs=frozenset(), cross_model=None, teacher_layers=None)
-    found, recipe = reader.fingerprint, inputs.config.recipe
-    if of_training is not None and of_training.url != reader.url:
-        _check_same_teacher(found, of_training, reader.url)
-    check_recipe_targets(found, recipe)
-    needs = recipe.needs | ({"logits"} if "logits" in found["targets"] and found["targets"]["logits"] else frozenset())
-    fields = [field.name for field in reader.spec.fields]
-    cross_model = check_student_compatible(
-        inputs.student, found, inputs.template, inputs.max_length, reader.url, needs=needs, fields=fields
-    )
-    layers = check_attention_layers(inputs.student, found, recipe) if "attention" in needs else None
-    return replace(inputs, reader=reader, needs=frozenset(needs), cross_model=cross_model, teacher_layers=layers)
+    if not readers:
+        return replace(inputs, caches=(), needs=frozenset())
+    recipe, caches = inputs.config.recipe, list[OpenCache]()
+    have_logits = all(reader.fingerprint["targets"].get("logits") for reader in readers)
+    needs = frozenset(recipe.needs | ({"logits"} if have_logits else frozenset()))
+    for reader, before in zip_longest(readers, of_training[: len(readers)]):
+        if before is not None and before.reader.url != reader.url:
+            _check_same_teacher(reader.fingerprint, before.reader, reader.url)
+        with naming_cache(reader, len(readers)):
+            check_recipe_targets(reader.fingerprint, recipe)
+            weight = before.weight if before is not None else 1.0
+            caches.append(fit_cache(reader, inputs.student, recipe, needs, inputs.template, inputs.max_length, weight))
+    return replace(inputs, caches=tuple(caches), needs=needs)
 
 
 def _check_same_teacher(found: object, training: CacheReader, url: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.errors import ConfigError, DataError
 from alignkd.pipeline.config.distill import DistillConfig
+from alignkd.pipeline.config.shared import several
 from alignkd.pipeline.data.image_paths import check_image_folder
 from alignkd.pipeline.evaluate.benchmarks.contract import Benchmark
 from alignkd.pipeline.evaluate.benchmarks.registry import open_benchmark
@@ -85,8 +86,8 @@ def _check_options(config: DistillConfig, held_out: bool, benchmarks: bool) -> N
 def _check_files(config: DistillConfig) -> None:
     if config.eval_data is not None and not Path(config.eval_data).is_file():
         raise ConfigError(f"--eval-data {config.eval_data} is not a file; give held-out samples in the format of --data")
-    if config.eval_cache is not None:
-        CacheReader(config.eval_cache)  # says what is wrong with it
+    for url in several(config.eval_cache):
+        CacheReader(url)  # says what is wrong with it
 
 
 def _parse(text: str) -> tuple[str, int]:

@@ -99,17 +99,25 @@ class HealthChecks:
         return found
 
     def _uniformity(self, line: Mapping[str, Any], lines: int) -> dict[str, str]:
-        contrast = line.get("attention_contrast", math.nan)
-        if not self._lasts("uniform", "attention", contrast < UNIFORM):
+        names = ("attention_contrast", *(name for name in line if name.startswith("attention_contrast/")))
+        found = dict[str, str]()
+        for name in names:
+            found |= self._uniform(name.partition("/")[2], line.get(name, math.nan), line["step"], lines)
+        return found
+
+    def _uniform(self, teacher: str, contrast: float, step: int, lines: int) -> dict[str, str]:
+        """``teacher``: its name, empty where there is one."""
+        if not self._lasts("uniform", f"attention{teacher}", contrast < UNIFORM):
             return {}
+        whose = f"the attention of {teacher}" if teacher else "the teacher's attention"
         many = f"{lines} log lines" if lines > 1 else "the last log line"
         terms = [name for name in ("attention", "vision_focus") if term_weights(self.recipe)[name] > 0] or ["attention"]
         text = (
-            f"the teacher's attention over vision tokens was uniform in {many} (relative variance"
-            f" {contrast:.1e}, step {line['step']}): there is nothing to learn from it. Look at the teacher with alignkd show"
+            f"{whose} over vision tokens was uniform in {many} (relative variance"
+            f" {contrast:.1e}, step {step}): there is nothing to learn from it. Look at the teacher with alignkd show"
             f" --plot; if its attention is right, switch the term off ({' '.join(f'--set {name}=0' for name in terms)})"
         )
-        return {"uniform": text}
+        return {f"uniform{teacher}": text}
 
     def _lasts(self, kind: str, name: str, holds: bool) -> bool:
         """Whether a condition holds in the last ``lines`` lines, and did not in the one before them: once an episode."""

@@ -6,15 +6,18 @@ Every process counts its own micro-batches; a line holds the totals over all of 
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alignkd.errors import CheckpointError, wrap_errors
+from alignkd.inputs.batch import Counts
+from alignkd.losses.term_registry import averaged_over
 from alignkd.pipeline.runtime.devices import peak_memory_bytes
 from alignkd.pipeline.runtime.files import replace_text
+from alignkd.targets.several import teacher_name
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Sums a small float64 vector over processes. A process that had no batch yet gives its vector on the CPU."""
@@ -34,14 +37,24 @@ class Metrics:
     """Sums between two log lines, and the file they go to.
 
     ``weights``: the factor of each unweighted term in the loss; where they are ``learned``, :data:`PRECISION` multiplies
-    it. ``writes``: True on the first process only.
+    it. ``writes``: True on the first process only. ``teachers``: how many, where there are several: a line then has what each
+    of them taught, ``TERM/TEACHER``, and how many samples.
     """
 
-    def __init__(self, path: Path, weights: Mapping[str, float], *, writes: bool, learned: bool = False) -> None:
+    def __init__(
+        self, path: Path, weights: Mapping[str, float], *, writes: bool, learned: bool = False, teachers: int = 0
+    ) -> None:
         self.path, self.weights, self.writes = path, dict(weights), writes
         self._terms = ("loss", *weights)
+        names = [teacher_name(number) for number in range(teachers)]
+        taught = [term for term, weight in weights.items() if weight > 0 and term != "supervised"]
+        self._counted = (*_COUNTED, *(f"samples/{name}" for name in names))
+        self._of_teachers = {
+            f"{term}/{name}": (number, averaged_over(term)) for number, name in enumerate(names) for term in taught
+        }
         self._observed = (*OBSERVED, *(PRECISION.format(name) for name, weight in weights.items() if learned and weight > 0))
-        self._summed = (*self._terms, *self._observed, *(f"{name}/batches" for name in self._observed))
+        self._observed += tuple(f"{observed}/{name}" for observed in OBSERVED for name in names)
+        self._summed = (*self._terms, *self._observed, *(f"{name}/batches" for name in self._observed), *self._of_teachers)
         self.last: dict[str, Any] = {}
         """The latest line, of a run that was resumed the one before."""
         self._start({}, 0)
@@ -51,9 +64,10 @@ class Metrics:
         since = state.get("since_line", {}) if self.writes else {}
         self._sums = torch.tensor([since.get(name, 0.0) for name in self._summed])
         self._seen = {name: since.get(f"seen/{name}", 0) for name in self._terms}
-        self._counts = {name: since.get(name, 0) for name in _COUNTED}
+        self._counts = {name: since.get(name, 0) for name in self._counted}
+        self._over = {name: since.get(f"over/{name}", 0.0) for name in self._of_teachers}
         counted_before = state.get("since_line", {})
-        self._until_line = {name: int(state.get(name, 0) - counted_before.get(name, 0)) for name in _COUNTED}
+        self._until_line = {name: int(state.get(name, 0) - counted_before.get(name, 0)) for name in self._counted}
         self._line_step = int(state.get("line_step", step))
         self._seconds_before = float(state.get("seconds", 0.0))
         self._line_seconds = float(state.get("line_seconds", self._seconds_before))
@@ -93,6 +107,15 @@ class Metrics:
         for name, count in zip(_COUNTED, (samples, tokens, answers, truncated, padding), strict=True):
             self._counts[name] += count
 
+    def add_of_teachers(self, sums: Mapping[str, torch.Tensor], taught: Sequence[Counts]) -> None:
+        """Count what each teacher taught in a micro-batch. ``sums`` of its terms over what it has targets for, ``taught``."""
+        for number, counts in enumerate(taught):
+            self._counts[f"samples/{teacher_name(number)}"] += int(counts.samples)
+        for name, (number, over) in self._of_teachers.items():
+            if name in sums:
+                self._add(name, sums[name])
+                self._over[name] += getattr(taught[number], over)
+
     def _add(self, name: str, value: torch.Tensor) -> None:
         if self._sums.device != value.device:
             self._sums = self._sums.to(value.device)
@@ -116,7 +139,8 @@ class Metrics:
         # A term without weight may overflow: 0 times infinity would make every share NaN.
         weighted = {name: weight * means[name] if weight > 0 else 0.0 for name, weight in in_loss.items() if name in means}
         total = sum(weighted.values())
-        for name in _COUNTED:
+        own = {name: since[name] / over for name in self._of_teachers if (over := since[f"over/{name}"])}
+        for name in self._counted:
             self._until_line[name] += int(since[name])
         line = {
             "step": step,
@@ -132,6 +156,7 @@ class Metrics:
             **{f"weighted/{name}": value for name, value in weighted.items()},
             **{f"share/{name}": value / total if total else 0.0 for name, value in weighted.items()},
             **observed,
+            **own,
             "peak_memory_bytes": peak_memory_bytes(),
         }
         self._forget(step, seconds)
@@ -152,7 +177,8 @@ class Metrics:
 
     def _since_line(self, reduce: Reduce | None) -> dict[str, float]:
         waited = {"waited": self._waited, "seconds": time.perf_counter() - self._waiting_since}
-        counted = {**{f"seen/{name}": count for name, count in self._seen.items()}, **self._counts, **waited}
+        seen = {f"seen/{name}": count for name, count in self._seen.items()}
+        counted = {**seen, **self._counts, **{f"over/{name}": count for name, count in self._over.items()}, **waited}
         values = torch.tensor(list(counted.values()), dtype=torch.float64)
         if reduce is None:
             found = self._sums.tolist() + values.tolist()
@@ -162,7 +188,8 @@ class Metrics:
 
     def _forget(self, step: int, seconds: float) -> None:
         self._sums = torch.zeros_like(self._sums)
-        self._seen, self._counts = dict.fromkeys(self._terms, 0), dict.fromkeys(_COUNTED, 0)
+        self._seen, self._counts = dict.fromkeys(self._terms, 0), dict.fromkeys(self._counted, 0)
+        self._over = dict.fromkeys(self._of_teachers, 0.0)
         self._line_step, self._line_seconds = step, seconds
         self._waited, self._waiting_since = 0.0, time.perf_counter()
 
@@ -170,7 +197,7 @@ class Metrics:
         """Totals over processes, and the sums since the last line. With ``reduce``, every process calls it."""
         since = self._since_line(reduce)
         return {
-            **{name: self._until_line[name] + int(since[name]) for name in _COUNTED},
+            **{name: self._until_line[name] + int(since[name]) for name in self._counted},
             "seconds": self.seconds,
             "line_step": self._line_step,
             "line_seconds": self._line_seconds,

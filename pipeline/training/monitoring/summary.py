@@ -1,13 +1,15 @@
 """How a run ended: the last value of each term, the warnings that matter, where things lie and the next command."""
 
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignkd.cache_store.rows.reasons import count_reasons, in_words
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.config.shared import several
+from alignkd.pipeline.feeding.teacher_rows import TeacherRows
+from alignkd.targets.several import teacher_name
 
 _FOLDERS = {
     "student": "the student in Hugging Face form",
@@ -30,6 +32,19 @@ def final_terms(line: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Each term of a log line: its ``value``, its ``weighted`` value and its ``share`` of the loss."""
     names = [name.removeprefix("share/") for name in line if name.startswith("share/")]
     return {name: {"value": line[name], "weighted": line[f"weighted/{name}"], "share": line[f"share/{name}"]} for name in names}
+
+
+def taught_by(caches: Sequence[TeacherRows], totals: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Where there are several teachers: the cache of each, its weight, and how many samples it taught."""
+    if len(caches) < 2:
+        return {}
+    names = map(teacher_name, range(len(caches)))
+    return {
+        "teachers": [
+            {"name": name, "cache": cache.reader.url, "weight": cache.weight, "samples": int(totals[f"samples/{name}"])}
+            for name, cache in zip(names, caches, strict=True)
+        ]
+    }
 
 
 def rejection_warnings(count: int, reasons: Iterable[str]) -> list[str]:
@@ -69,7 +84,9 @@ def next_command(config: DistillConfig, student: Path) -> str:
 
 def summary(figures: Mapping[str, Any]) -> str:
     """The figures of a run as text for people, with the warnings near the end."""
-    return "\n".join([*_counts(figures), *_terms(figures), *_held_out(figures), *_warnings(figures), *_places(figures)])
+    return "\n".join(
+        [*_counts(figures), *_teachers(figures), *_terms(figures), *_held_out(figures), *_warnings(figures), *_places(figures)]
+    )
 
 
 def _counts(figures: Mapping[str, Any]) -> list[str]:
@@ -79,6 +96,13 @@ def _counts(figures: Mapping[str, Any]) -> list[str]:
         f" ({figures['padding_share']:.0%} padding){processes}",
         f"{_time(figures['seconds'])}: {figures['samples_per_second']:,.4g} samples/s, {figures['tokens_per_second']:,.0f}"
         f" positions/s; peak memory {figures['peak_memory_bytes'] / 1e9:,.2f} GB",
+    ]
+
+
+def _teachers(figures: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{one['name']} taught {one['samples']:,} samples, weight {one['weight']:g}: {one['cache']}"
+        for one in figures.get("teachers", ())
     ]
 
 
