@@ -90,9 +90,22 @@ class Samples(ABC):
         return np.zeros(len(self), dtype=np.int64)
 
     @property
+    def named_sources(self) -> tuple[list[str], np.ndarray] | None:
+        """The names of the datasets, and which of them each sample is of, ``[N]``; None where there is one without a name."""
+        return None
+
+    @property
     def counts(self) -> dict[str, int]:
         """Samples by the name of their dataset; empty where there is one without a name."""
-        return {}
+        if self.named_sources is None:
+            return {}
+        names, of_sample = self.named_sources
+        return dict(zip(names, np.bincount(of_sample, minlength=len(names)).tolist(), strict=True))
+
+    @property
+    def datasets(self) -> str:
+        """:attr:`counts` as words of a log; empty where there is one without a name."""
+        return ", ".join(f"{name} {count:,}" for name, count in self.counts.items())
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -164,9 +177,10 @@ class SelectedSamples(Samples):
         return sizes
 
     @property
-    def counts(self) -> dict[str, int]:
-        """As those of all samples, where all were selected; else not known by name."""
-        return self.samples.counts if len(self.order) == len(self.samples) else {}
+    def named_sources(self) -> tuple[list[str], np.ndarray] | None:
+        """Those of the samples that were selected."""
+        found = self.samples.named_sources
+        return None if found is None else (found[0], found[1][self.order])
 
 
 class Reader(Protocol):

@@ -84,6 +84,7 @@ def _evaluate(config: EvaluateConfig, stop: StopFlag) -> dict[str, Any]:
         device=device_words(str(vlm.device)),
         model=config.model,
         data=f"{config.data_words} ({len(samples):,} samples)",
+        datasets=samples.datasets or None,
         images=config.images_words,
         plan=f"{config.batch_size:,} questions at a time, metric {config.metric}",
         out=config.out,

@@ -113,6 +113,7 @@ def log_stage_one(stage: StageOne, store: CacheStore, worker: Worker, sight: dic
         device=device_words(str(stage.teacher.device)),
         teacher=config.teacher,
         data=f"{config.data_words} ({plan.samples:,} samples)",
+        datasets=stage.samples.datasets or None,
         images=config.images_words,
         cache=f"{config.cache} ({config.shard_format})",
         plan=f"{plan.shards:,} shards of up to {config.shard_samples:,} samples, {done:,} of them done",

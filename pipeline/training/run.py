@@ -120,6 +120,7 @@ def _distill(
         device=device_words(inputs.device),
         student=config.student,
         data=f"{config.data_words} ({len(data):,} samples)",
+        datasets=data.samples.datasets or None,
         images=config.images_words,
         cache=", ".join(several(config.cache)) or None,
         plan=f"{schedule.steps:,} steps of {schedule.per_step:,} micro-batches, recipe {config.recipe.name}",

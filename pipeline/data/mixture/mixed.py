@@ -92,9 +92,9 @@ class MixedSamples(Samples):
         return sizes
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Samples by the name of their dataset."""
-        return {source.name: len(part) for source, part in zip(self.sources, self.parts, strict=True)}
+    def named_sources(self) -> tuple[list[str], np.ndarray]:
+        """The names of the datasets, and which of them each sample is of, ``[N]``."""
+        return [source.name for source in self.sources], self.part_of
 
 
 def _number(space: str) -> int:
