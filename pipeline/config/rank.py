@@ -30,7 +30,9 @@ class RankConfig(Settings):
         " and figures, best first; FILE.txt: their keys alone.",
     )
     student: str | None = setting(
-        None, group="model", help="Checkpoint of the student: rank by how far its answers are from the teacher's."
+        None,
+        group="model",
+        help="The student, a folder or ORG/NAME[@REVISION]: rank by how far its answers are from the teacher's.",
     )
     data: str | None = setting(None, group="data", aliases=("data-path",), help="The data of the cache, or some of it.")
     images: str | None = setting(
@@ -47,6 +49,7 @@ class RankConfig(Settings):
     dtype: str = shared.dtype("Dtype of the student's matrix products.")
     device: str | None = shared.device()
     max_rejected: int | str = shared.max_rejected()
+    download: bool = shared.download()
     plugins: tuple[str, ...] = shared.plugins()
 
     def check(self) -> None:

@@ -20,6 +20,7 @@ from alignkd.pipeline.config.rank import RankConfig
 from alignkd.pipeline.config.shared import DataSettings
 from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.data.open_samples import open_samples
+from alignkd.pipeline.hub.models import pin_models
 from alignkd.pipeline.rank.divergence import divergence_recipe, sample_divergences
 from alignkd.pipeline.rank.kept import check_out_file, write_keys, write_ranking, write_samples
 from alignkd.pipeline.runtime.progress import progress_bar
@@ -39,6 +40,7 @@ def rank(config: RankConfig) -> dict[str, Any]:
     """
     load_plugins(config.plugins)
     check_out_file(config)
+    config = pin_models(config)
     if config.student is not None:
         divergence_recipe(config.recipe)
     reader = CacheReader(config.cache)
