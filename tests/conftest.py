@@ -26,10 +26,10 @@ pytest_plugins = ["s3_server"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is unpacked of data lies in a folder of the tests, also for processes that they start."""
-    folder = tmp_path_factory.mktemp("data-cache")
-    os.environ["ALIGNKD_DATA_CACHE"] = str(folder)
+def local_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copies and what is unpacked of data lie in a folder of the tests, also for processes that they start."""
+    folder = tmp_path_factory.mktemp("local-cache")
+    os.environ["ALIGNKD_CACHE"] = str(folder)
     return folder
 
 

@@ -93,6 +93,15 @@ def test_a_table_without_the_columns_is_one_message(record, words):
         read([record])
 
 
+def rows_of(path, where):
+    return ArrowRows(lambda: path.open("rb"), where)
+
+
+def written(write, file, path):
+    with path.open("wb") as target:
+        write(file, target, "x")
+
+
 def parquet(tmp_path, records, **options):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.Table.from_pylist(records), path, **options)
@@ -104,16 +113,17 @@ def test_the_text_of_a_parquet_file_has_the_rows_of_the_file(tmp_path, missing):
     images = [{"bytes": b"%d" % i, "path": None if i in missing else f"{i}.png"} for i in range(10)]
     rows = [{"id": str(i), "conversations": TURNS, "image": images[i] if i % 2 else None} for i in range(10)]
     path = parquet(tmp_path, rows, row_group_size=4)
-    file = open_parquet(path, "x")
-    write_text(file, tmp_path / "x.arrow", "x")
-    text = ArrowRows(tmp_path / "x.arrow", "x")
+    file = open_parquet(path.open("rb"), "x")
+    written(write_text, file, tmp_path / "x.arrow")
+    text = rows_of(tmp_path / "x.arrow", "x")
     assert len(text) == 10
     assert b"png" not in (tmp_path / "x.arrow").read_bytes() or len(missing) < 10
     expected = read(rows)
     assert [text.record(i) for i in range(10)] == expected
     for group, first in enumerate((0, 4, 8)):
-        write_images(file, group, tmp_path / "images", "x")
-        images = ArrowRows(tmp_path / "images", "x")
+        with (tmp_path / "images").open("wb") as target:
+            write_images(file, group, target, "x")
+        images = rows_of(tmp_path / "images", "x")
         assert [images.images(i) for i in range(len(images))] == [
             [b"%d" % i] * (i % 2) for i in range(first, min(first + 4, 10))
         ]
@@ -121,7 +131,7 @@ def test_the_text_of_a_parquet_file_has_the_rows_of_the_file(tmp_path, missing):
 
 def test_bytes_of_images_are_not_read_where_paths_are_there(tmp_path, monkeypatch):
     rows = [{"conversations": TURNS, "images": [{"bytes": b"%d" % i, "path": f"{i}.png"}] * 2} for i in range(10)]
-    file = open_parquet(parquet(tmp_path, rows), "x")
+    file = open_parquet(parquet(tmp_path, rows).open("rb"), "x")
     asked = []
     iter_batches = pq.ParquetFile.iter_batches
     monkeypatch.setattr(
@@ -129,7 +139,7 @@ def test_bytes_of_images_are_not_read_where_paths_are_there(tmp_path, monkeypatc
         "iter_batches",
         lambda self, size, groups, names, **rest: asked.append(names) or iter_batches(self, size, groups, names, **rest),
     )
-    write_text(file, tmp_path / "x.arrow", "x")
+    written(write_text, file, tmp_path / "x.arrow")
     assert asked
     assert not any("bytes" in name or name == "images" for names in asked for name in names)
 
@@ -140,7 +150,7 @@ def test_one_row_of_an_arrow_file_touches_no_image(tmp_path, monkeypatch):
         table = pa.Table.from_pylist(rows)
         with new(str(tmp_path / name), table.schema) as writer:
             writer.write_table(table, max_chunksize=3)
-        table = ArrowRows(tmp_path / name, name)
+        table = rows_of(tmp_path / name, name)
         with monkeypatch.context() as patch:
             patch.setattr(columns, "_digest", None)
             assert [table.record(i)["image"] for i in (9, 0, 4)] == ["9.png", "0.png", "4.png"]
@@ -152,7 +162,7 @@ def test_a_file_that_is_cut_short_is_one_message(tmp_path, kept):
     path = parquet(tmp_path, [{"conversations": TURNS}] * 100)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(DataError, match="x: not a whole Parquet file"):
-        open_parquet(path, "x")
+        open_parquet(path.open("rb"), "x")
 
 
 def test_a_damaged_page_is_one_message(tmp_path):
@@ -161,7 +171,7 @@ def test_a_damaged_page_is_one_message(tmp_path):
     data[4:400] = bytes(396)
     file = open_parquet(io.BytesIO(bytes(data)), "x")
     with pytest.raises(DataError, match="x: damaged"):
-        write_text(file, tmp_path / "x.arrow", "x")
+        written(write_text, file, tmp_path / "x.arrow")
 
 
 def test_a_forged_arrow_file_is_one_message(tmp_path):
@@ -173,7 +183,7 @@ def test_a_forged_arrow_file_is_one_message(tmp_path):
     at = whole.index(offsets)
     (tmp_path / "x").write_bytes(whole[:at] + b"\xff\xff\xff\x7f" + whole[at + 4 :])
     with pytest.raises(DataError, match="damaged"):
-        ArrowRows(tmp_path / "x", "x").record(0)
+        rows_of(tmp_path / "x", "x").record(0)
     (tmp_path / "x").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="not a whole Arrow file"):
-        ArrowRows(tmp_path / "x", "x").record(0)
+        rows_of(tmp_path / "x", "x").record(0)

@@ -41,6 +41,8 @@ def reader_of(source: Source) -> Reader:
 
 
 def _by_name(data: str) -> ReaderRecord | None:
+    if "://" not in data and Path(data).is_dir():
+        return None
     name = data.rstrip("/").lower()
     return next((record for record in READERS if name.endswith(record.suffixes)), None)
 

@@ -179,7 +179,8 @@ def _read(shard: ShardFile, group: Group, text: bytes, merge_turns: bool) -> tup
             raise SampleError(f"KEY.json names {len(sample.images)} images, and {len(group.images)} lie beside it")
         return sample, found
     except SampleError as error:
-        where = f"data file {shard.name}, sample {group.key!r}"
+        name = f" (id {record['id']!r:.80})" if isinstance(record, dict) and "id" in record else ""
+        where = f"data file {shard.name}, sample {group.key!r}{name}"
         content = text or group.key.encode("utf-8", "surrogateescape")
         return faulty_sample(record, content, f"{where}: {error}"), []
 

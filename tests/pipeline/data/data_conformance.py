@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tiny_runs import SAMPLES, TEXT_ONLY, record
+from data_shapes import write_parquet, write_saved, write_webdataset
+from tiny_runs import IMAGES, SAMPLES, TEXT_ONLY, record
 
 Record = Any
 WITH_SYSTEM = record("system6", "1.png", "<image>\nWhat is it?", "A ball.")
@@ -80,6 +81,11 @@ def as_sharegpt(one: Record) -> Record:
     return made
 
 
+def with_text_id(one: Record) -> Record:
+    """A record whose id is a text: a column holds one type."""
+    return {**one, "id": str(one["id"])}
+
+
 def shaped(
     shape: Callable[[Record], Record], write: Callable[[list[Record], Path], str]
 ) -> Callable[[list[Record], Path], str]:
@@ -95,5 +101,11 @@ SHAPES: dict[str, Callable[[list[Record], Path], str]] = {
     "messages-json-gz": shaped(as_messages, compressed(write_json)),
     "messages-typed": shaped(as_typed, write_lines),
     "sharegpt": shaped(as_sharegpt, write_json),
+    "parquet": shaped(with_text_id, lambda records, folder: write_parquet(folder / "d.parquet", records, IMAGES).name),
+    "parquet-folder": shaped(with_text_id, lambda records, folder: write_parquet(folder / "d", records, IMAGES, shards=3).name),
+    "parquet-of-paths": shaped(with_text_id, lambda records, folder: write_parquet(folder / "d.parquet", records, None).name),
+    "saved-dataset": shaped(with_text_id, lambda records, folder: write_saved(folder / "d", records, IMAGES).name),
+    "webdataset": lambda records, folder: write_webdataset(folder / "d", records, IMAGES).removeprefix(f"{folder}/"),
+    "webdataset-of-paths": lambda records, folder: write_webdataset(folder / "d", records, None).removeprefix(f"{folder}/"),
 }
 """Writes records of LLaVA into a folder, and returns the name of the data there. Some records are bad: see :data:`BAD`."""

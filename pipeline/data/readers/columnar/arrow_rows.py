@@ -5,15 +5,14 @@ Arrow believes what a file says about itself, so each batch is validated before 
 
 import bisect
 import threading
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from alignkd.errors import DataError, wrap_errors
 from alignkd.pipeline.data.readers.columnar.columns import IMAGES, image_values, record_columns, records
-from alignkd.plain_files import open_plain
+from alignkd.pipeline.data.readers.files.made_file import mapped
 
 _FILE_MAGIC = b"ARROW1"
 _ERRORS = (pa.ArrowException, OSError, ValueError)
@@ -22,21 +21,15 @@ _ERRORS = (pa.ArrowException, OSError, ValueError)
 class ArrowRows:
     """The rows of one Arrow file, in the stream format (as ``save_to_disk`` writes it) or the file format.
 
-    It holds no open file when it is pickled, and may be read by several threads.
+    ``open_file`` is called once, when the first row is needed. Several threads may read; it cannot be pickled.
     """
 
-    def __init__(self, path: Path, where: str) -> None:
-        self.path, self.where = path, where
+    def __init__(self, open_file: Callable[[], BinaryIO], where: str) -> None:
+        self.open_file, self.where = open_file, where
         self._open: tuple[list[pa.RecordBatch], list[int]] | None = None
         self._columns: list[str] | None = None
         self._valid: set[int] = set()
         self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "where": self.where}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
 
     @property
     def schema(self) -> pa.Schema | None:
@@ -103,14 +96,13 @@ class ArrowRows:
 
     def _read(self) -> tuple[list[pa.RecordBatch], list[int]]:
         with wrap_errors(DataError, f"{self.where}: not a whole Arrow file; copy or write it again", *_ERRORS):
-            with open_plain(self.path) as file:
-                in_file_format = file.read(len(_FILE_MAGIC)) == _FILE_MAGIC
-            mapped = pa.memory_map(str(self.path))
-            if in_file_format:
-                reader = pa.ipc.open_file(mapped)
+            data = mapped(self.open_file())
+            buffer = pa.py_buffer(data)
+            if data[: len(_FILE_MAGIC)] == _FILE_MAGIC:
+                reader = pa.ipc.open_file(buffer)
                 batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             else:
-                batches = list(pa.ipc.open_stream(mapped))
+                batches = list(pa.ipc.open_stream(buffer))
         starts = [0]
         for batch in batches:
             starts.append(starts[-1] + batch.num_rows)

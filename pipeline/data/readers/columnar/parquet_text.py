@@ -4,7 +4,6 @@ Of images the text has references only. Where an image has no path, its bytes ar
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -24,7 +23,7 @@ from alignkd.pipeline.data.readers.columnar.columns import (
 _ROWS, _ROWS_WITH_BYTES = 4096, 64
 
 
-def open_parquet(file: Path | BinaryIO, where: str) -> pq.ParquetFile:
+def open_parquet(file: BinaryIO, where: str) -> pq.ParquetFile:
     """A Parquet file; its footer alone is read.
 
     Raises:
@@ -34,7 +33,7 @@ def open_parquet(file: Path | BinaryIO, where: str) -> pq.ParquetFile:
         return pq.ParquetFile(file)
 
 
-def write_text(parquet: pq.ParquetFile, target: Path, where: str) -> None:
+def write_text(parquet: pq.ParquetFile, target: BinaryIO, where: str) -> None:
     """Write what records need of a Parquet file to ``target``, an Arrow file of as many rows.
 
     Raises:
@@ -44,24 +43,23 @@ def write_text(parquet: pq.ParquetFile, target: Path, where: str) -> None:
     _write_text(_batches(parquet, columns), parquet.schema_arrow, columns, target, where)
 
 
-def write_arrow_text(rows: ArrowRows, target: Path, where: str) -> None:
+def write_arrow_text(rows: ArrowRows, target: BinaryIO, where: str) -> None:
     """As :func:`write_text`, of an Arrow file with rows."""
     _write_text(rows.batches(), rows.schema, rows.columns, target, where)
 
 
-def _write_text(batches: Iterator[pa.RecordBatch], types: pa.Schema, columns: list[str], target: Path, where: str) -> None:
+def _write_text(batches: Iterator[pa.RecordBatch], types: pa.Schema, columns: list[str], target: BinaryIO, where: str) -> None:
     schema = pa.schema([_text_field(types.field(name)) for name in columns])
     with (
         wrap_errors(DataError, f"{where}: damaged", pa.ArrowException, OSError),
-        pa.OSFile(str(target), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
+        pa.ipc.new_file(target, schema) as writer,
     ):
         for batch in batches:
             arrays = [_text_array(batch.column(field.name), field) for field in schema]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
 
-def write_images(parquet: pq.ParquetFile, group: int, target: Path, where: str) -> None:
+def write_images(parquet: pq.ParquetFile, group: int, target: BinaryIO, where: str) -> None:
     """Write the image columns of a row group to ``target``, an Arrow file of as many rows.
 
     Raises:
@@ -71,8 +69,7 @@ def write_images(parquet: pq.ParquetFile, group: int, target: Path, where: str) 
     schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
     with (
         wrap_errors(DataError, f"{where}, row group {group}: damaged", pa.ArrowException, OSError),
-        pa.OSFile(str(target), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
+        pa.ipc.new_file(target, schema) as writer,
     ):
         for batch in parquet.iter_batches(_ROWS_WITH_BYTES, [group], names, use_threads=False):
             writer.write_batch(batch.select(names))

@@ -1,21 +1,21 @@
 """Parquet and Arrow files behind one face: text by row, images by row."""
 
-import shutil
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import accumulate
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from alignkd.errors import DataError
+from alignkd.pipeline.data.files.data_file import open_data_file
 from alignkd.pipeline.data.readers.columnar.arrow_rows import ArrowRows
 from alignkd.pipeline.data.readers.columnar.columns import IMAGES, embeds_images, needs_bytes
 from alignkd.pipeline.data.readers.columnar.parquet_text import open_parquet, write_arrow_text, write_images, write_text
-from alignkd.pipeline.data.readers.files.made_files import made_file
+from alignkd.pipeline.data.readers.files.made_file import made_file
 from alignkd.pipeline.data.readers.files.shard_file import ShardFile
 
 _GROUPS_OPEN = 16
@@ -68,8 +68,9 @@ class TableFile(ABC):
     @abstractmethod
     def _schema(self) -> pa.Schema | None: ...
 
-    def _made(self, what: str, make: Any) -> Path:
-        return made_file(f"{what} of {self.name}, {self.file.version()}, format 1, pyarrow {pa.__version__}", make)
+    def _made(self, what: str, make: Callable[[BinaryIO], None]) -> ArrowRows:
+        about = f"{what} of {self.file.absolute}, {self.file.version()}, format 1, pyarrow {pa.__version__}"
+        return ArrowRows(lambda: made_file(about, make), self.where)
 
 
 class ParquetFile(TableFile):
@@ -91,25 +92,23 @@ class ParquetFile(TableFile):
                 raise DataError(f"{self.where} has {self._starts[-1]:,} rows, and no row {row:,}: the file has changed")
             group = bisect_right(self._starts, row) - 1
             if group not in self._groups:
-                self._groups[group] = ArrowRows(
-                    self._made(f"images {group}", lambda path: self._write(group, path)), self.where
-                )
+                self._groups[group] = self._made(f"images {group}", lambda target: self._write(group, target))
             self._groups.move_to_end(group)
             if len(self._groups) > _GROUPS_OPEN:
                 self._groups.popitem(last=False)
             images, at = self._groups[group], row - self._starts[group]
         return images.images(at)
 
-    def _write(self, group: int, path: Path) -> None:
+    def _write(self, group: int, target: BinaryIO) -> None:
         with self._open() as parquet:
-            write_images(parquet, group, path, self.where)
+            write_images(parquet, group, target, self.where)
 
     def _open_text(self) -> ArrowRows:
-        def make(path: Path) -> None:
+        def make(target: BinaryIO) -> None:
             with self._open() as parquet:
-                write_text(parquet, path, self.where)
+                write_text(parquet, target, self.where)
 
-        return ArrowRows(self._made("text", make), self.where)
+        return self._made("text", make)
 
     def _schema(self) -> pa.Schema:
         with self._open() as parquet:
@@ -131,24 +130,19 @@ class ArrowFile(TableFile):
         """All of the file."""
         if self._rows is None:
             with self._lock:
-                path = self.file.path if self.file.local else self._made("copy", self._copy)
-                self._rows = self._rows or ArrowRows(path, self.where)
+                self._rows = self._rows or ArrowRows(lambda: open_data_file(self.name), self.where)
         return self._rows
 
     def images(self, row: int) -> list[bytes | str]:
         """As :meth:`TableFile.images`."""
         return self.rows.images(row)
 
-    def _copy(self, path: Path) -> None:
-        with self.file.open() as file, path.open("wb") as copy:
-            shutil.copyfileobj(file, copy, 4 << 20)
-
     def _open_text(self) -> ArrowRows:
         rows = self.rows
         names = [name for name in IMAGES if name in rows.columns]
         if not any(needs_bytes(batch.column(name)) for batch in (rows.batches() if names else ()) for name in names):
             return rows
-        return ArrowRows(self._made("text", lambda path: write_arrow_text(rows, path, self.where)), self.where)
+        return self._made("text", lambda target: write_arrow_text(rows, target, self.where))
 
     def _schema(self) -> pa.Schema | None:
         return self.rows.schema

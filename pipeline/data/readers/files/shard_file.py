@@ -33,6 +33,11 @@ class ShardFile:
         return "://" not in self.name or self.name.startswith("file://")
 
     @property
+    def absolute(self) -> str:
+        """The name, wherever this process works."""
+        return os.path.abspath(self.path) if self.local else self.name
+
+    @property
     def path(self) -> Path:
         """Where a local file lies."""
         return Path(self.name.removeprefix("file://"))

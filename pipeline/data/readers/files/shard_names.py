@@ -27,7 +27,7 @@ def shard_names(data: str, suffixes: tuple[str, ...]) -> list[str]:
         return [name for pattern in expand_urls(data) for name in (_matching(pattern) if is_pattern(pattern) else [pattern])]
     if is_pattern(data):
         return _matching(data)
-    if not data.endswith(suffixes):
+    if not data.endswith(suffixes) or os.path.isdir(data):
         folder = data.rstrip("/")
         for place in (folder, f"{folder}/data"):
             if found := [name for name in names_in(place) if name.endswith(suffixes)]:
