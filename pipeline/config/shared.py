@@ -20,7 +20,7 @@ def data() -> Any:
     return setting(
         group="data",
         aliases=("data-path",),
-        help="Samples: LLaVA, messages or ShareGPT records in JSON or JSON lines; may be repeated. See docs/data.md.",
+        help="Samples in JSON, JSON lines, Parquet, a saved dataset or WebDataset shards; may be repeated. See docs/data.md.",
     )
 
 
