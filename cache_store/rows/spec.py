@@ -111,6 +111,11 @@ def check_spec(found: CacheSpec, wanted: CacheSpec, *, cache: str) -> None:
     check_fingerprint(_comparable(found), _comparable(wanted), cache=cache)
 
 
+def without_data(spec: CacheSpec) -> CacheSpec:
+    """The specification of a cache of the same settings and any data."""
+    return CacheSpec(spec.fields, {name: value for name, value in spec.fingerprint.items() if name != _DATA[-1]})
+
+
 def _comparable(spec: CacheSpec) -> dict[str, Any]:
     fields = {field["name"]: field for field in spec.to_dict()["fields"]}
     return {"field": fields, "fingerprint": spec.fingerprint}

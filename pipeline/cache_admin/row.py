@@ -145,18 +145,19 @@ def row_pieces(reader: CacheReader, row: Row, text: str | None) -> list[str]:
     return [f"{name} +{gained[place]:.2f}" if place in gained else name for name, place in zip(names, rows, strict=True)]
 
 
-def recorded_inputs(reader: CacheReader) -> tuple[str | tuple[str, ...], str | tuple[str, ...] | None] | None:
-    """``--data`` and ``--images`` of a run that wrote the cache, as they were typed; None where no record says so.
+def recorded_inputs(reader: CacheReader) -> list[tuple[str | tuple[str, ...], str | tuple[str, ...] | None]]:
+    """``--data`` and ``--images`` of the runs that wrote the cache, as they were typed, each once.
 
     What lies on a network is not looked up for a record, which may come from others.
     """
+    found = dict[tuple[str | tuple[str, ...], str | tuple[str, ...] | None], None]()
     for name in reader.storage.names(RUNS):
         with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
             configuration = json.loads(reader.storage.read(f"{RUNS}/{name}"))["configuration"]
             data, images = _paths(configuration["data"]), _paths(configuration["images"] or [])
             if data and all("://" not in path and "::" not in path for path in (*data, *images)):
-                return data[0] if len(data) == 1 else data, images[0] if len(images) == 1 else images or None
-    return None
+                found[data[0] if len(data) == 1 else data, images[0] if len(images) == 1 else images or None] = None
+    return list(found)
 
 
 def _paths(value: Any) -> tuple[str, ...]:

@@ -62,6 +62,7 @@ def status_figures(store: CacheStore) -> dict[str, Any]:
         "samples_done": status.samples_done,
         "samples_rejected": len(status.rejected),
         "samples": status.samples,
+        "plans": len(store.plan.parts),
         "bytes": status.total_bytes,
         "bytes_by_field": status.bytes_by_field,
         "tensor_bytes": status.tensor_bytes,

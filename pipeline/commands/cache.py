@@ -1,9 +1,10 @@
-"""``alignkd cache``: look after a cache. None of them but ``rank`` loads a model, or torch."""
+"""``alignkd cache``: look after a cache. None of them but ``rank`` and ``append`` loads a model, or torch."""
 
 import dataclasses
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -11,6 +12,7 @@ from alignkd.errors import ConfigError, DataError
 from alignkd.extras import require
 from alignkd.pipeline.commands.cache_rank import cache_rank
 from alignkd.pipeline.commands.options import job_command as options
+from alignkd.pipeline.commands.options.lazy import LazyCommands
 from alignkd.pipeline.commands.output.messages import message_text
 from alignkd.pipeline.commands.output.printing import print_figures, say, say_json, without_credentials
 from alignkd.pipeline.config.shared import SHARD_FORMATS
@@ -24,9 +26,17 @@ if TYPE_CHECKING:
 _ANY_REASON = "any"
 
 
-@click.group("cache", cls=options.CommandGroup)
+class _Subcommands(LazyCommands, options.CommandGroup):
+    modules: ClassVar[Mapping[str, str]] = {
+        "append": "caches.append:cache_append",
+        "merge": "caches.merge:cache_merge",
+        "subset": "caches.subset:cache_subset",
+    }
+
+
+@click.group("cache", cls=_Subcommands)
 def cache() -> None:
-    """Look into a cache: its progress, its soundness, its rows."""
+    """Look into a cache: its progress, its soundness, its rows. Add to it, join it with others, take a part."""
 
 
 cache.add_command(cache_rank)
@@ -194,18 +204,21 @@ def _source(reader: "CacheReader", row: "Row", data: str | None, images: str | N
     from alignkd.pipeline.cache_admin.row import recorded_inputs, turns_images
     from alignkd.pipeline.data.row_source import find_source
 
-    recorded = recorded_inputs(reader) or (None, None)
-    chosen = data or recorded[0], images or recorded[1]
-    try:
+    missing: DataError | None = None
+    for recorded in [*recorded_inputs(reader), (None, None)]:  # several where samples were appended
+        chosen = data or recorded[0], images or recorded[1]
         if chosen[0] is None:
-            raise DataError("the cache does not say which data it was written from")
-        return find_source(chosen[0], chosen[1], row.key, row.image_sha256, turned=turns_images(reader))
-    except DataError as error:
-        if data or images:
-            raise
-        message = f"warning: the image and the text are not drawn: {error}. Give --data and --images"
-        click.echo(message_text(message), err=True)
-        return None
+            continue
+        try:
+            return find_source(chosen[0], chosen[1], row.key, row.image_sha256, turned=turns_images(reader))
+        except DataError as error:
+            missing = error
+    missing = missing or DataError("the cache does not say which data it was written from")
+    if data or images:
+        raise missing
+    message = f"warning: the image and the text are not drawn: {missing}. Give --data and --images"
+    click.echo(message_text(message), err=True)
+    return None
 
 
 @cache.command("inspect", short_help="One row, decoded; or what the cache holds.")

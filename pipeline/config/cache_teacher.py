@@ -11,7 +11,10 @@ from alignkd.settings import setting
 
 @dataclass(frozen=True, kw_only=True)
 class CacheTeacherConfig(shared.DataSettings):
-    """What ``alignkd cache-teacher`` is asked to do. ``attention_layers``: see :mod:`alignkd.losses.layers`."""
+    """What ``alignkd cache-teacher`` is asked to do. ``attention_layers``: see :mod:`alignkd.losses.layers`.
+
+    ``append``: as ``alignkd cache append``, to a cache that exists, the samples of the data that it lacks.
+    """
 
     teacher: str = setting(group="model", help="The teacher's checkpoint: a folder, or ORG/NAME[@REVISION].")
     answers: Answers = setting(
@@ -68,6 +71,13 @@ class CacheTeacherConfig(shared.DataSettings):
     device: str | None = shared.device()
     vision_tower: str | None = shared.vision_tower()
     download: bool = shared.download()
+    calibration_from: str | None = setting(
+        None,
+        group="storage",
+        metavar="URL",
+        help="Another cache of this teacher and these settings, whose calibration is taken over: alignkd cache merge joins"
+        " caches of one calibration.",
+    )
     rank: int | None = setting(
         None,
         group="many machines",
@@ -83,3 +93,9 @@ class CacheTeacherConfig(shared.DataSettings):
     )
     host_threads: int = setting(4, at_least=1, help="Threads that read images ahead of the teacher.")
     plugins: tuple[str, ...] = shared.plugins()
+    append: bool = False
+
+    @property
+    def job(self) -> str:
+        """The command that this is, in words."""
+        return "cache append" if self.append else "cache-teacher"

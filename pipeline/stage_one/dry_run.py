@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from alignkd.cache_store.formats.registry import get_format
+from alignkd.cache_store.protocol.store import open_store
 from alignkd.cache_store.rows.encode import concatenate_rows, encode_row
 from alignkd.cache_store.rows.row import Rejected, Row
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
@@ -20,11 +21,12 @@ from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.storage.local import LocalStorage
 from alignkd.capture.teacher_slice import check_sliceable, slice_config, slice_sizes
 from alignkd.errors import AlignkdError, DataError, SampleError
+from alignkd.pipeline.cache_admin.room import check_room, free_bytes
 from alignkd.pipeline.cache_admin.sight import SIGHT
 from alignkd.pipeline.cache_admin.status import dense_bytes
 from alignkd.pipeline.config.cache_layout import logit_width
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
-from alignkd.pipeline.stage_one.checks.place import check_room, free_bytes
+from alignkd.pipeline.stage_one.appended_samples import SamplesOfPlan
 from alignkd.pipeline.stage_one.checks.sight import look
 from alignkd.pipeline.stage_one.halve_on_oom import HalvingRunner
 from alignkd.pipeline.stage_one.shard_work import not_finite, rows
@@ -46,8 +48,8 @@ def dry_run(config: CacheTeacherConfig, probe: int = 32) -> dict[str, Any]:
     """
     load_plugins(config.plugins)
     stage = StageOne.open(config)
-    tensors = stage.tensors()
-    stage.use_tensors(tensors)
+    made_once = only_appended(stage) if config.append else stage.tensors()
+    stage.use_tensors(open_store(config.cache).tensors if config.append else made_once)
     chosen = spread(stage.plan.samples, probe)
     trial = _try(stage, chosen)
     made = trial.rows
@@ -59,7 +61,7 @@ def dry_run(config: CacheTeacherConfig, probe: int = 32) -> dict[str, Any]:
         )
     total, spec, format_name = stage.plan.samples, stage.spec(), config.shard_format
     stored = sizes(spec, made, format_name)
-    kept_once = sum(array.nbytes for array in tensors.values())
+    kept_once = sum(array.nbytes for array in made_once.values())
     rows_bytes = sum(stored.values()) * total
     options = {name: round(rows_bytes + difference) for name, difference in _options(stage, made, stored)}
     decoded = {f.name: sum(row.values[f.name].size for row in made) * f.numpy_dtype.itemsize for f in spec.fields}
@@ -84,6 +86,20 @@ def dry_run(config: CacheTeacherConfig, probe: int = 32) -> dict[str, Any]:
         "hours": round(trial.seconds / len(made) * total / 3600, 4),
         SIGHT: look(stage),
     }
+
+
+def only_appended(stage: StageOne) -> dict[str, np.ndarray]:
+    """Have a stage plan the samples alone that would be appended. Returns what the cache would keep once for them: nothing.
+
+    Raises:
+        DataError: the cache has them all.
+    """
+    assert isinstance(stage.samples, SamplesOfPlan)
+    if not stage.samples.at(open_store(stage.config.cache).plan).lacking:
+        raise DataError(f"every sample of {stage.config.data} is in the cache at {stage.config.cache} already: nothing to do")
+    stage.plan = stage.plan.parts[-1]
+    stage.samples = stage.samples.at(stage.plan)
+    return {}
 
 
 def spread(samples: int, probe: int) -> list[int]:

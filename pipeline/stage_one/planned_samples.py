@@ -34,7 +34,7 @@ def find_samples(config: CacheTeacherConfig, weights: str = "") -> tuple[Samples
     about = {**describe_data(config), **choice.as_meta()}
     storage = open_storage(config.cache)
     if storage.size(MANIFEST) is not None:
-        plan = read_manifest(storage).load_plan(storage)
+        plan = read_manifest(storage).load_plan(storage).parts[0]
         if _sizes(plan.meta) == _sizes(about) and plan.shard_samples == config.shard_samples:
             # Each sample is compared with its key when it is read, so changed data of the same size is noticed.
             known = known_samples(config, plan.keys, plan.extras)

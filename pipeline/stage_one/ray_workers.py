@@ -70,7 +70,7 @@ class ShardActor:
 
     def pending(self) -> list[int]:
         """Shards without a commit record. The answer also shows that this actor is ready."""
-        return self.job.store.pending()
+        return self.job.stage.todo(self.job.store.pending())
 
     def run(self, shard: int) -> ShardCounts:
         """Write a shard."""
@@ -112,7 +112,7 @@ def cache_teacher_on_ray(config: CacheTeacherConfig, *, workers: int | None, add
     warn_of_truncated(shards.truncated, config.max_length)
     store = open_store(config.cache)
     CommittedRejections(store, config).check()
-    check_done(store, Worker(), steal=False)
+    check_done(store, Worker(), [shard for shard in store.pending() if shard in shards.planned], steal=False)
     return {
         "engine": "ray",
         "actors": len(shards.actors),
@@ -130,7 +130,7 @@ def _run(ray: Any, config: CacheTeacherConfig, workers: int | None, stop: StopFl
     actors = [remote.remote(config) for _ in range(workers or max(gpus, 1))]
     pending = _wait(ray, actors, stop)
     log_start(
-        "cache-teacher",
+        config.job,
         engine=f"ray, {len(actors):,} actors",
         teacher=config.teacher,
         data=config.data_words,
@@ -172,6 +172,7 @@ class _Shards:
         self.ray, self.actors, self.config, self.stop = ray, actors, config, stop
         self.queue = deque(pending)
         self.left = set(pending)
+        self.planned = frozenset(pending)
         self.total = len(pending)
         self.running: dict[Any, tuple[Any, int | None]] = {}
         self.losses = 0

@@ -33,7 +33,9 @@ from alignkd.pipeline.hub.models import model_folder, pin_models, tower_folder
 from alignkd.pipeline.runtime.devices import parse_dtype, pick_device
 from alignkd.pipeline.runtime.progress import progress_bar
 from alignkd.pipeline.runtime.signals import StopFlag
+from alignkd.pipeline.stage_one.appended_samples import SamplesOfPlan, append_samples, find_samples_to_append
 from alignkd.pipeline.stage_one.calibrate import CALIBRATION_POSITIONS, CALIBRATION_SAMPLES, NotFiniteError, calibrate
+from alignkd.pipeline.stage_one.checks.calibration import calibration_of, check_calibration
 from alignkd.pipeline.stage_one.checks.place import check_writable
 from alignkd.pipeline.stage_one.checks.rejections import check_existing
 from alignkd.pipeline.stage_one.checks.student import check_recipe, check_student
@@ -73,7 +75,8 @@ class StageOne:
         check_writable(config.cache)
         config = pin_models(config, recorded_configuration(config))
         describe_data(config)
-        found = None if config.answers == "teacher" else find_samples(config)
+        find = find_samples_to_append if config.append else find_samples
+        found = None if config.answers == "teacher" else find(config)
         check_existing(config)
         compared = check_student(config, recipe)
         tower = tower_folder(config.vision_tower)
@@ -86,7 +89,7 @@ class StageOne:
         settings = resolve_targets(config, teacher)
         template = config.template or teacher.default_template
         check_template(template, teacher.templates)
-        samples, plan = find_samples(config, teacher.weights_fingerprint()) if found is None else found
+        samples, plan = find(config, teacher.weights_fingerprint()) if found is None else found
         config = replace(config, settings=settings)
         return cls(config, teacher, template, samples, plan, StopFlag() if stop is None else stop)
 
@@ -125,7 +128,7 @@ class StageOne:
             **self._slice,
             **self._first_ids,
             **self._prompt_date,
-            "data": hashlib.sha256(self.plan.keys.tobytes()).hexdigest(),
+            "data": hashlib.sha256(self.plan.parts[0].keys.tobytes()).hexdigest(),
         }
 
     @property
@@ -164,7 +167,12 @@ class StageOne:
         return self.teacher.weights_fingerprint()
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """What the cache keeps once for all rows: made when the cache is started, and never again."""
+        """What the cache keeps once for all rows: made when the cache is started, and never again.
+
+        With ``--calibration-from`` it is what another cache keeps.
+        """
+        if self.config.calibration_from is not None:
+            return calibration_of(self.config.calibration_from, self.spec())
         sliced = self.config.alignment == "slice"
         arrays = slice_arrays(self.teacher, tower=not self.config.slice_without_tower) if sliced else {}
         if "logits" in self.row_settings.targets:
@@ -200,7 +208,7 @@ class StageOne:
         on_start: Callable[[], None] = lambda: None,
         on_tensors: Callable[[dict[str, np.ndarray]], None] = lambda tensors: None,
     ) -> CacheStore:
-        """Start the cache, or continue it.
+        """Start the cache, or continue it, or append to it.
 
         Only a cache that starts needs a calibration: ``on_start`` is called before it, ``on_tensors`` with what it gave.
 
@@ -215,6 +223,10 @@ class StageOne:
             return made
 
         def started() -> CacheStore:
+            if isinstance(self.samples, SamplesOfPlan):
+                store = append_samples(self.config, self.spec(), self.samples)
+                self.plan, self.samples = store.plan, self.samples.at(store.plan)
+                return store
             return CacheStore.create_or_open(
                 self.config.cache, self.spec(), self.plan, shard_format=self.config.shard_format, tensors=tensors
             )
@@ -225,8 +237,20 @@ class StageOne:
             if not self._take_date_of_cache():
                 raise
             store = started()
+        check_calibration(self.config, store)
         self.use_tensors(store.tensors)
         return store
+
+    @property
+    def held(self) -> Sequence[int]:
+        """The positions of the plan whose samples the data holds: all, but of a cache that is appended to."""
+        return self.samples.held if isinstance(self.samples, SamplesOfPlan) else range(self.plan.samples)
+
+    def todo(self, pending: Sequence[int]) -> list[int]:
+        """Those of some shards that this run can make: all, or, of a cache that is appended to, those of its data."""
+        if not isinstance(self.samples, SamplesOfPlan):
+            return list(pending)
+        return [shard for shard in pending if self.samples.covers(self.plan.positions_of(shard))]
 
     def batch_shard(self, shard: int) -> ShardWork:
         """Prepare the texts of a planned shard, and group its samples into batches."""

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from alignkd.cache_store.protocol.maintenance.repair import MIN_AGE_S
-from alignkd.cache_store.protocol.store import CacheStore
+from alignkd.cache_store.protocol.store import CacheStore, open_store
 from alignkd.cache_store.rows.encode import EncodedRow, encode_row
 from alignkd.cache_store.rows.row import Rejected
 from alignkd.errors import TransientError
@@ -65,14 +65,14 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
         store.sweep(min_age_s=MIN_AGE_S)
         configuration = asdict(stage.config) | {"template": stage.template, "worker": str(worker)}
         sight = check_sight(stage, store)
-        store.write_run(make_run_record("cache-teacher", configuration) | ({} if sight is None else {SIGHT: sight}))
+        store.write_run(make_run_record(config.job, configuration) | ({} if sight is None else {SIGHT: sight}))
         log_stage_one(stage, store, worker, sight)
         started = time.perf_counter()
         job = WorkerJob(stage, store, worker, stop)
         beat.enter("writing", lambda: job.samples)
         with out_of_memory_is_transient():
-            job.run(worker.order(store.pending(), steal=config.steal))
-        check_done(store, worker, steal=config.steal)
+            job.run(worker.order(stage.todo(store.pending()), steal=config.steal))
+        check_done(store, worker, stage.todo(store.pending()), steal=config.steal)
     seconds = time.perf_counter() - started
     warn_of_truncated(job.truncated, config.max_length)
     return {
@@ -83,24 +83,25 @@ def cache_teacher(config: CacheTeacherConfig) -> dict[str, Any]:
         "new_positions_per_second": round(job.tokens / seconds, 1),
         "run_seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
-        **status_figures(store),
+        **status_figures(open_store(config.cache)),
     }
 
 
-def check_done(store: CacheStore, worker: Worker, *, steal: bool) -> None:
+def check_done(store: CacheStore, worker: Worker, pending: Sequence[int] | None = None, *, steal: bool) -> None:
     """A worker that ends well leaves no shard that is its to write; one alone, or with ``steal``, leaves none at all.
+
+    ``pending``: the shards that are not committed and that this run can make, all of those by default.
 
     Raises:
         TransientError: another process removed or marked some of them meanwhile.
     """
-    pending = store.pending()
-    if left := worker.order(pending, steal=steal):
+    if left := worker.order(store.pending() if pending is None else pending, steal=steal):
         raise TransientError(
             f"{len(left)} of {store.plan.shards} shards are not committed, though this worker wrote its shards: a repair ran"
             " meanwhile. Run the same command again"
         )
-    if pending:
-        _log.info("%d shards of other workers are not committed yet", len(pending))
+    if others := store.pending():
+        _log.info("%d shards of other workers, or of other data, are not committed yet", len(others))
 
 
 def log_stage_one(stage: StageOne, store: CacheStore, worker: Worker, sight: dict[str, Any] | None) -> None:
@@ -108,7 +109,7 @@ def log_stage_one(stage: StageOne, store: CacheStore, worker: Worker, sight: dic
     config, plan = stage.config, stage.plan
     done = plan.shards - len(store.pending())
     log_start(
-        "cache-teacher",
+        config.job,
         rank=str(worker),
         device=device_words(str(stage.teacher.device)),
         teacher=config.teacher,
@@ -165,7 +166,8 @@ class WorkerJob:
         """
         self.committed.check()
         total = sum(len(self.store.plan.positions_of(shard)) for shard in shards)
-        title = "cache-teacher" if self.worker.world_size == 1 else f"cache-teacher {self.worker}"
+        job = self.stage.config.job
+        title = job if self.worker.world_size == 1 else f"{job} {self.worker}"
         self.stop.check()
         _log.info("worker %s starts: %d shards, %d samples", self.worker, len(shards), total)
         with HostThreads(self.stage.config.host_threads) as host, progress_bar(title, total, "samples", show=show) as progress:

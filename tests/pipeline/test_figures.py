@@ -109,8 +109,9 @@ def two(tmp_path):
 def test_a_row_finds_its_images_and_its_text_again(two):
     reader = CacheReader(two / "cache")
     row = find_row(reader, "two5")
-    assert recorded_inputs(reader) == (str(two / "d.json"), str(two / "images"))
-    source = find_source(*recorded_inputs(reader), row.key, row.image_sha256, turned=False)
+    (recorded,) = recorded_inputs(reader)
+    assert recorded == (str(two / "d.json"), str(two / "images"))
+    source = find_source(*recorded, row.key, row.image_sha256, turned=False)
     for picture, name in zip(source.pictures, TWO_IMAGES["image"], strict=True):
         with Image.open(IMAGES / name) as image:
             np.testing.assert_array_equal(picture, np.asarray(image.convert("RGB"), np.float32) / 255)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import namedtuple
 
 import pytest
@@ -83,7 +84,7 @@ def test_the_place_of_a_cache_is_left_as_it_was(s3_url, tmp_path):
 
 
 def test_a_cache_without_room_is_refused_before_a_shard_is_written(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(place.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
     with pytest.raises(ConfigError, match=r"needs about .* more, but only 1 kB are free there"):
         write_cache(data, tmp_path / "cache")
     assert not (tmp_path / "cache" / "cache.json").exists()
@@ -92,13 +93,13 @@ def test_a_cache_without_room_is_refused_before_a_shard_is_written(tmp_path, dat
 @pytest.mark.slow
 def test_a_cache_with_just_enough_room_is_written(tmp_path, data, monkeypatch):
     need = dry_run(stage_one_config(data, tmp_path / "cache"))["bytes"]
-    monkeypatch.setattr(place.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 2 * need))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 2 * need))
     assert write_cache(data, tmp_path / "cache")["complete"]
 
 
 def test_an_unfinished_cache_without_room_for_the_rest_is_refused(tmp_path, data, monkeypatch, request):
     write_cache(data, tmp_path / "cache", rank=0, world_size=2)
-    monkeypatch.setattr(place.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
     request.getfixturevalue("no_teacher")
     with pytest.raises(ConfigError, match="are free there"):
         teacher_stage.StageOne.open(stage_one_config(data, tmp_path / "cache"))

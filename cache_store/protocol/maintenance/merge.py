@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.cache_store.rows.encode import EncodedRow
-from alignkd.cache_store.rows.spec import CacheSpec, check_spec
+from alignkd.cache_store.rows.spec import CacheSpec, check_spec, without_data
 from alignkd.errors import CacheError, ConfigError
 
 _SHOWN = 3
@@ -129,7 +128,7 @@ def with_data(spec: CacheSpec, keys: NDArray[np.uint8]) -> CacheSpec:
 
 
 def _require_alike(first: CacheReader, other: CacheReader) -> None:
-    check_spec(_without_data(first.spec), _without_data(other.spec), cache=f"{first.url} and the one at {other.url}")
+    check_spec(without_data(first.spec), without_data(other.spec), cache=f"{first.url} and the one at {other.url}")
     ours, theirs = first.tensors.entries, other.tensors.entries
     if ours != theirs:
         names = sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
@@ -139,11 +138,6 @@ def _require_alike(first: CacheReader, other: CacheReader) -> None:
             f" --calibration-from {shlex.quote(first.url)}, or add its data with alignkd cache append --cache"
             f" {shlex.quote(first.url)}"
         )
-
-
-def _without_data(spec: CacheSpec) -> CacheSpec:
-    fingerprint: Mapping[str, Any] = {name: value for name, value in spec.fingerprint.items() if name != "data"}
-    return CacheSpec(spec.fields, fingerprint)
 
 
 def _select(readers: Sequence[CacheReader]) -> tuple[Selection, list[tuple[int, int, str]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from alignkd.cache_store.rows.row import Rejected
 from alignkd.cache_store.rows.spec import CacheSpec
 from alignkd.errors import CacheError
 
+_NOTES = ("answers", "weights")
 _AHEAD = 3
 """Shards of a source that are fetched ahead."""
 
@@ -52,7 +54,7 @@ def repack(
         CacheError: a damaged shard or tensor, or other tensors at ``target``.
         ConfigError: an unknown format, or a URL that cannot be opened.
     """
-    plan = Plan(selection.keys, shard_samples, {"made_by": made_by})
+    plan = Plan(selection.keys, shard_samples, {**_shared_notes(readers), "made_by": made_by})
     source = readers[0].tensors
     entries: dict[str, TensorEntry] = {name: entry for name, entry in source.entries.items() if name in tensors}
     store = CacheStore.create_or_open(
@@ -69,6 +71,12 @@ def repack(
         if on_shard is not None:
             on_shard()
     return store
+
+
+def _shared_notes(readers: Sequence[CacheReader]) -> dict[str, Any]:
+    """Of what planners noted, what holds for every sample: whose answers were planned."""
+    first, *others = [part.meta for reader in readers for part in reader.plan.parts]
+    return {name: first[name] for name in _NOTES if name in first and all(first[name] == meta.get(name) for meta in others)}
 
 
 def rejected_of(reader: CacheReader, keys: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -35,7 +35,8 @@ class CommittedRejections:
             NoUsableSampleError: the cache is complete, and holds no sample.
         """
         pending = self.store.retrying()
-        numbers = [n for n in committed_numbers(self.store.storage) if n not in self._read and n not in pending]
+        planned = [n for n in committed_numbers(self.store.storage) if n < self.store.plan.shards]
+        numbers = [n for n in planned if n not in self._read and n not in pending]
         for number, record in read_records(self.store.storage, numbers).items():
             self._read.add(number)
             for sample in record.rejected:

@@ -12,7 +12,7 @@ Shapes: A answers.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -55,6 +55,10 @@ class Stage(Protocol):
     samples: Samples
     plan: Plan
     stop: StopFlag
+
+    @property
+    def held(self) -> Sequence[int]:
+        """The positions of the plan whose samples can be read."""
 
     @property
     def preparer(self) -> Preparer:
@@ -146,7 +150,8 @@ def _batches(stage: Stage) -> Iterator[Batch]:
 
 
 def _chosen(stage: Stage) -> list[PlannedSample]:
-    tried = np.linspace(0, stage.plan.samples - 1, min(CALIBRATION_SAMPLES, stage.plan.samples)).astype(int).tolist()
+    held = stage.held
+    tried = [held[i] for i in np.linspace(0, len(held) - 1, min(CALIBRATION_SAMPLES, len(held))).astype(int).tolist()]
     with_image = [position for position in tried if stage.samples[position].images]
     if len(with_image) > LOOKED_AT:
         with_image = [with_image[i] for i in np.linspace(0, len(with_image) - 1, LOOKED_AT).astype(int).tolist()]
