@@ -205,9 +205,9 @@ def _source(reader: "CacheReader", row: "Row", data: str | None, images: str | N
     from alignkd.pipeline.data.row_source import find_source
 
     missing: DataError | None = None
-    for recorded in [*recorded_inputs(reader), (None, None)]:  # several where samples were appended
+    for recorded in recorded_inputs(reader) or [("", None)]:  # several where samples were appended
         chosen = data or recorded[0], images or recorded[1]
-        if chosen[0] is None:
+        if not chosen[0]:
             continue
         try:
             return find_source(chosen[0], chosen[1], row.key, row.image_sha256, turned=turns_images(reader))
