@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from alignkd.cache_store.protocol.plan import Plan
 from alignkd.cache_store.protocol.store import CacheStore
 from alignkd.capture.advantage import gains
 from alignkd.capture.attention import capture
@@ -53,7 +52,6 @@ class Stage(Protocol):
     config: CacheTeacherConfig
     teacher: Vlm
     samples: Samples
-    plan: Plan
     stop: StopFlag
 
     @property
