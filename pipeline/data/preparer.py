@@ -90,9 +90,9 @@ class Preparer:
         """
         check_text(sample)
         with _memory_for(sample):
-            images, digest = self.load_images(self.places(sample))
+            images, digest, destroyed = self._open(sample)
             made, truncated = self.encoder.encode(sample.turns, images)
-            made = self._with_destroyed(sample, made)
+            made = self._with_destroyed(sample, made, destroyed)
         return Prepared(made, digest, truncated)
 
     def text(self, sample: Sample) -> Planned:
@@ -114,20 +114,32 @@ class Preparer:
             SampleError: an image cannot be read, or the sample cannot be used with it.
         """
         with _memory_for(sample):
-            images, digest = self.load_images(self.places(sample))
+            images, digest, destroyed = self._open(sample)
             made, truncated = self.encoder.finish(sample.turns, text, images)
-            made = self._with_destroyed(sample, made)
+            made = self._with_destroyed(sample, made, destroyed)
         return Prepared(made, digest, truncated)
 
-    def _with_destroyed(self, sample: Sample, made: ModelInput) -> ModelInput:
-        """The input, with the sample's other input where that is asked for and it has an image.
+    def _open(self, sample: Sample) -> tuple[list[Any], str, list[Any]]:
+        """A sample's images, their SHA-256, and the images destroyed, if that is asked for; each file is decoded once."""
+        places = self.places(sample)
+        if not self.with_destroyed or not places:
+            return *self.load_images(places), []
+        decoded = [self._decode(place) for place in places]
+        loaded = [
+            self.features.get(place) or (digest, self.encoder.load(image))
+            for place, (image, digest) in zip(places, decoded, strict=True)
+        ]
+        destroyed = [self.encoder.load(destroy(image)) for image, _ in decoded]
+        return [values for _, values in loaded], _together([digest for digest, _ in loaded]), destroyed
+
+    def _with_destroyed(self, sample: Sample, made: ModelInput, images: list[Any]) -> ModelInput:
+        """The input, with that of the sample's destroyed images, if there are any.
 
         Raises:
             SampleError: the family makes other ids of the destroyed images, so that the two cannot be compared.
         """
-        if not self.with_destroyed or not sample.images:
+        if not images:
             return made
-        images = [self.encoder.load(destroy(image)) for image in self.decoded_images(sample)]
         destroyed, _ = self.encoder.encode(sample.turns, images)
         if not np.array_equal(destroyed.input_ids, made.input_ids):
             raise SampleError(
@@ -157,9 +169,7 @@ class Preparer:
         if not places:
             return [], ""
         loaded = [self.features.get(place) or self._load_image(place) for place in places]
-        digests = [digest for digest, _ in loaded]
-        together = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-        return [values for _, values in loaded], together
+        return [values for _, values in loaded], _together([digest for digest, _ in loaded])
 
     def decoded_images(self, sample: Sample) -> list[Image.Image]:
         """A sample's images in RGB, as the model's own loader gives them.
@@ -197,6 +207,11 @@ class Preparer:
         if lost := what_is_lost(image, rgb):
             self.doubtful.add(place, lost)
         return rgb, hashlib.sha256(data).hexdigest()
+
+
+def _together(digests: list[str]) -> str:
+    """The digest of a sample's images: that of its only one, or of all of theirs."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 @contextmanager

@@ -118,10 +118,10 @@ def _mean_advantages(reader: CacheReader, keys: Sequence[str], ids: dict[str, st
 
 
 def _count(top: int | str | None, samples: int) -> int:
-    """How many samples are kept: of a share, rounded up."""
+    """How many samples are kept: of a share, rounded up, one at least."""
     if top is None:
         return samples
-    return math.ceil(float(top[:-1]) / 100 * samples - 1e-9) if isinstance(top, str) else top
+    return max(1, math.ceil(float(top[:-1]) / 100 * samples - 1e-9)) if isinstance(top, str) else top
 
 
 def _summary(by_key: Mapping[str, float], ranked: Sequence[str], kept: Sequence[str]) -> list[tuple[str, float | None]]:

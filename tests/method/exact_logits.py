@@ -63,7 +63,7 @@ def targets_of(teacher, batch, k=20):
     with torch.no_grad():
         captured = capture(teacher, batch, layers=range(teacher.layers))
         answers = exact_answers(teacher, captured.hidden_AD, k)
-        advantage_A = torch.arange(len(captured.hidden_AD)) % 3 * batch.samples_with_image()[batch.answer_samples_A]
+        advantage_A = batch.answer_ids_A % 3 * batch.samples_with_image()[batch.answer_samples_A]
         return Targets(captured.attention, captured.vision_BVD, answers, advantage_A.float())
 
 

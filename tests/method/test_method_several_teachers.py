@@ -55,6 +55,7 @@ def masked(targets, batch, mine_B):
         {layer: values * mine[:, None, None, None] for layer, values in targets.attention.items()},
         targets.vision_BVD * mine[:, None, None],
         {name: values[paired_P] for name, values in targets.answers.items()},
+        targets.advantage_A[paired_P],
         row_mask_BT=mine[:, None].expand_as(batch.text_mask_BT).clone(),
         column_mask_BV=mine[:, None].expand_as(batch.vision_mask_BV).clone(),
         paired_P=paired_P,
@@ -81,10 +82,11 @@ WEIGHTS = np.array([[1, 0, 0.25, 0.5, 0, 1], [0, 1, 0.75, 0.5, 1, 0]])
 """Of six samples: some of one teacher, some of both."""
 
 
-def test_a_batch_of_mixed_teachers_is_its_samples_one_by_one(tiny, teachers):
+@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, token_weighting="advantage")], ids=["uniform", "advantage"])
+def test_a_batch_of_mixed_teachers_is_its_samples_one_by_one(tiny, teachers, recipe):
     samples = mixture(tiny)
     assert len(samples) == WEIGHTS.shape[1]
-    objective, batch = objective_of(tiny, teachers), batch_of(tiny, samples)
+    objective, batch = objective_of(tiny, teachers, recipe), batch_of(tiny, samples)
     targets = several(teachers, batch, WEIGHTS)
     counts = targets.counts(batch)
     together = objective(batch, targets, counts)

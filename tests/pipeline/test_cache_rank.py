@@ -55,7 +55,7 @@ def test_the_ids_of_the_kept_samples_are_written_by_advantage_best_first(ranked_
     assert figures["first"] == lines[:5]
 
 
-def test_a_data_file_of_the_kept_samples_trains_from_the_same_cache(ranked_cache, data, tmp_path):
+def test_a_data_file_of_the_kept_samples_has_their_keys_and_order(ranked_cache, data, tmp_path):
     given = {"cache": str(ranked_cache), "data": str(data), "images": str(IMAGES), "top": "50%"}
     for name in ("half.json", "half.jsonl", "keys.txt"):
         rank(RankConfig(**given, out=str(tmp_path / name)))
@@ -64,6 +64,12 @@ def test_a_data_file_of_the_kept_samples_trains_from_the_same_cache(ranked_cache
         kept = SampleFile(tmp_path / name)
         assert [kept[i].id for i in range(len(kept))] == [r["id"] for r in SAMPLES if r["id"] in best]
         assert {kept.key(i) for i in range(len(kept))} == set((tmp_path / "keys.txt").read_text().split())
+
+
+@pytest.mark.slow
+def test_the_kept_samples_train_from_the_same_cache(ranked_cache, data, tmp_path):
+    out = str(tmp_path / "half.json")
+    rank(RankConfig(cache=str(ranked_cache), data=str(data), images=str(IMAGES), top="50%", out=out))
     train(tmp_path / "half.json", ranked_cache, tmp_path / "out", recipe="visual-advantage", max_steps=1)
 
 

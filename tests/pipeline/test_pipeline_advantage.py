@@ -193,7 +193,7 @@ def gradients(objective, parts, counts):
     return terms, torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_batch_of_all_samples_is_as_many_batches_of_one(both_sources, autocast):
     student, samples, items, source = both_sources
     recipe = get_recipe("visual-advantage", {"token_lambda": "0.7"})
@@ -218,6 +218,7 @@ def test_a_batch_of_all_samples_is_as_many_batches_of_one(both_sources, autocast
     torch.testing.assert_close(whole[0]["supervised"], plain[0]["supervised"])
 
 
+@pytest.mark.slow
 def test_a_student_trains_on_weighted_tokens(data, advantage_cache, tmp_path):
     train(data, advantage_cache, tmp_path / "out", recipe="visual-advantage", max_steps=2)
     train(data, advantage_cache, tmp_path / "plain", recipe="logits-only", max_steps=2)
