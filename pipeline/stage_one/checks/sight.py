@@ -34,7 +34,7 @@ from alignkd.pipeline.runtime.signals import StopFlag
 from alignkd.pipeline.stage_one.calibrate import CALIBRATION_POSITIONS, CALIBRATION_SAMPLES
 from alignkd.pipeline.stage_one.shard_work import PlannedSample, batches
 
-THRESHOLD = 0.02
+THRESHOLD = 0.03
 """Nats an answer token: a mean that is less, or within its standard error of less, is a blind teacher's."""
 LOOKED_AT = 64
 """Samples with an image that are compared, at most."""
