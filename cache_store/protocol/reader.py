@@ -77,6 +77,10 @@ class CacheReader:
         """Where the cache is."""
         return self.storage.url
 
+    def again(self, *, max_shards: int) -> CacheReader:
+        """Another reader of the same cache, with shards of its own in memory."""
+        return CacheReader(self.url, max_shards=max_shards)
+
     def __len__(self) -> int:
         return sum(record.rows for record in self.records.values())
 

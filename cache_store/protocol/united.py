@@ -22,6 +22,20 @@ def are_alike(one: CacheReader, other: CacheReader) -> bool:
     return _without_data(one.spec) == _without_data(other.spec) and one.tensors.entries == other.tensors.entries
 
 
+def unite(readers: Sequence[CacheReader], weights: Sequence[float], *, max_shards: int) -> list[tuple[CacheReader, float]]:
+    """Caches of the same teacher as one, where they have the same weight and no sample in common; the others as they are."""
+    groups: list[tuple[list[CacheReader], float]] = []
+    for reader, weight in zip(readers, weights, strict=True):
+        for group, of_group in groups:
+            apart = all((one.plan.locate(reader.plan.keys) < 0).all() for one in group)
+            if of_group == weight and are_alike(group[0], reader) and apart:
+                group.append(reader)
+                break
+        else:
+            groups.append(([reader], weight))
+    return [(UnitedReader(group, max_shards=max_shards) if len(group) > 1 else group[0], weight) for group, weight in groups]
+
+
 def _without_data(spec: CacheSpec) -> tuple[object, object]:
     fields = {field["name"]: field for field in spec.to_dict()["fields"]}
     return fields, {name: value for name, value in spec.fingerprint.items() if name != "data"}
@@ -71,6 +85,10 @@ class UnitedReader(CacheReader):
     def url(self) -> str:
         """Where the caches are."""
         return ", ".join(reader.url for reader in self.readers)
+
+    def again(self, *, max_shards: int) -> UnitedReader:
+        """As :meth:`CacheReader.again`, of all caches."""
+        return UnitedReader([reader.again(max_shards=1) for reader in self.readers], max_shards=max_shards)
 
     def first_dimensions(self, field: str) -> NDArray[np.int32]:
         """As :meth:`CacheReader.first_dimensions`, for the samples of all caches."""

@@ -213,7 +213,7 @@ class DistillConfig(shared.DataSettings):
             )
         if self.cache_weight and not any(self.cache_weight):
             raise ConfigError("--cache-weight is 0 for every --cache: give at least one of them a weight above 0")
-        if held_out and max(len(held_out), len(caches)) > 1 and len(held_out) != len(caches):
+        if len(held_out) > max(len(caches), 1):
             raise ConfigError(
                 f"--eval-cache is given {len(held_out)} times and --cache {len(caches)} times: give the held-out cache of each"
                 " teacher, in the order of --cache, or none where the training caches hold the held-out samples"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.protocol.united import unite
 from alignkd.capture.layer_pairs import needed_layers
 from alignkd.errors import CacheError, ConfigError, wrap_errors
 from alignkd.extras import require
@@ -76,19 +77,21 @@ def open_inputs(config: DistillConfig, process: Worker) -> RunInputs:
     """
     check_images(config)
     needs = config.recipe.needs if config.online_teacher is None else frozenset[str]()
-    readers = _open_readers(config, needs)
+    opened = _open_readers(config, needs)
+    readers = [reader for reader, _ in opened]
     device = pick_device(config.device, process.local_rank)
     student = load_vlm(model_folder(config.student), device=device, vision_tower=tower_folder(config.vision_tower))
     template, max_length = _prompt_settings(config, student, readers)
     check_template(template, student.templates)
-    caches, weights = [], config.cache_weight or (1.0,) * len(readers)
-    for reader, weight in zip(readers, weights, strict=True):
+    caches = []
+    for reader, weight in opened:
         with naming_cache(reader, len(readers)):
             caches.append(fit_cache(reader, student, config.recipe, needs, template, max_length, weight))
     return RunInputs(config, device, tuple(caches), student, template, max_length, needs)
 
 
-def _open_readers(config: DistillConfig, needs: frozenset[str]) -> list[CacheReader]:
+def _open_readers(config: DistillConfig, needs: frozenset[str]) -> list[tuple[CacheReader, float]]:
+    """The caches and their weights; those of one teacher as one cache."""
     urls = several(config.cache)
     if needs and not urls:
         raise ConfigError(
@@ -100,7 +103,7 @@ def _open_readers(config: DistillConfig, needs: frozenset[str]) -> list[CacheRea
         if config.online_teacher is None:
             with naming_cache(readers[-1], len(urls)):
                 check_recipe_targets(readers[-1].fingerprint, config.recipe)
-    return readers
+    return unite(readers, config.cache_weight or (1.0,) * len(readers), max_shards=2 * WINDOW_SHARDS)
 
 
 def _prompt_settings(config: DistillConfig, student: Vlm, readers: Sequence[CacheReader]) -> tuple[str, int]:

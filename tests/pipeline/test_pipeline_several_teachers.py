@@ -259,7 +259,10 @@ def test_a_row_that_belongs_to_other_images_names_its_cache(place, tmp_path):
         ({"cache": ("a", "b"), "cache_weight": (1.0,)}, "--cache-weight is given 1 times and --cache 2 times"),
         ({"cache": ("a", "b"), "cache_weight": (0.0, 0.0)}, "--cache-weight is 0 for every --cache"),
         ({"cache": ("a", "a")}, "--cache a is given twice"),
-        ({"cache": ("a", "b"), "eval_data": "d", "eval_cache": "c"}, "--eval-cache is given 1 times and --cache 2 times"),
+        (
+            {"cache": ("a", "b"), "eval_data": "d", "eval_cache": ("c", "e", "f")},
+            "--eval-cache is given 3 times and --cache 2 times",
+        ),
         ({"cache": ("a", "b"), "cache_weight": (-1.0, 1.0)}, "--cache-weight is -1.0"),
         ({"cache": ("a", "b"), "online_teacher": str(TEACHER)}, "--online-teacher with several --cache"),
     ],

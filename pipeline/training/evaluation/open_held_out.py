@@ -8,6 +8,7 @@ from itertools import zip_longest
 import numpy as np
 
 from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.cache_store.protocol.united import unite
 from alignkd.capture.teacher import Teacher
 from alignkd.errors import CacheError, ConfigError
 from alignkd.losses.recipes import RECIPES
@@ -80,7 +81,14 @@ def _readers(inputs: RunInputs) -> list[CacheReader]:
     config = inputs.config
     assert config.eval_data is not None
     if config.eval_cache is not None:
-        return [CacheReader(url, max_shards=2 * WINDOW_SHARDS) for url in several(config.eval_cache)]
+        given = [CacheReader(url, max_shards=2 * WINDOW_SHARDS) for url in several(config.eval_cache)]
+        found = [reader for reader, _ in unite(given, [1.0] * len(given), max_shards=2 * WINDOW_SHARDS)]
+        if inputs.caches and len(found) != len(inputs.caches):
+            raise ConfigError(
+                f"--eval-cache has targets of {len(found)} teachers and --cache of {len(inputs.caches)}: give the held-out"
+                " cache of each teacher, in the order of --cache, or none where the training caches hold the held-out samples"
+            )
+        return found
     if not inputs.caches:
         return []
     samples = open_samples(held_out_config(config))
@@ -94,7 +102,7 @@ def _readers(inputs: RunInputs) -> list[CacheReader]:
             ", ".join(several(config.cache)),
         )
         return []
-    return [CacheReader(cache.reader.url, max_shards=2 * WINDOW_SHARDS) for cache in inputs.caches]
+    return [cache.reader.again(max_shards=2 * WINDOW_SHARDS) for cache in inputs.caches]
 
 
 def _with_readers(inputs: RunInputs, readers: Sequence[CacheReader], of_training: Sequence[OpenCache]) -> RunInputs:
