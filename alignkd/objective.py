@@ -15,6 +15,7 @@ from alignkd.capture.layer_pairs import find_layer_pairs
 from alignkd.capture.teacher import TargetSource, Teacher
 from alignkd.inputs.batch import Batch, Counts
 from alignkd.losses.agreement import agreement
+from alignkd.losses.answer_loss.chunk import SUPERVISED
 from alignkd.losses.answer_loss.fused import AnswerTerms
 from alignkd.losses.answer_loss.paired import batch_answer_terms
 from alignkd.losses.contract import SampleTerm, TeacherShape, TermInputs, TermShapes, check_targets_given, check_teacher_given
@@ -41,7 +42,8 @@ class Outcome(TypedDict):
     ``agreement``: how many answers the student's likeliest token is the teacher's for, and how many were compared, ``[2]``;
     None where it was not asked for. ``of_teachers``: where there are several, each teacher's own sum of a term over what it has
     targets for, by ``TERM/TEACHER``; and ``attention_contrast/TEACHER``, in place
-    of ``attention_BHTV``. Empty where there is one teacher.
+    of ``attention_BHTV``. Empty where there is one teacher. ``answer_losses``: each answer term of each answer, ``[A]``,
+    without any weight and without gradient; empty where terms were put together from several teachers or parts.
     """
 
     loss: torch.Tensor
@@ -51,6 +53,7 @@ class Outcome(TypedDict):
     precisions: dict[str, torch.Tensor]
     agreement: torch.Tensor | None
     of_teachers: dict[str, torch.Tensor]
+    answer_losses: dict[str, torch.Tensor]
 
 
 class Objective(TeacherTerms):
@@ -176,6 +179,7 @@ class Objective(TeacherTerms):
             attention_BHTV=None if several or not recipe.compares_attention else decoded[0].attention[self.layer_pairs[0][1]],
             precisions={name: precision.detach() for name, precision in precisions.items()},
             agreement=self._agreement(inputs) if with_agreement else None,
+            answer_losses=self._by_answer(answer_terms, recipe),
             of_teachers=of_teachers | sums | (contrasts(inputs) if several and recipe.compares_attention else {}),
         )
 
@@ -226,6 +230,12 @@ class Objective(TeacherTerms):
         if isinstance(targets, SeveralTargets):
             return average_answer_terms(inputs, targets.parts, head.weight, head.bias, weights=weights, divisor=answers)
         return batch_answer_terms(inputs[0], head.weight, head.bias, weights=weights, divisor=answers), {}
+
+    @staticmethod
+    def _by_answer(terms: AnswerTerms, recipe: Recipe) -> dict[str, torch.Tensor]:
+        """Each answer term of each answer, ``[A]``; none where they were averaged over teachers or parts."""
+        names = (SUPERVISED, *recipe.divergences)
+        return {} if terms.losses_TA is None else dict(zip(names, terms.losses_TA, strict=False))
 
     def _sample_terms(
         self, inputs: Sequence[TermInputs], targets: Targets | SeveralTargets, counts: Counts

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from alignkd.errors import DataError, SampleError
+from alignkd.pipeline.answer.images import ImageReferences
 from alignkd.pipeline.answer.parts import AnswerParts
 from alignkd.pipeline.answer.records import record_of
 from alignkd.pipeline.answer.work import Work
@@ -39,7 +40,12 @@ class Tally:
 
 
 def write_answers(
-    config: AnswerConfig, samples: Samples, work: Work, parts: AnswerParts, provenance: Mapping[str, Any]
+    config: AnswerConfig,
+    samples: Samples,
+    work: Work,
+    parts: AnswerParts,
+    provenance: Mapping[str, Any],
+    references: ImageReferences,
 ) -> dict[str, Any]:
     """Write the data file, and return its figures.
 
@@ -56,7 +62,7 @@ def write_answers(
     with _replaced(out) as file:
         as_list = out.suffix == ".json"
         for index in range(len(samples)):
-            for record in _records(config, samples, int(work.first[index]), index, parts, provenance, tally):
+            for record in _records(config, samples, int(work.first[index]), index, parts, provenance, references, tally):
                 file.write((",\n" if written else "[\n") if as_list else "")
                 file.write(json_text(record) + ("" if as_list else "\n"))
                 written += 1
@@ -68,6 +74,7 @@ def write_answers(
             )
     return {
         "answers": written,
+        "images": references.root,
         **{kind: tally.counts.get(kind, 0) for kind in ("cut", "empty", "unusable", "other_tokens")},
         **{f"{kind}_samples": tally.named.get(kind, []) for kind in ("cut", "empty", "unusable", "other_tokens")},
         "tokens": tally.counts.get("tokens", 0),
@@ -83,6 +90,7 @@ def _records(
     index: int,
     parts: AnswerParts,
     provenance: Mapping[str, Any],
+    references: ImageReferences,
     tally: Tally,
 ) -> Iterator[dict[str, Any]]:
     if not parts.is_answered(first):
@@ -101,7 +109,7 @@ def _records(
         try:
             if answer.fault:
                 raise SampleError(answer.fault)
-            record = record_of(sample, answer, sample.images, provenance, several=config.n > 1)
+            record = record_of(sample, answer, references.of(sample), provenance, several=config.n > 1)
         except SampleError as error:
             tally.add("unusable", f"{name}: {error}")
             continue

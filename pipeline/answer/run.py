@@ -18,6 +18,7 @@ from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.answer import identity
 from alignkd.pipeline.answer.answering import Answering
+from alignkd.pipeline.answer.images import ImageReferences
 from alignkd.pipeline.answer.output import write_answers
 from alignkd.pipeline.answer.parts import AnswerParts, answer_writer
 from alignkd.pipeline.answer.questions import Questions
@@ -126,6 +127,7 @@ class _Run:
             out=self.config.out,
             template=self.template,
         )
+        self.references = ImageReferences(self.config, self.samples)
         self._answer_share()
         return self._written()
 
@@ -165,7 +167,7 @@ class _Run:
             if left:
                 _log.info("answer: this process is done; %d samples are left to others", left)
                 return {"out": self.config.out, "complete": False, "left": left}
-            figures = write_answers(self.config, self.samples, self.work, parts, self._provenance())
+            figures = write_answers(self.config, self.samples, self.work, parts, self._provenance(), self.references)
         found = {
             "out": self.config.out,
             "complete": True,

@@ -41,7 +41,7 @@ class TrainingExample:
 
     ``target_mask``: which of its tokens have a target, None where all have one. ``truncated``: its text was cut at the
     maximum length. ``doubtful``: places of its images that show little or nothing. ``rows``: in place of ``stored`` and
-    ``target_mask``, what each teacher has for it, where there are several.
+    ``target_mask``, what each teacher has for it, where there are several. ``written``: a model wrote its answers.
     """
 
     sample_id: str
@@ -51,6 +51,7 @@ class TrainingExample:
     truncated: bool = False
     doubtful: tuple[str, ...] = ()
     rows: tuple[TaughtRow, ...] = ()
+    written: bool = False
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         except (CacheError, CorruptShardError) as error:
             return FailedSample(sample.key, name, str(error), fatal=True)
         doubtful = tuple(place for place in self.preparer.places(sample) if place in self.preparer.doubtful.found)
-        return TrainingExample(name, prepared.input, stored, mask, prepared.truncated, doubtful, rows)
+        return TrainingExample(name, prepared.input, stored, mask, prepared.truncated, doubtful, rows, bool(sample.provenance))
 
     def _stored(self, sample: Sample, prepared: Prepared) -> tuple[dict[str, EncodedField], TargetMask | None]:
         """What the only teacher has for a sample; nothing where there are several."""
@@ -253,16 +254,17 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
         return tuple(found)
 
     def collate(self, items: Sequence[TrainingExample | FailedSample]) -> dict[str, Any]:
-        """Examples to ``{"batch", "targets", "failures", "ids", "truncated", "padding", "doubtful"}``.
+        """Examples to ``{"batch", "targets", "failures", "ids", "truncated", "padding", "doubtful", "written"}``.
 
         ``batch`` is None without a usable sample. ``ids``: the ids of the batch's samples, in its order. ``truncated``: how
         many of them were cut at the maximum length. ``padding``: positions of the batch that only fill it up. ``doubtful``:
-        places of images that show little or nothing.
+        places of images that show little or nothing. ``written``: for each sample, whether a model wrote its answers.
         """
         good = [item for item in items if isinstance(item, TrainingExample)]
         failures = [item for item in items if isinstance(item, FailedSample)]
         if not good:
-            return SharedMemoryBatch(batch=None, targets=None, failures=failures, ids=[], truncated=0, padding=0, doubtful=[])
+            nothing: dict[str, Any] = {"ids": [], "truncated": 0, "padding": 0, "doubtful": [], "written": []}
+            return SharedMemoryBatch(batch=None, targets=None, failures=failures, **nothing)
         batch = self.collator([item.input for item in good])
         targets: Targets | SeveralTargets = Targets()
         if self.teaching is not None:
@@ -276,6 +278,7 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
             failures=failures,
             ids=[item.sample_id for item in good],
             truncated=sum(item.truncated for item in good),
+            written=[item.written for item in good],
             doubtful=sorted({place for item in good for place in item.doubtful}),
             padding=batch.input_ids_BS.numel() - int(batch.attention_mask_BS.sum()),
         )

@@ -40,6 +40,7 @@ from alignkd.pipeline.training.evaluation.open import open_evaluation
 from alignkd.pipeline.training.evaluation.plan import plan_evaluation
 from alignkd.pipeline.training.monitoring.metrics import Metrics
 from alignkd.pipeline.training.monitoring.summary import (
+    answers_by_author,
     final_terms,
     folders,
     image_warnings,
@@ -165,8 +166,14 @@ def _train(
     done = step_of(checkpoint) if checkpoint is not None else 0
     learned = config.recipe.weighting == "learned"
     teachers = len(data.caches) if len(data.caches) > 1 else 0
-    weights = term_weights(config.recipe)
-    metrics = Metrics(out / "metrics.jsonl", weights, learned=learned, writes=processes.first, teachers=teachers)
+    metrics = Metrics(
+        out / "metrics.jsonl",
+        term_weights(config.recipe),
+        learned=learned,
+        writes=processes.first,
+        teachers=teachers,
+        answer_terms=("supervised", *config.recipe.divergences),
+    )
     title = f"distill {config.recipe.name}"
     with progress_bar(title, schedule.steps, "steps", done=done, show=processes.first) as progress:
         callback = RunCallback(progress)
@@ -219,6 +226,7 @@ def _train(
         "loss": line.get("loss"),
         "terms": final_terms(line),
         **taught_by(data.caches, totals),
+        **answers_by_author(totals),
         **evaluation.figures(),
         "processes": processes.world_size,
         "rejected": rejects.count,

@@ -147,9 +147,9 @@ class DistillTrainer(CheckpointingTrainer):
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if inputs["batch"] is None:
-            return {"batch": None, "targets": None, "ids": [], "truncated": 0, "padding": 0}
+            return {"batch": None, "targets": None, "ids": [], "truncated": 0, "padding": 0, "written": []}
         moved = {name: inputs[name].to(self.args.device) for name in ("batch", "targets")}
-        return {**moved, **{name: inputs[name] for name in ("ids", "truncated", "padding")}}
+        return {**moved, **{name: inputs[name] for name in ("ids", "truncated", "padding", "written")}}
 
     def compute_loss(
         self,
@@ -183,6 +183,7 @@ class DistillTrainer(CheckpointingTrainer):
         tokens, answers = batch.input_ids_BS.numel(), batch.answer_ids_A.numel()
         counts_of_batch = {name: inputs[name] for name in ("truncated", "padding")}
         self.metrics.add(outputs, samples=batch.samples, tokens=tokens, answers=answers, **counts_of_batch)
+        self.metrics.by_author.add(outcome["answer_losses"], inputs["written"], batch.answer_samples_A)
         self._last = {**inputs, "counts": counts}
 
     def _dummy_loss(self, model: nn.Module, counts: Counts) -> torch.Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_shapes import write_parquet, write_webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import launched
@@ -236,3 +240,38 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
         drawn_BV = DrawnTokens(uniforms_BN, temperature, top_p)(torch.zeros(10_000, 1), logits_V.expand(10_000, 5))
         shares_V = (drawn_BV == 0).float().mean(dim=0)
         torch.testing.assert_close(shares_V, expected_V, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", ["webdataset", "parquet"])
+def test_images_that_the_data_holds_are_written_beside_the_answers(tmp_path, shape):
+    records = [*SAMPLES[:3], SAMPLES[4]]
+    if shape == "parquet":
+        pytest.importorskip("pyarrow")
+        data = str(write_parquet(tmp_path / "data.parquet", records, IMAGES, paths=False))
+    else:
+        data = write_webdataset(tmp_path / "shards", records, IMAGES, paths=False)
+    out = tmp_path / "answers.jsonl"
+    figures = answer(config_of(data, out, images=None))
+    assert figures["images"] == str(tmp_path / "answers.jsonl.images")
+    plain = tmp_path / "plain.jsonl"
+    answer(config_of(write_data(tmp_path / "plain.json", records), plain))
+    said = [[line["conversations"] for line in written(path)] for path in (out, plain)]
+    assert said[0] == said[1]
+    for line, record_ in zip(written(out), records, strict=True):
+        if "image" in record_:
+            content = (Path(figures["images"]) / line["image"]).read_bytes()
+            assert content == (IMAGES / record_["image"]).read_bytes()
+            assert Path(line["image"]).stem == hashlib.sha256(content).hexdigest()
+    again = answer(config_of(out, tmp_path / "again.jsonl", images=figures["images"]))
+    assert (again["answers"], again["rejected"]) == (len(records), 0)
+
+
+def test_data_with_images_in_several_folders_is_written_for_the_folder_above_them(tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(IMAGES, tmp_path / name)
+    data = [str(write_data(tmp_path / f"{name}.json", [{**SAMPLES[0], "id": name}])) for name in ("a", "b")]
+    out = tmp_path / "answers.jsonl"
+    folders = [str(tmp_path / name) for name in ("a", "b")]
+    figures = answer(replace(config_of(data[0], out), data=data, images=folders))
+    assert figures["images"] == str(tmp_path)
+    assert [line["image"] for line in written(out)] == [f"{name}/{SAMPLES[0]['image']}" for name in ("a", "b")]

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import SAMPLES, TEACHER, content, stage_one_config, train, write_cache, write_data
+from tiny_runs import SAMPLES, TEACHER, content, metrics, stage_one_config, train, write_cache, write_data
 
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.errors import CacheError, ConfigError, DataError
@@ -20,6 +21,8 @@ from alignkd.pipeline.data.provenance import LONGEST, AnswerChoice, Author, read
 from alignkd.pipeline.data.sample import read_sample
 from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.feeding import dataset
+from alignkd.pipeline.training.monitoring.metrics import Metrics
+from alignkd.pipeline.training.monitoring.summary import summary
 
 
 def written(record, model="teacher", weights="0" * 64, number=1):
@@ -135,3 +138,50 @@ def test_a_sample_that_the_choice_takes_and_the_cache_lacks_is_still_an_error(tm
     write_cache(data, tmp_path / "both")
     with pytest.raises(CacheError, match="has no row in the cache"):
         train(mixed, tmp_path / "both", tmp_path / "run", epochs=1.0)
+
+
+def test_metrics_tell_the_datas_own_answers_and_written_ones_apart(tmp_path, data, mixed):
+    whole = {"recipe": "sft", "epochs": 1.0, "batch_size": 11}
+    alone = train(data, None, tmp_path / "alone", **whole)
+    figures = train(mixed, None, tmp_path / "both", **whole)
+    (of_data,), (line,) = metrics(tmp_path / "alone"), metrics(tmp_path / "both")
+    assert not {"samples_written", "data/supervised"} & (of_data.keys() | alone.keys())
+    assert (line["samples_data"], line["samples_written"]) == (figures["samples_data"], figures["samples_written"]) == (6, 5)
+    assert line["data/supervised"] == pytest.approx(of_data["supervised"], rel=1e-4)
+    answers = of_data["answers"], line["answers"] - of_data["answers"]
+    means = line["data/supervised"], line["written/supervised"]
+    assert sum(n * mean for n, mean in zip(answers, means, strict=True)) / sum(answers) == pytest.approx(line["supervised"])
+    assert "6 samples with answers of the data, 5 with written ones" in summary(figures)
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_counts_by_author_go_on_after_a_resume_as_without_it(tmp_path, at):
+    batches = [([True, False], [0, 0, 1]), ([False, False], [0, 1, 1]), ([True], [0]), ([True, False], [0, 1, 1])]
+
+    def fresh():
+        return Metrics(tmp_path / "metrics.jsonl", {"supervised": 1.0}, writes=True, answer_terms=["supervised"])
+
+    def step(found, number):
+        written, samples_A = batches[number][0], torch.tensor(batches[number][1])
+        found.by_author.add({"supervised": torch.arange(len(samples_A)) + float(number)}, written, samples_A)
+        return by_author(found.line({}, step=number, epoch=0.0)) if number in (1, 3) else None
+
+    whole, cut = fresh(), fresh()
+    for number in range(len(batches)):
+        expected = step(whole, number)
+        if number == at:
+            state = json.loads(json.dumps(cut.state_dict()))
+            cut = fresh()
+            cut.resume(state, number - 1)
+        assert step(cut, number) == expected
+    assert expected == {"samples_data": 4, "samples_written": 3, "data/supervised": 4.5, "written/supervised": 2.5}
+
+
+def by_author(line):
+    return {name: value for name, value in line.items() if name.startswith(("samples_d", "samples_w", "data/", "written/"))}
+
+
+def test_of_data_without_written_answers_a_line_says_nothing(tmp_path):
+    found = Metrics(tmp_path / "metrics.jsonl", {"supervised": 1.0}, writes=True, answer_terms=["supervised"])
+    found.by_author.add({"supervised": torch.ones(2)}, [False], torch.tensor([0, 0]))
+    assert by_author(found.line({}, step=1, epoch=0.0)) == {}

@@ -63,6 +63,7 @@ def test_workers_give_the_batches_that_their_own_process_would(student_vlm, data
                 "truncated": 0,
                 "padding": 0,
                 "doubtful": [],
+                "written": [],
             }
             continue
         values, others = tensors(collated), tensors(same)

@@ -16,6 +16,8 @@ def answers_text(figures: Mapping[str, Any]) -> str:
     if not figures["complete"]:
         return f"this process is done; {figures['left']:,} samples are left to others"
     lines = [f"{figures['answers']:,} answers, {figures['tokens']:,} tokens, to {figures['out']}"]
+    if figures["images"]:
+        lines.append(f"  their images: --images {figures['images']}")
     cut = "cut at --max-new-tokens, and kept" if figures["keep_cut"] else "cut at --max-new-tokens, and left out"
     for kind, words in {"cut": cut, **_LEFT_OUT}.items():
         if figures[kind]:

@@ -19,6 +19,9 @@ from alignkd.pipeline.runtime.retries import with_retries
 _SCHEMES = {"tar:": "webdataset", "row:": "tables"}
 """The readers whose files hold images."""
 
+HELD = tuple(_SCHEMES)
+"""How the place of an image begins that a data file holds."""
+
 
 def place_of(root: str | None, reference: str) -> str:
     """The place of an image by its reference in the data; ``root``: the image folder, None for the working directory.

@@ -37,7 +37,7 @@ def _facts(run: Run) -> dict[str, Text]:
         "student at the start": run.setting("student") or "–",
         "data": f"{run.setting('data') or '–'} ({figure(settings.get('samples'))} samples)",
         "steps": figure(run.last_step) + (f" of {steps:,}" if isinstance(steps, int) and steps != run.last_step else ""),
-        "samples learned from": figure(_whole(run.last("samples"))),
+        "samples learned from": figure(_whole(run.last("samples"))) + _written(run),
         "loss in the last line": figure(run.last("loss")),
         "best student": _best(result.get("best")) + (", then the run ended early" if result.get("ended_early") is True else ""),
         "time": "–" if seconds is None else duration(seconds),
@@ -47,6 +47,12 @@ def _facts(run: Run) -> dict[str, Text]:
         "versions": f"alignkd {versions.get('alignkd', '–')}, torch {versions.get('torch', '–')},"
         f" transformers {versions.get('transformers', '–')}",
     }
+
+
+def _written(run: Run) -> Text:
+    """How many of the samples had answers that a model wrote; nothing where none had."""
+    written = _whole(run.last("samples_written"))
+    return f", {figure(written)} of them with written answers" if written else ""
 
 
 def _best(found: Any) -> str:

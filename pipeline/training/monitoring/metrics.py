@@ -17,6 +17,7 @@ from alignkd.inputs.batch import Counts
 from alignkd.losses.term_registry import averaged_over
 from alignkd.pipeline.runtime.devices import peak_memory_bytes
 from alignkd.pipeline.runtime.files import replace_text
+from alignkd.pipeline.training.monitoring.by_author import ByAuthor
 from alignkd.targets.several import teacher_name
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -38,11 +39,19 @@ class Metrics:
 
     ``weights``: the factor of each unweighted term in the loss; where they are ``learned``, :data:`PRECISION` multiplies
     it. ``writes``: True on the first process only. ``teachers``: how many, where there are several: a line then has what each
-    of them taught, ``TERM/TEACHER``, and how many samples.
+    of them taught, ``TERM/TEACHER``, and how many samples. ``answer_terms``: the terms that each answer token has, which are
+    told apart by who wrote the answers.
     """
 
     def __init__(
-        self, path: Path, weights: Mapping[str, float], *, writes: bool, learned: bool = False, teachers: int = 0
+        self,
+        path: Path,
+        weights: Mapping[str, float],
+        *,
+        writes: bool,
+        learned: bool = False,
+        teachers: int = 0,
+        answer_terms: Sequence[str] = (),
     ) -> None:
         self.path, self.weights, self.writes = path, dict(weights), writes
         self._terms = ("loss", *weights)
@@ -55,6 +64,7 @@ class Metrics:
         self._observed = (*OBSERVED, *(PRECISION.format(name) for name, weight in weights.items() if learned and weight > 0))
         self._observed += tuple(f"{observed}/{name}" for observed in OBSERVED for name in names)
         self._summed = (*self._terms, *self._observed, *(f"{name}/batches" for name in self._observed), *self._of_teachers)
+        self.by_author = ByAuthor(answer_terms)
         self.last: dict[str, Any] = {}
         """The latest line, of a run that was resumed the one before."""
         self._start({}, 0)
@@ -72,6 +82,7 @@ class Metrics:
         self._seconds_before = float(state.get("seconds", 0.0))
         self._line_seconds = float(state.get("line_seconds", self._seconds_before))
         self._waited = 0.0
+        self.by_author.resume(state, since)
         self._started = self._waiting_since = time.perf_counter()
 
     @property
@@ -157,6 +168,7 @@ class Metrics:
             **{f"share/{name}": value / total if total else 0.0 for name, value in weighted.items()},
             **observed,
             **own,
+            **self.by_author.line(since),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         self._forget(step, seconds)
@@ -178,13 +190,15 @@ class Metrics:
     def _since_line(self, reduce: Reduce | None) -> dict[str, float]:
         waited = {"waited": self._waited, "seconds": time.perf_counter() - self._waiting_since}
         seen = {f"seen/{name}": count for name, count in self._seen.items()}
-        counted = {**seen, **self._counts, **{f"over/{name}": count for name, count in self._over.items()}, **waited}
+        over = {f"over/{name}": count for name, count in self._over.items()}
+        counted = {**seen, **self._counts, **over, **self.by_author.samples, **waited}
+        sums = torch.cat((self._sums, self.by_author.sums.to(self._sums.device)))
         values = torch.tensor(list(counted.values()), dtype=torch.float64)
         if reduce is None:
-            found = self._sums.tolist() + values.tolist()
+            found = sums.tolist() + values.tolist()
         else:
-            found = reduce(torch.cat((self._sums.double(), values.to(self._sums.device)))).tolist()
-        return dict(zip((*self._summed, *counted), found, strict=True))
+            found = reduce(torch.cat((sums.double(), values.to(sums.device)))).tolist()
+        return dict(zip((*self._summed, *self.by_author.names, *counted), found, strict=True))
 
     def _forget(self, step: int, seconds: float) -> None:
         self._sums = torch.zeros_like(self._sums)
@@ -199,6 +213,7 @@ class Metrics:
         return {
             **{name: self._until_line[name] + int(since[name]) for name in self._counted},
             "seconds": self.seconds,
+            **self.by_author.totals(since),
             "line_step": self._line_step,
             "line_seconds": self._line_seconds,
             "since_line": {name: value for name, value in since.items() if name not in ("waited", "seconds")},

@@ -47,6 +47,12 @@ def taught_by(caches: Sequence[TeacherRows], totals: Mapping[str, Any]) -> dict[
     }
 
 
+def answers_by_author(totals: Mapping[str, Any]) -> dict[str, int]:
+    """How many samples with the data's own answers were learned, and with written ones; nothing without any of these."""
+    found = {name: int(totals[name]) for name in ("samples_data", "samples_written")}
+    return found if found["samples_written"] else {}
+
+
 def rejection_warnings(count: int, reasons: Iterable[str]) -> list[str]:
     """One warning about all rejected samples, with the kinds of reasons by count and the first; none where there are none."""
     if not count:
@@ -94,6 +100,7 @@ def _counts(figures: Mapping[str, Any]) -> list[str]:
     return [
         f"{figures['steps']:,} steps, {figures['samples']:,} samples, {figures['tokens']:,} positions"
         f" ({figures['padding_share']:.0%} padding){processes}",
+        *_authors(figures),
         f"{_time(figures['seconds'])}: {figures['samples_per_second']:,.4g} samples/s, {figures['tokens_per_second']:,.0f}"
         f" positions/s; peak memory {figures['peak_memory_bytes'] / 1e9:,.2f} GB",
     ]
@@ -104,6 +111,12 @@ def _teachers(figures: Mapping[str, Any]) -> list[str]:
         f"{one['name']} taught {one['samples']:,} samples, weight {one['weight']:g}: {one['cache']}"
         for one in figures.get("teachers", ())
     ]
+
+
+def _authors(figures: Mapping[str, Any]) -> list[str]:
+    if not figures.get("samples_written"):
+        return []
+    return [f"{figures['samples_data']:,} samples with answers of the data, {figures['samples_written']:,} with written ones"]
 
 
 def _terms(figures: Mapping[str, Any]) -> list[str]:
