@@ -17,6 +17,8 @@ from alignkd.extras import missing
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+_OPTION = "--cache"
+
 _SMALL = 64 << 20
 """Objects that may be larger are asked for their size before they are read."""
 
@@ -41,7 +43,7 @@ class RemoteStorage:
     first_wait_s = 0.5
     listing_may_lag = False
 
-    def __init__(self, url: str, option: str = "--cache") -> None:
+    def __init__(self, url: str, option: str = _OPTION) -> None:
         """``option``: of the command line, for messages."""
         self.url, self.option = url.rstrip("/"), option
         self._opened: tuple[int, Any, str] | None = None
@@ -173,29 +175,34 @@ class RemoteStorage:
     def _filesystem(self) -> tuple[Any, str]:
         """The file system, opened once a process, and the path of the cache in it."""
         if self._opened is None or self._opened[0] != os.getpid():
-            fs, root = _open(self.url, self.option)
+            try:
+                fs, root = _open(self.url)
+            except (ConfigError, StorageError, StorageAccessError) as error:
+                if self.option == _OPTION:
+                    raise
+                raise type(error)(str(error).replace(_OPTION, self.option)) from error
             self._opened = (os.getpid(), fs, root.rstrip("/"))
         return self._opened[1], self._opened[2]
 
 
-def _open(url: str, option: str) -> tuple[Any, str]:
+def _open(url: str) -> tuple[Any, str]:
     import fsspec
 
     if "://" not in url:  # a URL that ended in slashes only
-        raise ConfigError(f"{option} {url}//: found no folder in this URL, expected one, as in memory://folder")
+        raise ConfigError(f"--cache {url}//: found no folder in this URL, expected one, as in memory://folder")
     try:
         fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, **_options(url))
     except ImportError as error:
         scheme = url.partition("://")[0]
         if scheme in _PACKAGES:
-            raise ConfigError(missing(_PACKAGES[scheme], f"{option} {scheme}://")) from error
-        raise ConfigError(f"cannot open {option} {url}: {' '.join(str(error).split())[:300]}") from error
+            raise ConfigError(missing(_PACKAGES[scheme], f"--cache {scheme}://")) from error
+        raise ConfigError(f"cannot open --cache {url}: {' '.join(str(error).split())[:300]}") from error
     except OSError as error:
         kind = StorageError if is_resumable(error) else StorageAccessError
-        raise kind(f"cannot open {option} {url}: {_words(error)}") from error
+        raise kind(f"cannot open --cache {url}: {_words(error)}") from error
     except Exception as error:  # each file system checks its options in its own way
         raise ConfigError(
-            f"cannot open {option} {url}: {type(error).__name__}: {error}. Expected a folder, or a URL of a kind that fsspec"
+            f"cannot open --cache {url}: {type(error).__name__}: {error}. Expected a folder, or a URL of a kind that fsspec"
             " knows and whose package is installed (s3:// needs s3fs, gs:// needs gcsfs)"
         ) from error
     if _is_s3(url):
