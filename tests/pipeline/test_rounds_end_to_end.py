@@ -34,6 +34,7 @@ def weights(out, number):
     return load_file(out / f"round-{number}" / "run" / "student" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_its_own_answers_and_the_data(tmp_path, settings, monkeypatch):
     data = write_data(tmp_path / "data.json", numbered(12))
 
