@@ -60,7 +60,7 @@ def test_a_merged_cache_and_a_part_of_it_have_the_content_of_caches_written_at_o
     assert content(tmp_path / "part") == content(cache_of(tmp_path / "part-at-once", wanted, reject=(4,)))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     order=st.permutations(range(12)),
     cut=st.integers(1, 11),
@@ -238,6 +238,7 @@ def test_what_was_killed_is_finished_by_another(tmp_path, counted, at):
     assert content(tmp_path / "part") == content(cache_of(tmp_path / "part-at-once", range(1, 8)))
 
 
+@pytest.mark.slow
 def test_few_rows_of_many_shards_do_not_keep_those_in_memory(tmp_path, monkeypatch):
     cache_of(tmp_path / "a", range(8), shard_samples=1)
     reader, alive, most = CacheReader(tmp_path / "a", max_shards=2), weakref.WeakSet(), [0]
