@@ -97,10 +97,10 @@ def test_every_shape_holds_the_samples_of_the_json_file(written, plain, shape):
     assert_same(opened(written(shape), None if shape in EMBEDDED else IMAGES), plain)
 
 
-@pytest.mark.parametrize("store", ["memory", "s3"])
-@pytest.mark.parametrize(
-    "shape", [*ONE_OF_EACH, "a folder of Parquet files", "a folder of WebDataset", "a pattern of WebDataset"]
-)
+IN_STORES = [*ONE_OF_EACH, "a folder of Parquet files", "a folder of WebDataset", "a pattern of WebDataset"]
+
+
+@pytest.mark.parametrize(("shape", "store"), [*((shape, "memory") for shape in IN_STORES), ("a pattern of WebDataset", "s3")])
 def test_every_shape_is_read_from_a_store(request, written, plain, shape, store):
     url = request.getfixturevalue("s3_url") if store == "s3" else "memory://shapes"
     path = Path(written(shape))
@@ -305,7 +305,7 @@ def test_a_saved_dataset_names_files_of_its_own_folder(tmp_path, name):
         ("none-*.parquet", "no file has such a name"),
         ("{000..001}.tar", "No such file"),
         ("x.parquet", "No such file"),
-        ("empty", ""),
+        ("empty", "a directory, expected a plain file"),
     ],
 )
 def test_data_that_is_not_there_is_one_message(tmp_path, data, words):
