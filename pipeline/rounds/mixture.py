@@ -1,10 +1,14 @@
 """The data of a step, as a mixture of datasets in YAML."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignkd.pipeline.data.contract import Source
 from alignkd.pipeline.runtime.files import replace_text
+from alignkd.plain_files import read_plain
+
+_LARGEST = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,13 @@ class Dataset:
     images: str | None
     weight: float = 1.0
     limit: int | None = None
+
+    @classmethod
+    def of_answers(cls, name: str, path: Path) -> "Dataset":
+        """Answers that ``alignkd answer`` wrote; its record says where their images are: with the data's, or beside them."""
+        record = json.loads(read_plain(Path(f"{path}.run") / "result.json", _LARGEST))
+        images = record["images"]
+        return cls(name, str(path), None if images is None else absolute(str(images)))
 
     @classmethod
     def of(cls, source: Source) -> "Dataset":

@@ -4,8 +4,8 @@
 prompts of dataset K; ``round-N/cache``: the targets for them; ``round-N/run``: the student that learned from both.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from alignkd.pipeline.config.rounds import RoundsConfig
@@ -20,7 +20,7 @@ Counted = Sequence[tuple[Source, int]]
 class Step:
     """One command. ``name``: by which it is known to be done. ``command``: its section in the settings file.
 
-    ``mixture``: the data it reads, written before it starts: where, and what.
+    ``mixture``: the data it reads, written before it starts: where, and what; ``answers``: the student's, by their name.
     """
 
     name: str
@@ -28,12 +28,14 @@ class Step:
     arguments: tuple[str, ...]
     folder: Path
     mixture: tuple[Path, tuple[Dataset, ...]] | None = None
+    answers: Mapping[str, Path] = field(default_factory=dict)
 
     def prepare(self) -> None:
         """Write what the command reads."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.mixture is not None:
-            write_mixture(*self.mixture)
+            path, data = self.mixture
+            write_mixture(path, (*data, *(Dataset.of_answers(name, file) for name, file in self.answers.items())))
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,9 @@ class Plan:
     def _datasets(self) -> tuple[Dataset, ...]:
         return tuple(Dataset.of(source) for source, _ in self.data)
 
-    def _own_answers(self, number: int) -> tuple[Dataset, ...]:
-        return tuple(
-            Dataset(f"answers to {one.name}", str(self.answers(number, place)), one.images)
-            for place, one in enumerate(self._datasets())
-            if self._asked(place)
-        )
+    def _own_answers(self, number: int) -> dict[str, Path]:
+        named = enumerate(self._datasets())
+        return {f"answers to {one.name}": self.answers(number, place) for place, one in named if self._asked(place)}
 
     def _asked(self, place: int) -> int:
         """How many prompts of a dataset are answered in a round."""
@@ -109,7 +108,7 @@ class Plan:
     def _cache_answers(self, number: int) -> Step:
         folder, mixture = self.folder(number), self.folder(number) / "answers.yaml"
         arguments = ("--data", str(mixture), "--cache", str(folder / "cache"), "--calibration-from", self.cache)
-        return Step(f"round-{number}/cache", "cache-teacher", arguments, folder, (mixture, self._own_answers(number)))
+        return Step(f"round-{number}/cache", "cache-teacher", arguments, folder, (mixture, ()), self._own_answers(number))
 
     def _train(self, number: int, student: str) -> Step:
         folder, share = self.folder(number), self.config.on_policy_share
@@ -120,8 +119,8 @@ class Plan:
         arguments += ["--seed", str(self.config.seed + number), *self._turns()]
         if number > 1:
             arguments += ["--adapters-of", str(self.folder(number - 1) / "run")]
-        mixture = (folder / "mixture.yaml", (*data, *self._own_answers(number)))
-        return Step(f"round-{number}/run", "distill", tuple(arguments), folder, mixture)
+        mixture = folder / "mixture.yaml", data
+        return Step(f"round-{number}/run", "distill", tuple(arguments), folder, mixture, self._own_answers(number))
 
     def _turns(self) -> tuple[str, ...]:
         return ("--merge-turns",) if self.config.merge_turns else ()

@@ -64,7 +64,7 @@ def steps(monkeypatch, tmp_path):
             path = out / f"{name}.jsonl"
             path.write_text("{}\n")
             (path.parent / f"{path.name}.run").mkdir()
-            (path.parent / f"{path.name}.run" / "result.json").write_text(json.dumps({"answers": 6}))
+            (path.parent / f"{path.name}.run" / "result.json").write_text(json.dumps({"answers": 6, "images": str(IMAGES)}))
         if name.endswith("/run"):
             (out / name).mkdir()
             (out / name / "run.json").write_text("{}")
