@@ -13,9 +13,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import STUDENT, TEACHER, copy_checkpoint, metrics, record, train, write_cache, write_data
+from tiny_runs import (
+    STUDENT,
+    TEACHER,
+    copy_checkpoint,
+    metrics,
+    record,
+    stage_two_config,
+    train,
+    write_cache,
+    write_data,
+)
 
 from alignkd.cache_store.protocol.reader import CacheReader
+from alignkd.errors import CacheError
+from alignkd.losses.recipes import get_recipe
 from alignkd.models.loading import load_vlm
 from alignkd.pipeline.cache_io.compatibility import check_student_compatible
 from alignkd.pipeline.cache_io.cross_model import CrossModelMap
@@ -25,6 +37,7 @@ from alignkd.pipeline.data.samples import SampleFile
 from alignkd.pipeline.evaluate.show_sample import captured_arrays
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.row_checks import MisalignedRowError
+from alignkd.pipeline.training.run import distill
 from alignkd.targets.logits import LogitSettings
 
 sys.path.append(str(Path(__file__).parents[1] / "families"))  # the builders of other families' checkpoints
@@ -346,3 +359,22 @@ def test_a_row_of_a_teacher_of_other_shape_is_stored_with_its_layout(place, llav
     assert reader.row(samples[2].key).values["regions"].shape == (0, 8)
     assert reader.fingerprint["teacher"]["family"] == "llava"
     assert load_vlm(TEACHER).template_fingerprint() == ""
+
+
+@pytest.mark.slow
+def test_two_teachers_of_other_families_and_tokenizers_teach_one_student(place, llava_cache, qwen_cache, tmp_path):
+    """Neither has the student's vision tokens, nor each other's: the rows of both are mapped."""
+    overrides = {"reverse_kl": "0"}
+    cross_train(place, llava_cache, tmp_path / "one", overrides=overrides)
+    config = stage_two_config(place / "data.json", None, tmp_path / "two", overrides=overrides, max_steps=3)
+    config = replace(config, student=str(place / "student"), images=str(place), cache=(str(llava_cache), str(qwen_cache)))
+    distill(replace(config, cache_weight=(1.0, 0.0)))
+    for line, alone in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert all(line[name] == alone[name] for name in ("loss", "supervised", "attention", "vision_all"))
+    found = distill(replace(config, out=str(tmp_path / "three")))
+    assert [one["samples"] for one in found["teachers"]] == [found["samples"]] * 2
+    for line in metrics(tmp_path / "three"):
+        own = [line[name] for name in ("vision_all/teacher1", "vision_all/teacher2", "attention/teacher1") if name in line]
+        assert all(math.isfinite(value) for value in own)
+    with pytest.raises(CacheError, match="logits need the same tokenizer"):
+        distill(replace(config, out=str(tmp_path / "four"), recipe=get_recipe("align-kd")))
