@@ -123,6 +123,7 @@ def command(data, out, *more):
     return [*words, "--max-new-tokens", 6, "--keep-cut", "--temperature", 1, "--n", 3, "--json", *more]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_write_the_same_file_as_one(door, tmp_path, monkeypatch, drawn, records):
     out = tmp_path / "answers.jsonl"

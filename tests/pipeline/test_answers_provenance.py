@@ -100,6 +100,7 @@ def test_authors_are_those_of_the_samples_whoever_knows_them(mixed):
     assert taken_by(samples, [AnswerChoice("data")]).tolist() == [True] * 6 + [False] * 5
 
 
+@pytest.mark.slow
 def test_cache_teacher_takes_the_answers_that_it_is_told_to(tmp_path, mixed, weights):
     for choice, count in (("data", 6), ("teacher", 3), ("both", 11)):
         write_cache(mixed, tmp_path / choice, answers=choice)

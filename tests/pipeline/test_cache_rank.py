@@ -79,6 +79,7 @@ def test_a_sample_without_an_image_has_no_advantage_and_comes_last(ranked_cache)
     assert figures["first"][0]["advantage"] > 0
 
 
+@pytest.mark.slow
 def test_the_divergence_of_a_sample_is_that_of_the_students_answers_from_the_teachers(ranked_cache, data):
     given = {"student": str(STUDENT), "data": str(data), "images": str(IMAGES), "device": "cpu", "batch_size": 4}
     figures = rank(RankConfig(cache=str(ranked_cache), **given))

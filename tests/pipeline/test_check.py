@@ -162,6 +162,7 @@ def test_lengths_are_a_histogram_of_all_usable_samples(figures):
     assert sum(one["samples"] for one in lengths["histogram"]) == len(own) == figures["usable"]
 
 
+@pytest.mark.slow
 def test_with_a_model_samples_are_rejected_exactly_as_stage_one_rejects_them(messy, pictures, tmp_path):
     figures = checked(messy, pictures, model=str(TEACHER), max_length=300)
     write_cache(messy, tmp_path / "cache", images=str(pictures), max_length=300, max_rejected=100)

@@ -81,6 +81,7 @@ def test_verify_ends_with_exit_code_2_for_any_problem_and_0_for_a_cache_that_is_
         assert "Traceback" not in finished.stderr
 
 
+@pytest.mark.slow
 def test_repair_drops_what_is_damaged_and_stage_one_rebuilds_the_same_content(door, tmp_path, data, cache):
     damaged = tmp_path / "cache"
     ok(door, *stage_one(data, damaged))

@@ -192,6 +192,7 @@ def test_distill_trains_as_the_library_does(door, tmp_path, data, cache, run):
     assert [line["loss"] for line in metrics(tmp_path / "out")] == [line["loss"] for line in metrics(run)]
 
 
+@pytest.mark.slow
 def test_a_field_of_the_recipe_can_be_set_and_a_recipe_can_be_a_file(door, tmp_path, data, cache):
     arguments = ["distill", "--student", STUDENT, "--cache", cache, "--data", data, *DATA, "--max-steps", 1]
     ok(door, *arguments, "--out", tmp_path / "a", "--set", "attention=0.5", "--set", "focus_k=4")

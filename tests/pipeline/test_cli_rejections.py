@@ -49,6 +49,7 @@ def test_no_usable_sample_is_exit_code_2_with_the_reasons_by_count(door, tmp_pat
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_an_image_that_arrives_later_is_in_the_cache_as_if_it_had_always_been_there(door, tmp_path):
     data, images = write_data(tmp_path / "d.json", SAMPLES), tmp_path / "images"
     shutil.copytree(IMAGES, images)

@@ -47,6 +47,7 @@ def test_a_term_from_a_plugin_trains_with_the_student_and_is_recorded(door, data
     assert recorded["configuration"]["recipe"]["extra"] == {"mean_token_angle": 0.5}
 
 
+@pytest.mark.slow
 def test_a_run_with_a_plugin_is_not_resumed_without_it_or_with_another(door, data, cache, tmp_path):
     out, other = tmp_path / "out", shutil.copy(PLUGIN, tmp_path / "other.py")
     weight = ["--set", "mean_token_angle=0.5", "--max-steps", 4]

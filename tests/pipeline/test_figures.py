@@ -122,6 +122,7 @@ def test_a_row_finds_its_images_and_its_text_again(two):
     assert all(piece.startswith("id ") for piece in row_pieces(reader, row, None))
 
 
+@pytest.mark.slow
 def test_an_image_that_has_changed_is_not_drawn_as_the_one_of_the_row(two, door):
     shutil.copy(IMAGES / "1.png", two / "images" / TWO_IMAGES["image"][0])
     row = find_row(CacheReader(two / "cache"), "two5")

@@ -177,6 +177,7 @@ def test_an_online_teacher_gives_the_figures_of_the_cache(tmp_path, data, cache,
     assert online["agreement"] == cached["agreement"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_same_evaluations_and_the_same_best(
     tmp_path, data, cache, held_out, held_cache, judged, monkeypatch
 ):
@@ -296,6 +297,7 @@ def test_one_kept_token_says_nothing_of_the_teachers_likeliest(tmp_path, data, h
     assert "agreement with the teacher is not measured" in caplog.text
 
 
+@pytest.mark.slow
 def test_no_better_figure_for_as_long_as_patience_ends_the_run_well(tmp_path, data, cache, held_out, held_cache):
     given = settings(held_out, held_cache, eval_steps=2, keep_best="loss", patience=2, learning_rate=0.0)
     figures = train(data, cache, tmp_path / "out", **given)
@@ -316,6 +318,7 @@ def test_the_best_of_a_lora_run_is_an_adapter_and_training_goes_on_as_without(tm
     assert student_sha256(tmp_path / "judged") == student_sha256(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_a_sampled_benchmark_has_the_score_of_the_finished_student_on_the_same_questions(tmp_path, data, cache, monkeypatch):
     asked, real = [], evaluation_module.as_answers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from alignkd.cli import main
 from alignkd.inputs.batch import collate
 from alignkd.losses.recipes import RECIPES, get_recipe, term_weights
 from alignkd.pipeline.cache_admin.row import find_row, row_arrays
+from alignkd.pipeline.config.cache_layout import ALL_TARGETS
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.sample import parse_sample
@@ -166,9 +168,17 @@ def test_a_slice_is_refused_where_other_layers_are_wanted(data, tmp_path):
         train(data, tmp_path / "cache", tmp_path / "out", recipe="compodistill")
 
 
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory, data):
+    """As ``layered``, and what each token owes to the image."""
+    cache = tmp_path_factory.mktemp("everything") / "cache"
+    write_cache(data, cache, settings=replace(EXACT, targets=ALL_TARGETS), attention_layers="all@2")
+    return cache
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_named_recipe_trains_three_steps_from_a_cache_with_each_of_its_terms(data, layered, tmp_path, name):
-    result = train(data, layered, tmp_path / "out", recipe=name, max_steps=3)
+def test_every_named_recipe_trains_three_steps_from_a_cache_with_each_of_its_terms(data, everything, tmp_path, name):
+    result = train(data, everything, tmp_path / "out", recipe=name, max_steps=3)
     assert result["steps"] == 3
     lines = metrics(tmp_path / "out")
     terms = {term for term, weight in term_weights(RECIPES[name]).items() if weight > 0}
@@ -195,6 +205,7 @@ def test_cached_and_online_layers_have_the_same_losses_step_by_step(data, layere
             assert cached[name] == pytest.approx(online[name], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_with_learned_weights_resumes_to_the_same_student_and_metrics(data, layered, tmp_path, monkeypatch):
     settings = {"recipe": "beta-kd", "overrides": {"weighting_learning_rate": "0.1"}, "max_steps": 6, "weight_decay": 0.1}
     train(data, layered, tmp_path / "whole", **settings)

@@ -57,6 +57,7 @@ def fail_at(step, monkeypatch, name, fault):
     monkeypatch.setattr(DistillTrainer, name, fails)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["_save", "_save_optimizer_and_scheduler", "_save_rng_state"])
 def test_a_disk_that_fills_while_saving_keeps_the_checkpoint_before_and_leaves_no_part(
     run, data, cache, tmp_path, monkeypatch, name

@@ -147,6 +147,7 @@ def test_only_a_whole_checkpoint_is_picked_up(tmp_path, damage):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_cut_short_is_passed_over(run, data, cache, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:

@@ -129,6 +129,7 @@ def test_a_run_of_one_process_resumes_on_two(door, monkeypatch, data, cache, alo
     assert_same_student(out, alone)
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_the_others(door, monkeypatch, data, cache, tmp_path):
     """The second one is killed: the first must neither wait for it nor end well."""
     arguments = distill_arguments(data, cache, tmp_path / "out", "--epochs", 5000)

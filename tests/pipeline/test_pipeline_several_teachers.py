@@ -121,6 +121,7 @@ def test_the_average_is_the_mean_of_the_two_losses_and_weights_count(place, tmp_
     assert not torch.isclose(one, other)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_weight_zero_changes_no_bit_of_a_run(place, tmp_path):
     alone = distill(replace(config_of(place, ("a-all",), tmp_path / "one", max_steps=2)))
     both = train(place, ("a-all", "b-all"), tmp_path / "two", weights=(1.0, 0.0), max_steps=2)
@@ -310,6 +311,7 @@ def test_slices_of_teachers_give_the_losses_of_their_targets(place, tmp_path, ot
         torch.testing.assert_close(found["terms"][name], wanted["terms"][name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_held_out_samples_have_the_caches_of_their_teachers(place, tmp_path):
     held_out = {"eval_data": str(place / "all.json"), "eval_steps": 1, "max_steps": 1, "learning_rate": 0.0}
     own = train(place, ("a-first", "b-rest"), tmp_path / "own", **held_out)["held_out"]

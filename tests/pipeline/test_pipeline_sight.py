@@ -105,6 +105,7 @@ def test_the_look_changes_no_row_and_a_resumed_run_repeats_the_warning(stripes, 
     assert content(tmp_path / "other") == content(tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_status_and_a_dry_run_say_what_was_seen(stripes, tmp_path, caplog):
     sight, _ = looked(stripes, tmp_path / "cache", caplog)
     shown = CliRunner().invoke(main, ["cache", "status", str(tmp_path / "cache"), "--json"])
