@@ -16,8 +16,8 @@ OUT ?= runs/demo
 SEED ?= 0
 DEMO_OPTIONS ?=
 
-# Test processes. Slow tests start processes of their own, so there are fewer.
-WORKERS ?= logical
+# Test processes: one more than there are processors, since many tests wait for processes of their own. Slow tests do so more.
+WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 SLOW_WORKERS ?= 2
 # More options for pytest, for example PYTEST_OPTIONS=--durations=20.
 PYTEST_OPTIONS ?=
