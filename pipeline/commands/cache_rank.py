@@ -25,7 +25,7 @@ def cache_rank(cache: str, as_json: bool, **given: Any) -> None:
       alignkd cache rank cache --top 50% --data train.json --images images --out half.json
       alignkd cache rank cache --student run/student --data train.json --images images --top 10000 --out hard.json
     """
-    config = from_options(RankConfig, given, cache=cache)
+    config = from_options(RankConfig, {name: value for name, value in given.items() if value is not None}, cache=cache)
     from alignkd.pipeline.rank.rank import rank
 
     print_figures(rank(config), as_json)

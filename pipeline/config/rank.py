@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from alignkd.errors import ConfigError
 from alignkd.pipeline.config import shared
-from alignkd.settings import Settings, setting
+from alignkd.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankConfig(Settings):
+class RankConfig(shared.DataSettings):
     """What ``alignkd cache rank`` is asked to do; ``cache`` is its argument."""
 
     cache: str
@@ -27,20 +27,15 @@ class RankConfig(Settings):
         group="storage",
         metavar="FILE",
         help="Write the samples kept: with --data as a data file in its order (.json or .jsonl), without as JSON lines of ids"
-        " and figures, best first; FILE.txt: their keys alone.",
+        " and figures, best first; FILE.txt: their keys alone. Images must have paths, unless keys alone are written.",
     )
     student: str | None = setting(
         None,
         group="model",
         help="The student, a folder or ORG/NAME[@REVISION]: rank by how far its answers are from the teacher's.",
     )
-    data: str | None = setting(None, group="data", aliases=("data-path",), help="The data of the cache, or some of it.")
-    images: str | None = setting(
-        None, group="data", aliases=("image-folder", "image-dir"), help="Folder that image paths are relative to."
-    )
-    limit: int | None = setting(None, group="data", at_least=1, default_text="all", help="Read the first N samples alone.")
-    sample: int | None = setting(
-        None, group="data", at_least=1, default_text="all", help="Use N samples, chosen by a hash of their content."
+    data: str | tuple[str, ...] = setting(
+        (), group="data", aliases=("data-path",), default_text="all rows", help="The data of the cache, or some of it."
     )
     recipe: str = setting(
         "align-kd", group="training", metavar="NAME|FILE.yaml", help="Recipe whose answer divergence compares the two."
@@ -49,6 +44,7 @@ class RankConfig(Settings):
     dtype: str = shared.dtype("Dtype of the student's matrix products.")
     device: str | None = shared.device()
     max_rejected: int | str = shared.max_rejected()
+    vision_tower: str | None = shared.vision_tower()
     download: bool = shared.download()
     plugins: tuple[str, ...] = shared.plugins()
 
@@ -58,12 +54,13 @@ class RankConfig(Settings):
         Raises:
             ConfigError: names them.
         """
-        if self.student is not None and self.data is None:
+        super().check()
+        if self.student is not None and not self.data:
             raise ConfigError("--student answers the samples of the cache: give its --data and --images")
         if self.by == "divergence" and self.student is None:
             raise ConfigError("--by divergence compares a student with the teacher: give --student, --data and --images")
         for option in ("images", "limit", "sample"):
-            if self.data is None and getattr(self, option) is not None:
+            if not self.data and getattr(self, option) is not None:
                 raise ConfigError(f"--{option} belongs to --data, which is not given")
 
     @property

@@ -46,7 +46,8 @@ class DataSettings(Settings):
         more_than=0,
         at_most=1000,
         default_text="1",
-        help="How often an epoch of distill takes the samples of each --data: once for each --data, in their order.",
+        help="How often an epoch of distill takes the samples of each --data (no other command weighs them): once for each"
+        " --data, in their order.",
     )
     limit: int | None = setting(None, group="data", at_least=1, default_text="all", help="Read the first N samples alone.")
     sample: int | None = setting(

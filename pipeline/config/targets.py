@@ -20,7 +20,11 @@ class TargetSettings(Settings):
     """
 
     targets: tuple[str, ...] = setting(
-        TARGETS, group="targets", comma_separated=True, choices=ALL_TARGETS, help="Comma-separated targets to cache."
+        TARGETS,
+        group="targets",
+        comma_separated=True,
+        choices=ALL_TARGETS,
+        help=f"Comma-separated targets to cache, of {', '.join(ALL_TARGETS)}.",
     )
     attention: str = setting("per-head", group="targets", choices=("per-head", "mean"), help="Store every head, or their mean.")
     logits: LogitSettings = setting(factory=LogitSettings, nested=True)

@@ -34,7 +34,7 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     p, n = correct / total, total
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)  # rounding alone leads out of 0..1
 
 
 def resampled_sums(sums_PK: Floats, strata_P: npt.NDArray[np.int64], seed: tuple[int, ...], resamples: int) -> Floats:

@@ -4,7 +4,7 @@ Shapes: A answers, P of them with a target, T terms.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from alignkd.losses.recipes import Recipe, get_recipe
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.config.rank import RankConfig
+from alignkd.pipeline.config.shared import DataSettings
 from alignkd.pipeline.feeding.dataset import TrainingExample, TrainingSet
 from alignkd.pipeline.feeding.row_checks import MisalignedRowError
 from alignkd.pipeline.runtime.devices import parse_dtype
@@ -52,9 +53,10 @@ def sample_divergences(config: RankConfig) -> dict[str, float]:
         AlignkdError: the cache does not serve this student and recipe, or too many samples cannot be used.
     """
     assert config.student is not None
-    assert config.data is not None
+    assert config.data
     recipe = divergence_recipe(config.recipe)
-    given = {name: getattr(config, name) for name in ("student", "data", "images", "limit", "sample", "device", "max_rejected")}
+    own = ("student", "device", "max_rejected", "vision_tower", "download", "plugins")
+    given = {name: getattr(config, name) for name in (*own, *(field.name for field in fields(DataSettings)))}
     inputs = open_inputs(DistillConfig(**given, cache=config.cache, recipe=recipe, out=""), Worker())
     student, codec = inputs.student, open_teachers(inputs)[0].logit_codec
     assert codec is not None, "a recipe with divergences needs logits"
@@ -69,7 +71,7 @@ def sample_divergences(config: RankConfig) -> dict[str, float]:
                 with torch.autocast(student.device.type, dtype=dtype, enabled=dtype != torch.float32):
                     means = _means(student, batch, targets, recipe, codec)
                 found |= {key: mean for key, mean in zip(keys, means, strict=True) if mean is not None}
-            progress.advance(config.batch_size)
+            progress.advance(len(keys) + len(collated["failures"]))
     return found
 
 

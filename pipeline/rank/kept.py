@@ -7,6 +7,7 @@ from typing import Any
 
 from alignkd.errors import ConfigError, SampleError
 from alignkd.pipeline.config.rank import RankConfig
+from alignkd.pipeline.config.shared import several
 from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.data.sample import Sample, read_sample
 from alignkd.pipeline.runtime.files import check_out_folder, replace_text
@@ -22,12 +23,12 @@ def check_out_file(config: RankConfig) -> None:
     """
     if config.out is None:
         return
-    path, suffixes = Path(config.out), (*(_AS_DATA if config.data is not None else _AS_RANKING), ".txt")
+    path, suffixes = Path(config.out), (*(_AS_DATA if config.data else _AS_RANKING), ".txt")
     if path.suffix not in suffixes:
         raise ConfigError(f"--out {config.out}: expected a name that ends in {', '.join(suffixes)}")
     if path.is_dir():
         raise ConfigError(f"--out {config.out} is a folder: give the name of a file")
-    if config.data is not None and path.exists() and Path(config.data).exists() and path.samefile(config.data):
+    if path.exists() and any(Path(data).exists() and path.samefile(data) for data in several(config.data)):
         raise ConfigError(f"--out {config.out} is --data itself, which would be lost: choose another name")
     check_out_folder(path.absolute().parent)
 
@@ -72,7 +73,7 @@ def _record(sample: Sample, path: Path) -> dict[str, Any]:
         same = False
     unnamed = [place for image, place in zip(sample.images, sample.places, strict=False) if not place.endswith(image)]
     if not same or unnamed:
-        why = f"its image is {unnamed[0]}, which has no path" if unnamed else "it would be read otherwise"
+        why = "its image is held by the data, and has no path" if unnamed else "it would be read otherwise"
         raise ConfigError(
             f"sample {sample.id!r} cannot stand in a LLaVA file ({why}): give {path.with_suffix('.txt')} as --out, to write the"
             " keys of the samples"

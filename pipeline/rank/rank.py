@@ -17,7 +17,6 @@ from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.errors import CacheError, ConfigError
 from alignkd.pipeline.config.cache_layout import ADVANTAGE
 from alignkd.pipeline.config.rank import RankConfig
-from alignkd.pipeline.config.shared import DataSettings
 from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.data.open_samples import open_samples
 from alignkd.pipeline.hub.models import pin_models
@@ -46,7 +45,7 @@ def rank(config: RankConfig) -> dict[str, Any]:
     reader = CacheReader(config.cache)
     has_advantage = any(field.name == ADVANTAGE for field in reader.spec.fields)
     _check_figures(config, has_advantage)
-    samples = None if config.data is None else open_samples(_data_settings(config))
+    samples = open_samples(config) if config.data else None
     keys = list(reader) if samples is None else _keys_of(samples, reader)
     figures: dict[str, dict[str, float]] = {}
     ids: dict[str, str] = {}
@@ -80,11 +79,6 @@ def _check_figures(config: RankConfig, has_advantage: bool) -> None:
         f"nothing to rank by: the cache {config.cache} holds no advantage, and --by divergence needs a student. Cache with"
         " advantage among --targets, or give --student, --data and --images"
     )
-
-
-def _data_settings(config: RankConfig) -> DataSettings:
-    assert config.data is not None
-    return DataSettings(data=config.data, images=config.images, limit=config.limit, sample=config.sample)
 
 
 def _keys_of(samples: Samples, reader: CacheReader) -> list[str]:

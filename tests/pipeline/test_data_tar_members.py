@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import tarfile
 
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignkd.errors import DataError
+from alignkd.pipeline.config.shared import DataSettings
+from alignkd.pipeline.data.open_samples import open_samples
 from alignkd.pipeline.data.readers.archives.groups import groups
 from alignkd.pipeline.data.readers.archives.members import members
 
@@ -80,13 +84,29 @@ def test_images_come_in_the_order_of_their_numbers():
     assert [image.name for image in group.images] == ["a.img1.png", "a.img2.png", "a.img10.png"]
 
 
-def test_links_folders_and_devices_are_no_members():
-    special = []
-    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
-        info = tarfile.TarInfo("a.jpg")
-        info.type, info.linkname = kind, "/etc/passwd"
-        special.append(info)
-    assert read(archive(*special, ("a.json", b"{}"))) == [("a.json", b"{}")]
+def special(kind, name="a.jpg"):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, "/etc/passwd"
+    return info
+
+
+def test_links_and_devices_have_no_bytes_and_folders_are_no_members():
+    kinds = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+    data = archive(*(special(kind) for kind in kinds), ("a.json", b"{}"))
+    found = list(members(io.BytesIO(data), len(data), "shard.tar"))
+    assert [(m.name, m.size, m.regular) for m in found] == [("a.jpg", 0, False)] * 4 + [("a.json", 2, True)]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.json"])
+def test_a_sample_whose_image_or_text_is_a_link_is_rejected_and_not_read_without_it(tmp_path, name):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
+    record = json.dumps({"id": "a", "conversations": turns}).encode()
+    other = ("a.json", record) if name != "a.json" else ("a.jpg", b"x")
+    files = archive(special(tarfile.SYMTYPE, name), other, ("b.json", record.replace(b'"a"', b'"b"')))
+    (tmp_path / "shard.tar").write_bytes(files)
+    first, second = open_samples(DataSettings(data=str(tmp_path / "shard.tar")))
+    assert re.search(rf"the member {re.escape(name)} is a link or another thing .*pack the file itself", first.fault)
+    assert not second.fault
 
 
 WHOLE = archive(("a.json", b"{}" * 300), ("a.jpg", b"x" * 700), ("ü" * 90 + ".json", b"{}"), format=tarfile.PAX_FORMAT)

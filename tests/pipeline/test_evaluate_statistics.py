@@ -46,6 +46,7 @@ def test_wilsons_interval_solves_its_equation_and_mirrors(counts):
     correct, total = counts
     p = correct / total
     low, high = wilson_interval(correct, total)
+    assert 0 <= low <= high <= 1
     for bound in (low, high):
         assert (p - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / total, abs=1e-9)
     assert low - 1e-12 <= p <= high + 1e-12

@@ -19,6 +19,11 @@ class Group(NamedTuple):
     twice: str
 
     @property
+    def irregular(self) -> list[str]:
+        """Suffixes of members that have no bytes of their own."""
+        return [suffix for suffix, member in self.members.items() if not member.regular]
+
+    @property
     def span(self) -> tuple[int, int]:
         """Where the first header begins, and the bytes from there to the end of the last member."""
         first = min(member.header for member in self.members.values())

@@ -1,4 +1,4 @@
-"""The regular files of a tar archive: names, and where their bytes lie. Nothing is extracted, and no link is followed.
+"""The files of a tar archive: names, and where their bytes lie. Nothing is extracted, and no link is followed.
 
 Headers of the plain form are read here, since an archive of a million samples has millions of them; any other (long names, pax,
 sizes from 8 GiB on) is left to ``tarfile``, after its own size was compared with a limit.
@@ -17,12 +17,16 @@ _PLAIN = b"0\0"
 
 
 class Member(NamedTuple):
-    """A regular file: its name, where its header begins, where its bytes begin, and how many they are."""
+    """A file: its name, where its header begins, where its bytes begin, and how many they are.
+
+    ``regular``: it has bytes of its own; a link, a device or a sparse file has none here.
+    """
 
     name: str
     header: int
     start: int
     size: int
+    regular: bool = True
 
     @property
     def stop(self) -> int:
@@ -31,7 +35,7 @@ class Member(NamedTuple):
 
 
 def members(file: BinaryIO, size: int, where: str) -> Iterator[Member]:
-    """The regular files of an archive of ``size`` bytes, in their order; ``where`` names it in messages.
+    """The files of an archive of ``size`` bytes, in their order, links and devices included; ``where`` names it in messages.
 
     Raises:
         DataError: it is no tar archive, or is cut short or damaged.
@@ -73,7 +77,7 @@ def _plain_member(header: bytes, at: int) -> Member | None:
 
 
 def _other_member(file: BinaryIO, at: int, where: str) -> tuple[Member | None, int]:
-    """What ``tarfile`` finds at ``at``, None unless it is a regular file, and where the next header begins."""
+    """What ``tarfile`` finds at ``at``, None for a folder, and where the next header begins."""
     try:
         file.seek(at)
         archive = tarfile.TarFile(fileobj=cast(BinaryIO, _HeadersAlone(file)))
@@ -81,7 +85,8 @@ def _other_member(file: BinaryIO, at: int, where: str) -> tuple[Member | None, i
         if info is None:
             raise _damaged(where, at, "cut short")
         regular = info.isreg() and not info.issparse()
-        return (Member(info.name, at, info.offset_data, info.size) if regular else None), archive.offset
+        found = Member(info.name, at, info.offset_data, info.size if regular else 0, regular)
+        return (None if info.isdir() else found), archive.offset
     except DataError:
         raise
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:

@@ -38,6 +38,11 @@ def check_group(group: Group) -> None:
     """SampleError for members that make no sample."""
     if group.twice:
         raise SampleError(f"the member {group.key}.{group.twice} is there twice")
+    if group.irregular:
+        raise SampleError(
+            f"the member {group.key}.{group.irregular[0]} is a link or another thing without bytes of its own, and no link is"
+            " followed: pack the file itself (tar --dereference)"
+        )
     if group.text is not None and group.text.size > LARGEST_RECORD:
         raise SampleError(f"KEY.json has {group.text.size:,} bytes, more than the {LARGEST_RECORD:,} a record may have")
     if group.text is None:
