@@ -12,13 +12,13 @@ import numpy as np
 from alignkd.errors import SampleError
 from alignkd.inputs.prompts import IGNORE
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.answer.questions import Asked
 from alignkd.pipeline.config.answer import AnswerConfig
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.evaluate.decoding import Decoding
 from alignkd.pipeline.evaluate.drawing import uniform_numbers
 from alignkd.pipeline.evaluate.running.generation import halving
 from alignkd.pipeline.evaluate.running.prefix import ids_sharing
+from alignkd.pipeline.evaluate.running.questions import Asked
 from alignkd.pipeline.evaluate.running.schedule import like_length_batches
 
 

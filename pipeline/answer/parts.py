@@ -15,9 +15,9 @@ import numpy as np
 
 from alignkd.errors import TransientError
 from alignkd.pipeline.answer.answering import Answer, Unit
-from alignkd.pipeline.answer.questions import Unanswerable
 from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.evaluate.running.part_lines import AGAIN, Append, PartLine, appending, read_part_lines
+from alignkd.pipeline.evaluate.running.questions import Unanswerable
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.plain_files import open_plain
 

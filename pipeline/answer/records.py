@@ -5,8 +5,8 @@ from typing import Any
 
 from alignkd.errors import SampleError
 from alignkd.pipeline.answer.answering import Answer
-from alignkd.pipeline.answer.questions import turns_asked
 from alignkd.pipeline.data.sample import Sample, read_sample
+from alignkd.pipeline.evaluate.running.questions import turns_asked
 
 
 def record_of(

@@ -21,7 +21,6 @@ from alignkd.pipeline.answer.answering import Answering
 from alignkd.pipeline.answer.images import ImageReferences
 from alignkd.pipeline.answer.output import write_answers
 from alignkd.pipeline.answer.parts import AnswerParts, answer_writer
-from alignkd.pipeline.answer.questions import Questions
 from alignkd.pipeline.answer.work import MOST_OF_FEATURES, MOST_OF_PIXELS, Work
 from alignkd.pipeline.config.answer import AnswerConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
@@ -33,6 +32,7 @@ from alignkd.pipeline.evaluate.running.hold import holding
 from alignkd.pipeline.evaluate.running.identity import stored
 from alignkd.pipeline.evaluate.running.part_lines import AGAIN, part_files
 from alignkd.pipeline.evaluate.running.parts import put_text
+from alignkd.pipeline.evaluate.running.questions import Questions
 from alignkd.pipeline.hub.models import model_folder, pin_models, tower_folder
 from alignkd.pipeline.runtime.devices import device_words, parse_dtype, pick_device
 from alignkd.pipeline.runtime.files import check_out_folder

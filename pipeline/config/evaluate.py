@@ -17,7 +17,7 @@ class EvaluateConfig(shared.DataSettings):
     out: str | None = setting(None, group="storage", aliases=("output-dir",), help="Folder for predictions and result.")
     template: str | None = shared.template()
     prompt_date: str | None = shared.prompt_date()
-    batch_size: int = setting(64, group="model", aliases=("bs",), at_least=1, help="Questions at a time.")
+    batch_size: int = setting(64, group="model", aliases=("bs",), at_least=1, help="Most questions at a time.")
     max_new_tokens: int = setting(32, group="model", at_least=1, help="Most tokens of an answer.")
     dtype: str = shared.dtype("Dtype of the model.")
     max_rejected: int | str = shared.max_rejected()

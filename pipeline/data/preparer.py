@@ -89,7 +89,7 @@ class Preparer:
             SampleError: an image cannot be read, or no supervised token is left.
         """
         check_text(sample)
-        with _memory_for(sample):
+        with memory_for(sample):
             images, digest, destroyed = self._open(sample)
             made, truncated = self.encoder.encode(sample.turns, images)
             made = self._with_destroyed(sample, made, destroyed)
@@ -103,7 +103,7 @@ class Preparer:
                 and cannot be read.
         """
         check_text(sample)
-        with _memory_for(sample):
+        with memory_for(sample):
             sizes = [self._size(place) for place in self.places(sample)] if self.encoder.needs_sizes else []
             return self.encoder.plan(sample.turns, len(sample.images), sizes)
 
@@ -113,7 +113,7 @@ class Preparer:
         Raises:
             SampleError: an image cannot be read, or the sample cannot be used with it.
         """
-        with _memory_for(sample):
+        with memory_for(sample):
             images, digest, destroyed = self._open(sample)
             made, truncated = self.encoder.finish(sample.turns, text, images)
             made = self._with_destroyed(sample, made, destroyed)
@@ -155,7 +155,7 @@ class Preparer:
             SampleError: its last turn is no answer, or an image cannot be read.
         """
         check_text(sample)
-        with _memory_for(sample):
+        with memory_for(sample):
             images, _ = self.load_images(self.places(sample))
             return self.encoder.question(sample.turns, images)
 
@@ -215,7 +215,7 @@ def _together(digests: list[str]) -> str:
 
 
 @contextmanager
-def _memory_for(sample: Sample) -> Iterator[None]:
+def memory_for(sample: Sample) -> Iterator[None]:
     """Memory that runs out is no fault of the sample: its images are measured before they are decoded.
 
     Raises:

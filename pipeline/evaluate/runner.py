@@ -1,29 +1,27 @@
 """Accuracy of a model on a question file: generate the last answer of each sample, and compare it with the file's."""
 
-import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Container
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alignkd.errors import SampleError
-from alignkd.inputs.batch import ModelInput
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
+from alignkd.pipeline.config.benchmark import BATCH_TOKENS
 from alignkd.pipeline.config.evaluate import EvaluateConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
-from alignkd.pipeline.data.contract import Samples
+from alignkd.pipeline.data.contract import NO_IMAGE, Samples
 from alignkd.pipeline.data.open_samples import check_images, open_samples
 from alignkd.pipeline.data.preparer import Preparer
 from alignkd.pipeline.data.rejected_samples import RejectedSamples
 from alignkd.pipeline.data.sample import Sample
-from alignkd.pipeline.data.tower_features import tower_features
 from alignkd.pipeline.evaluate.metrics import Metric, get_metric, is_empty
+from alignkd.pipeline.evaluate.running.batches import Batches
 from alignkd.pipeline.evaluate.running.predictions import Predictions, explained, open_predictions, prompt_date_of
-from alignkd.pipeline.evaluate.running.prefix import answer_sharing as answer
+from alignkd.pipeline.evaluate.running.questions import Questions
+from alignkd.pipeline.evaluate.running.schedule import WINDOW, WINDOW_OF_PIXELS, Group, windows
 from alignkd.pipeline.evaluate.statistics import wilson_interval
 from alignkd.pipeline.hub.models import model_folder, pin_models, tower_folder
 from alignkd.pipeline.runtime.devices import device_words, parse_dtype, pick_device
@@ -35,12 +33,6 @@ from alignkd.pipeline.runtime.signals import StopFlag, stop_on_signals
 from alignkd.plugins import load_plugins
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Question:
-    sample: Sample
-    input: ModelInput
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -86,13 +78,12 @@ def _evaluate(config: EvaluateConfig, stop: StopFlag) -> dict[str, Any]:
         data=f"{config.data_words} ({len(samples):,} samples)",
         datasets=samples.datasets or None,
         images=config.images_words,
-        plan=f"{config.batch_size:,} questions at a time, metric {config.metric}",
+        plan=f"at most {config.batch_size:,} questions at a time, metric {config.metric}",
         out=config.out,
         template=template,
     )
     rejects = RejectedSamples(config.max_rejected, len(samples))
-    keys = hashlib.sha256(samples.keys.tobytes()).hexdigest()
-    with open_predictions(config, vlm, template, preparer.encoder.prompt_date, keys) as predictions:
+    with open_predictions(config, vlm, template, preparer.encoder.prompt_date, samples) as predictions:
         correct, answered = _answer_all(config, vlm, preparer, samples, rejects, predictions, stop)
         assert answered, "where every sample is rejected, the last of them ended the run"
         low, high = wilson_interval(correct, answered)
@@ -122,55 +113,45 @@ def _answer_all(
     stop: StopFlag,
 ) -> tuple[int, int]:
     """Predict what has no prediction yet; how many are right, and how many there are, those of before included."""
-    metric = get_metric(config.metric)
-    correct = answered = 0
-    if predictions.kept:
-        _log.info("evaluate: %d of %d samples are answered already", len(predictions.kept), len(samples))
-    with progress_bar("evaluate", len(samples), "samples") as progress:
-        for start in range(0, len(samples), config.batch_size):
-            stop.check()
-            batch = [samples[i] for i in range(start, min(start + config.batch_size, len(samples)))]
-            there = [(sample, predictions.take(_about(sample)) if not sample.fault else None) for sample in batch]
-            lines = [line for _, line in there if line is not None]
-            questions = _questions(vlm, [sample for sample, line in there if line is None], preparer, rejects)
-            if questions:
-                texts = answer(vlm, [question.input for question in questions], config.max_new_tokens)
-                made = [_line(q.sample, text, metric) for q, text in zip(questions, texts, strict=True)]
-                predictions.write(made)
-                lines += made
-            answered += len(lines)
-            correct += sum(line["correct"] for line in lines)
-            progress.advance(len(batch))
-    predictions.check_all_taken()
+    metric, done = get_metric(config.metric), len(predictions.kept)
+    if done:
+        _log.info("evaluate: %d of %d samples are answered already", done, len(samples))
+    predictions.check(lambda index: _about(samples[index]))
+    answered, correct = done, sum(line["correct"] for line in predictions.kept.values())
+    size = WINDOW if vlm.caches_tower else WINDOW_OF_PIXELS
+    pending = windows(_groups(samples, predictions.kept), *size)
+    batches = Batches(vlm, config.max_new_tokens, BATCH_TOKENS, config.batch_size)
+    with progress_bar("evaluate", len(samples), "samples", done=done) as progress:
+        stop.check()
+        for asked, refused in Questions(vlm, samples, preparer, lambda sample: sample.turns).windows(pending):
+            questions = {question.index: question for question in asked if not is_empty(question.sample.turns[-1][1])}
+            empty = [(one.index, one.sample, _nothing_in(one.sample)) for one in asked if one.index not in questions]
+            unusable = [(one.index, one.sample, one.reason) for one in refused] + empty
+            for _, sample, reason in sorted(unusable, key=lambda one: one[0]):
+                rejects.add(sample.id or sample.key, reason)
+            progress.advance(len(unusable))
+            for indices, ask in batches({index: question.input for index, question in questions.items()}):
+                texts = zip(indices, ask(), strict=True)
+                lines = [{"index": index, **_line(questions[index].sample, text, metric)} for index, text in texts]
+                predictions.write(lines)
+                answered, correct = answered + len(lines), correct + sum(line["correct"] for line in lines)
+                progress.advance(len(lines))
+                stop.check()
     return correct, answered
 
 
-def _questions(vlm: Vlm, samples: Sequence[Sample], preparer: Preparer, rejects: RejectedSamples) -> list[_Question]:
-    preparer.features = {}
-    if vlm.caches_tower:  # benchmarks ask many questions about one image: the tower runs once for it in a batch
-        preparer.features = tower_features(vlm, preparer, list(dict.fromkeys(p for s in samples for p in preparer.places(s))))
-    questions = []
-    for sample in samples:
-        try:
-            question = _Question(sample, _with_shared_features(preparer.question(sample), sample, preparer))
-            _check_reference(sample)
-            questions.append(question)
-        except SampleError as error:
-            rejects.add(sample.id or sample.key, str(error))
-    return questions
+def _groups(samples: Samples, answered: Container[int]) -> list[Group]:
+    """Indices of samples without a prediction, those with the same images together; one without images is alone."""
+    assert samples.image_hashes is not None, "samples that were opened as data are indexed"
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, images in enumerate(samples.image_hashes.tolist()):
+        if index not in answered:
+            groups.setdefault((images, index if images == NO_IMAGE else 0), []).append(index)
+    return [tuple(group) for group in groups.values()]
 
 
-def _with_shared_features(made: ModelInput, sample: Sample, preparer: Preparer) -> ModelInput:
-    """Questions about one picture hold its features, and not a copy each."""
-    places = preparer.places(sample)
-    found = preparer.features.get(places[0]) if len(places) == 1 else None
-    return made if found is None else replace(made, images=found[1].values[None])
-
-
-def _check_reference(sample: Sample) -> None:
-    reference = sample.turns[-1][1]
-    if is_empty(reference):
-        raise SampleError(f"its last answer is {reference!r}: there is nothing to compare a prediction with")
+def _nothing_in(sample: Sample) -> str:
+    return f"its last answer is {sample.turns[-1][1]!r}: there is nothing to compare a prediction with"
 
 
 def _line(sample: Sample, prediction: str, metric: Metric) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from alignkd.models.encoders.chat import ChatEncoder
 from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.objective import Objective
-from alignkd.pipeline.evaluate.runner import answer
+from alignkd.pipeline.evaluate.running.prefix import answer_sharing as answer
 from tests.reference.attention import first_attention
 
 LENGTH = 2048

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from alignkd.inputs.prompts import IGNORE
 from alignkd.models.loading import load_vlm
-from alignkd.pipeline.evaluate.runner import answer
+from alignkd.pipeline.evaluate.running.prefix import answer_sharing as answer
 
 TURNS = [("human", "<image>\nWhat is it?"), ("gpt", "a dog")]
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""Accuracy by generation: each image is encoded once a batch, and nothing else depends on the batches."""
+"""Accuracy by generation: each image is encoded once, and nothing depends on the batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from alignkd.pipeline.data.rejected_samples import TooManyRejectedError
 from alignkd.pipeline.evaluate import runner
 from alignkd.pipeline.evaluate.metrics import contains, exact
 from alignkd.pipeline.evaluate.runner import evaluate
-from alignkd.pipeline.evaluate.running import prefix
+from alignkd.pipeline.evaluate.running import batches
 from alignkd.pipeline.evaluate.statistics import wilson_interval
 from alignkd.pipeline.runtime.out_folder.lock import held
 
@@ -67,17 +68,17 @@ def test_predictions_are_those_of_one_question_at_a_time(tmp_path):
     assert len(set(alone[1].values())) > 1
 
 
-def test_each_image_goes_through_the_tower_once_a_batch(tmp_path, encoded):
+def test_each_image_goes_through_the_tower_once(tmp_path, encoded):
     run(tmp_path, QUESTIONS, batch_size=7)
     assert encoded == [2]
     encoded.clear()
     run(tmp_path, QUESTIONS, "again", batch_size=3)
-    assert encoded == [2, 2, 1]
+    assert encoded == [2]
 
 
 def test_what_questions_of_a_batch_about_one_picture_begin_with_is_computed_once(tmp_path, monkeypatch):
-    shared, real = [], prefix.share_prompts
-    monkeypatch.setattr(prefix, "share_prompts", lambda vlm, some: shared.append(len(some)) or real(vlm, some))
+    shared, real = [], batches.share_prompts
+    monkeypatch.setattr(batches, "share_prompts", lambda vlm, some: shared.append(len(some)) or real(vlm, some))
     together = run(tmp_path, QUESTIONS, batch_size=7)
     assert shared == [2]
     assert together == run(tmp_path, QUESTIONS, "alone", batch_size=1)
@@ -156,7 +157,7 @@ def test_samples_that_are_all_rejected_are_a_failure(tmp_path):
 
 
 def test_predictions_are_on_disk_before_the_next_batch_is_generated(tmp_path, monkeypatch):
-    written, real = [], runner.answer
+    written, real = [], batches.halving
 
     def answer(*arguments):
         written.append(len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()))
@@ -164,7 +165,7 @@ def test_predictions_are_on_disk_before_the_next_batch_is_generated(tmp_path, mo
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(runner, "answer", answer)
+    monkeypatch.setattr(batches, "halving", answer)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, QUESTIONS, batch_size=2)
     assert written == [0, 2, 4]
@@ -215,18 +216,18 @@ def test_a_folder_without_rights_is_refused_before_the_model_is_loaded(tmp_path,
         run(tmp_path, QUESTIONS[:1])
 
 
-def interrupted(tmp_path, monkeypatch, batches=2, **changes):
+def interrupted(tmp_path, monkeypatch, after=2, **changes):
     """A run that ends by force once some batches are answered, in the middle of a line."""
-    calls, real = [], runner.answer
+    calls, real = [], batches.halving
 
     def answer(*arguments):
         calls.append(arguments)
-        if len(calls) > batches:
+        if len(calls) > after:
             raise KeyboardInterrupt
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "answer", answer)
+        patch.setattr(batches, "halving", answer)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, RECORDS, batch_size=2, **changes)
     with (tmp_path / "out" / "predictions.jsonl").open("ab") as file:
@@ -240,11 +241,11 @@ RECORDS = [QUESTIONS[0], question("gone", "none.png"), *QUESTIONS[1:]]
 def test_an_interrupted_evaluation_continues_to_the_same_figures(tmp_path, monkeypatch, encoded, batch_size):
     whole = run(tmp_path, RECORDS, "whole")
     interrupted(tmp_path, monkeypatch)
-    asked, real = [], runner.answer
-    monkeypatch.setattr(runner, "answer", lambda vlm, questions, n: asked.extend(questions) or real(vlm, questions, n))
+    asked, real = [], batches.halving
+    monkeypatch.setattr(batches, "halving", lambda ask, questions: asked.extend(questions) or real(ask, questions))
     again = run(tmp_path, RECORDS, batch_size=batch_size)
     assert again == whole
-    assert len(asked) == 4  # three were there: the second batch has one that cannot be read
+    assert len(asked) == 3  # two batches were there
     assert set(again[0]["rejected_samples"]) == {"gone"}
     names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("out", "whole")]
     assert names == [["predictions.jsonl", "result.json", "run.json"]] * 2
@@ -253,8 +254,8 @@ def test_an_interrupted_evaluation_continues_to_the_same_figures(tmp_path, monke
 @pytest.mark.parametrize("changes", [{"max_new_tokens": 3}, {"dtype": "bfloat16"}, {"metric": "contains"}])
 def test_predictions_of_other_settings_are_never_continued(tmp_path, monkeypatch, changes):
     interrupted(tmp_path, monkeypatch, **changes)
-    asked, real = [], runner.answer
-    monkeypatch.setattr(runner, "answer", lambda vlm, questions, n: asked.extend(questions) or real(vlm, questions, n))
+    asked, real = [], batches.halving
+    monkeypatch.setattr(batches, "halving", lambda ask, questions: asked.extend(questions) or real(ask, questions))
     run(tmp_path, RECORDS)
     assert len(asked) == 7
 
@@ -262,7 +263,7 @@ def test_predictions_of_other_settings_are_never_continued(tmp_path, monkeypatch
 def test_predictions_that_are_not_of_these_questions_are_named(tmp_path, monkeypatch):
     interrupted(tmp_path, monkeypatch)
     path = tmp_path / "out" / "predictions.jsonl"
-    path.write_text(path.read_text().replace('"id": "a0"', '"id": "z9"'))
+    path.write_text(re.sub('"id": "[^"]+"', '"id": "z9"', path.read_text(), count=1))
     with pytest.raises(ConfigError, match=r"predictions\.jsonl holds predictions that are not of these questions .*'z9'"):
         run(tmp_path, RECORDS)
 

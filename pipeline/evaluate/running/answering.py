@@ -1,13 +1,11 @@
 """The answers of a loaded model to a benchmark's questions, batch by batch."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from alignkd.errors import DataError, SampleError
@@ -17,19 +15,16 @@ from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.benchmark import BATCH_TOKENS
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH
 from alignkd.pipeline.evaluate.benchmarks.contract import Answer, Benchmark, Score
-from alignkd.pipeline.evaluate.running.generation import answer, halving, undisturbed
+from alignkd.pipeline.evaluate.running.batches import Ask, Batches
+from alignkd.pipeline.evaluate.running.generation import undisturbed
 from alignkd.pipeline.evaluate.running.pictures import Pictures, with_treatment
-from alignkd.pipeline.evaluate.running.prefix import SharedPrompts, answer_after, common_prompt, share_prompts
 from alignkd.pipeline.evaluate.running.schedule import (
     WINDOW,
     WINDOW_OF_PIXELS,
     groups_by_picture,
-    like_length_batches,
     windows,
 )
-from alignkd.pipeline.runtime.out_of_memory import out_of_memory_is_transient
 
-Ask = Callable[[], list[str]]
 _END = "</s>"
 _READERS = 4
 _NOTHING = torch.zeros(0)
@@ -141,57 +136,9 @@ class Answering:
 
     def _batches(self, window: Sequence[int], images: dict[str, Any]) -> Iterator[tuple[list[int], Ask]]:
         """Indices of each batch, and what answers it."""
-        questions, tokens = self.benchmark.questions, self.benchmark.max_new_tokens
+        questions = self.benchmark.questions
         made = {index: self.question(index, [images[name] for name in questions[index].images]) for index in window}
-        alone, together = self._by_prompt(made)
-        for indices in self._like_lengths(alone, made):
-            given = [made[index] for index in indices]
-            yield indices, partial(halving, lambda some: answer(self.vlm, some, tokens), given)
-        for pictures in together:
-            shared = self._shared({name: made[indices[0]] for name, indices in pictures.items()})
-            picture_of = {index: name for name, indices in pictures.items() for index in indices}
-            for indices in self._like_lengths(list(picture_of), made):
-                asked = [(picture_of[index], made[index]) for index in indices]
-                ask = partial(answer_after, self.vlm, shared, max_new_tokens=tokens)
-                yield indices, partial(halving, ask, asked)
-
-    def _by_prompt(self, made: dict[int, ModelInput]) -> tuple[list[int], list[dict[str, list[int]]]]:
-        """Questions that are answered whole; and pictures with several questions each, as many as the budget has room for."""
-        groups: dict[tuple[bytes, str], list[int]] = {}
-        alone = list[int]()
-        for index, given in made.items():
-            ids = common_prompt(self.vlm, given)
-            if ids is None:
-                alone.append(index)
-            else:
-                groups.setdefault((ids.tobytes(), self.benchmark.questions[index].images[0]), []).append(index)
-        together, last = list[dict[str, list[int]]](), b""
-        for (prompt, picture), indices in sorted(groups.items(), key=lambda group: group[0][0]):
-            if len(indices) == 1:
-                alone.extend(indices)
-                continue
-            most = max(1, self.settings.batch_tokens // (2 * self._length_of_prompt(made[indices[0]])))
-            if not together or prompt != last or len(together[-1]) == most:
-                together.append({})
-            together[-1][picture], last = indices, prompt
-        return alone, together
-
-    def _shared(self, questions: dict[str, ModelInput]) -> SharedPrompts:
-        with undisturbed(self.vlm), out_of_memory_is_transient():
-            return share_prompts(self.vlm, questions)
-
-    def _like_lengths(self, indices: Sequence[int], made: dict[int, ModelInput]) -> Iterator[list[int]]:
-        lengths = [self._length(made[index].input_ids) for index in indices]
-        for batch in like_length_batches(lengths, self.benchmark.max_new_tokens, self.settings.batch_tokens):
-            yield [indices[place] for place in batch]
-
-    def _length_of_prompt(self, given: ModelInput) -> int:
-        ids = common_prompt(self.vlm, given)
-        assert ids is not None, "asked of questions that have one"
-        return self._length(ids)
-
-    def _length(self, ids: np.ndarray) -> int:
-        return len(ids) + int((ids == self.vlm.image_token_id).sum()) * (self.vlm.tokens_per_placeholder - 1)
+        return Batches(self.vlm, self.benchmark.max_new_tokens, self.settings.batch_tokens)(made)
 
 
 def cleaned(text: str) -> str:

@@ -1,13 +1,16 @@
 """``predictions.jsonl`` of ``alignkd evaluate``: written batch by batch, and continued by the same command.
 
+While a run is under way, lines are in the order of the batches, and each has the ``index`` of its sample; at the end they are
+put in the order of the samples, without it.
+
 While a run is under way, ``parts/settings.json`` says what its predictions were made with; it goes when the result is there.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from io import RawIOBase
@@ -17,8 +20,9 @@ from typing import Any
 from alignkd.errors import ConfigError
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.config.evaluate import EvaluateConfig
+from alignkd.pipeline.data.contract import Samples
 from alignkd.pipeline.evaluate.running import identity
-from alignkd.pipeline.evaluate.running.parts import AGAIN
+from alignkd.pipeline.evaluate.running.parts import AGAIN, put_text
 from alignkd.pipeline.runtime.out_folder.write_faults import explained_write_faults
 from alignkd.pipeline.runtime.printable import json_text
 from alignkd.pipeline.runtime.run_record import write_run_record
@@ -31,17 +35,27 @@ _NO_MATTER = frozenset({"out", "batch_size", "device", "max_rejected", "download
 """Settings that change no prediction."""
 
 
+Line = Mapping[str, Any]
+
+
 class Predictions:
-    """The lines of a run: those that are there already, in the order of the samples, and what appends to them."""
+    """The lines of a run: ``kept`` by sample are those that are there already; and what appends to them."""
 
-    def __init__(self, out: Path | None, file: RawIOBase | None, kept: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.out, self.file, self.kept = out, file, deque(kept)
+    def __init__(self, out: Path | None, file: RawIOBase | None, kept: Mapping[int, Line] | None = None) -> None:
+        self.out, self.file, self.kept = out, file, dict(kept or {})
 
-    def take(self, about: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The line of the next sample, of which ``about`` holds some fields; None where it has none yet."""
-        if not self.kept or any(self.kept[0].get(name) != value for name, value in about.items()):
-            return None
-        return self.kept.popleft()
+    def check(self, about: Callable[[int], Line]) -> None:
+        """Compare the lines that are there with some fields of theirs: ``about`` gives those of a sample.
+
+        Raises:
+            ConfigError: a line is of another sample, or of none.
+        """
+        for index, line in self.kept.items():
+            if any(line.get(name) != value for name, value in about(index).items()):
+                raise ConfigError(
+                    f"{self.out}/{NAME} holds predictions that are not of these questions (the first:"
+                    f" {line.get('id')!r:.80}): remove it, and run the same command again"
+                )
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append lines; they are in the file when this returns."""
@@ -53,27 +67,22 @@ class Predictions:
             while left:
                 left = left[self.file.write(left) or 0 :]
 
-    def check_all_taken(self) -> None:
-        """Call when all samples were seen.
+    def end(self) -> None:
+        """The result is written: lines are put in the order of the samples, and there is nothing to continue.
 
         Raises:
-            ConfigError: there are lines that are of none of them.
+            TransientError, CheckpointError: they cannot be written.
         """
-        if self.kept:
-            raise ConfigError(
-                f"{self.out}/{NAME} holds predictions that are not of these questions (the first:"
-                f" {self.kept[0].get('id')!r:.80}): remove it, and run the same command again"
-            )
-
-    def end(self) -> None:
-        """The result is written: there is nothing to continue."""
-        if self.out is not None:
-            shutil.rmtree(self.out / "parts", ignore_errors=True)
+        if self.out is None:
+            return
+        found = {line.pop("index"): line for line, _ in _whole_lines(self.out / NAME)}
+        put_text(self.out / NAME, "".join(json_text(found[index]) + "\n" for index in sorted(found)))
+        shutil.rmtree(self.out / "parts", ignore_errors=True)
 
 
 @contextmanager
 def open_predictions(
-    config: EvaluateConfig, vlm: Vlm, template: str, prompt_date: str, data_sha256: str
+    config: EvaluateConfig, vlm: Vlm, template: str, prompt_date: str, samples: Samples
 ) -> Iterator[Predictions]:
     """The predictions of a run, continued where the last one with the same settings was interrupted.
 
@@ -84,8 +93,8 @@ def open_predictions(
         yield Predictions(None, None)
         return
     out = Path(config.out)
-    given = _identity(config, vlm, template, prompt_date) | {"data_sha256": data_sha256}
-    kept = _whole_lines(out / NAME) if identity.stored(out / "parts") == given else []
+    given = _identity(config, vlm, template, prompt_date) | {"data_sha256": hashlib.sha256(samples.keys.tobytes()).hexdigest()}
+    kept = _whole_lines(out / NAME, len(samples)) if identity.stored(out / "parts") == given else []
     with explained(out, "run.json"):
         write_run_record(out / "run.json", "evaluate", asdict(config))
         (out / "result.json").unlink(missing_ok=True)  # of an earlier run, whose predictions are written over
@@ -97,7 +106,7 @@ def open_predictions(
             os.truncate(out / NAME, size)  # a torn line
         else:
             identity.put(out / "parts", given)
-        yield Predictions(out, file, [line for line, _ in kept])
+        yield Predictions(out, file, {line["index"]: line for line, _ in kept})
 
 
 def prompt_date_of(config: EvaluateConfig) -> str | None:
@@ -119,7 +128,7 @@ def _identity(config: EvaluateConfig, vlm: Vlm, template: str, prompt_date: str)
     return found
 
 
-def _whole_lines(path: Path) -> list[tuple[dict[str, Any], int]]:
+def _whole_lines(path: Path, samples: int | None = None) -> list[tuple[dict[str, Any], int]]:
     """The lines up to the first that is torn or no JSON object, each with the size of the file up to its end."""
     try:
         *lines, _torn = read_plain(path, _LARGEST).split(b"\n")
@@ -133,6 +142,9 @@ def _whole_lines(path: Path) -> list[tuple[dict[str, Any], int]]:
         except (ValueError, RecursionError):
             break
         if not isinstance(value, dict) or not isinstance(value.get("correct"), bool):
+            break
+        index = value.get("index")
+        if type(index) is not int or not 0 <= index < (index + 1 if samples is None else samples):
             break
         found.append((value, size))
     return found

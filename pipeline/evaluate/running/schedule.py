@@ -57,15 +57,17 @@ def windows(groups: Sequence[Group], most_questions: int, most_pictures: int) ->
         yield window
 
 
-def like_length_batches(lengths: Sequence[int], new_tokens: int, batch_tokens: int) -> list[list[int]]:
+def like_length_batches(lengths: Sequence[int], new_tokens: int, batch_tokens: int, most: int | None = None) -> list[list[int]]:
     """Positions in ``lengths`` in batches, the longest first.
 
-    A batch takes as many as fit into ``batch_tokens``, each counted as the longest of them and its answer; one at least.
+    A batch takes as many as fit into ``batch_tokens``, each counted as the longest of them and its answer; one at least, and
+    ``most`` at most.
     """
     room = min(new_tokens, ANSWER_TOKENS)
     batches, longest = list[list[int]](), 0
     for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
-        if batches and (longest + room) * (len(batches[-1]) + 1) <= batch_tokens:
+        count = len(batches[-1]) + 1 if batches else 0
+        if batches and (longest + room) * count <= batch_tokens and (most is None or count <= most):
             batches[-1].append(place)
         else:
             batches.append([place])
