@@ -138,9 +138,10 @@ class Settings:
     def _check_field(self, field: dataclasses.Field[Any], declared: Setting) -> None:
         value, accepted = getattr(self, field.name), types_of(type(self))[field.name]
         if isinstance(value, list | tuple) and tuple in accepted:
-            # What may be given several times, and was not: one value is that value, so that one way to say it has one record.
             value = tuple(os.fspath(one) if isinstance(one, os.PathLike) else one for one in value)
-            value = value[0] if len(value) == 1 and str in accepted else value or field.default
+            # What may be given once or several times: one value is that value, so that one way to say it has one record.
+            if str in accepted:
+                value = value[0] if len(value) == 1 else value or field.default
             object.__setattr__(self, field.name, value)
         if value is None and field.default is None:
             return

@@ -40,7 +40,7 @@ class TrainingExample:
     """A prepared sample with its cached fields, still encoded.
 
     ``target_mask``: which of its tokens have a target, None where all have one. ``truncated``: its text was cut at the
-    maximum length. ``doubtful``: places of its images that show little or nothing. ``rows``: in place of ``stored`` and
+    maximum length. ``doubtful``: names of its images that show little or nothing. ``rows``: in place of ``stored`` and
     ``target_mask``, what each teacher has for it, where there are several. ``written``: a model wrote its answers.
     """
 
@@ -234,7 +234,7 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
             return FailedSample(sample.key, name, str(error), fatal=False)
         except (CacheError, CorruptShardError) as error:
             return FailedSample(sample.key, name, str(error), fatal=True)
-        doubtful = tuple(place for place in self.preparer.places(sample) if place in self.preparer.doubtful.found)
+        doubtful = _named(sample, [place in self.preparer.doubtful.found for place in self.preparer.places(sample)])
         return TrainingExample(name, prepared.input, stored, mask, prepared.truncated, doubtful, rows, bool(sample.provenance))
 
     def _stored(self, sample: Sample, prepared: Prepared) -> tuple[dict[str, EncodedField], TargetMask | None]:
@@ -282,3 +282,9 @@ class TrainingSet(Dataset["TrainingExample | FailedSample"]):
             doubtful=sorted({place for item in good for place in item.doubtful}),
             padding=batch.input_ids_BS.numel() - int(batch.attention_mask_BS.sum()),
         )
+
+
+def _named(sample: Sample, chosen: Sequence[bool]) -> tuple[str, ...]:
+    """Some of a sample's images as the data names them, with the dataset where there are several."""
+    of = f"{sample.source}: " if sample.source else ""
+    return tuple(f"{of}{image}" for image, wanted in zip(sample.images, chosen, strict=True) if wanted)

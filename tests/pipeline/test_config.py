@@ -15,6 +15,7 @@ from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
 from alignkd.pipeline.config.demo import DemoConfig
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.config.evaluate import EvaluateConfig
+from alignkd.pipeline.config.shared import DataSettings
 from alignkd.pipeline.config.show import ShowConfig
 from alignkd.pipeline.config.targets import TargetSettings
 from alignkd.settings import setting_of, types_of
@@ -121,3 +122,9 @@ def test_targets_are_words_that_are_known():
 def test_paths_are_taken_as_paths(tmp_path):
     config = EvaluateConfig(model=tmp_path, data=Path("d"), images=tmp_path)
     assert (config.model, config.data) == (str(tmp_path), "d")
+
+
+def test_no_target_is_no_target_and_not_the_default():
+    assert TargetSettings(targets=()).targets == ()
+    assert DataSettings(data=("a.json",), images=()).images is None
+    assert DataSettings(data=["a.json", "b.json"]).data == ("a.json", "b.json")
