@@ -58,6 +58,7 @@ def test_no_row_is_decoded(tmp_path, monkeypatch):
     assert convert(source.url, tmp_path / "b").pending() == []
 
 
+@pytest.mark.slow
 def test_a_conversion_goes_to_object_storage_and_back(tmp_path, s3_url):
     source = full_cache(tmp_path / "a")
     convert(source.url, s3_url)

@@ -36,6 +36,7 @@ from alignkd.cache_store.rows.spec import CacheSpec
 from alignkd.cache_store.storage.local import LocalStorage
 
 
+@pytest.mark.slow
 def test_a_cache_is_written_resumed_and_read_on_any_storage_in_any_format(url, shard_format):
     store = make_store(url, shard_format=shard_format)
     assert store.pending() == [0, 1, 2]
@@ -272,6 +273,7 @@ def test_processes_that_start_at_once_agree_on_one_cache_and_fill_it(tmp_path):
     assert (report.problems, report.strays, report.rows) == ([], [], 24)
 
 
+@pytest.mark.slow
 def test_processes_agree_on_object_storage_too(s3_url):
     assert len(set(race(s3_url, [8, 8]))) == 1
     report = verify(s3_url)

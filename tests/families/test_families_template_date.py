@@ -45,6 +45,7 @@ class Clock(chat_template.datetime):
         return cls(2030, 1, cls.day)
 
 
+@pytest.mark.slow
 def test_workers_of_other_days_and_stage_two_go_on_with_the_date_of_the_caches_start(dated, tmp_path, monkeypatch):
     config, student, samples = dated
     monkeypatch.setattr(chat_template, "datetime", Clock)

@@ -355,6 +355,7 @@ def test_a_question_needs_an_answer_to_compare_with(tokenizer):
 # --- the tokenizer itself ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(TEXTS)
 @settings(max_examples=80)
 def test_without_special_tokens_the_ids_are_those_of_sentencepiece(either, text):

@@ -123,6 +123,7 @@ def test_a_choice_that_takes_nothing_says_whose_answers_there_are(tmp_path, data
         stage_one_config(data, tmp_path / "cache", answers="model")
 
 
+@pytest.mark.slow
 def test_distill_trains_on_the_answers_that_the_cache_was_written_for(tmp_path, mixed, caplog):
     write_cache(mixed, tmp_path / "cache", answers="data")
     with caplog.at_level("INFO", logger=dataset.__name__):
@@ -131,6 +132,7 @@ def test_distill_trains_on_the_answers_that_the_cache_was_written_for(tmp_path, 
     assert "5 samples are left out" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_sample_that_the_choice_takes_and_the_cache_lacks_is_still_an_error(tmp_path, data, mixed):
     write_cache(data, tmp_path / "cache", answers="data")
     more = [*json.loads(mixed.read_text()), {**SAMPLES[0], "id": "more"}]
@@ -141,6 +143,7 @@ def test_a_sample_that_the_choice_takes_and_the_cache_lacks_is_still_an_error(tm
         train(mixed, tmp_path / "both", tmp_path / "run", epochs=1.0)
 
 
+@pytest.mark.slow
 def test_metrics_tell_the_datas_own_answers_and_written_ones_apart(tmp_path, data, mixed):
     whole = {"recipe": "sft", "epochs": 1.0, "batch_size": 11}
     alone = train(data, None, tmp_path / "alone", **whole)

@@ -86,6 +86,7 @@ def texts_of(vlm, benchmark, indices=None, **settings):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HERE)
 def test_batched_answers_are_those_of_one_question_at_a_time(vlm, monkeypatch, name):
     benchmark = opened(name, monkeypatch)

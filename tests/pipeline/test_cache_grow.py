@@ -78,6 +78,7 @@ def test_new_samples_are_appended_and_nothing_is_made_twice(door, parts, cache, 
     assert content(cache) == at_once
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_and_those_not_given_are_the_caches(door, parts, tmp_path):
     cache = tmp_path / "cache"
     write_cache(parts / "old.json", cache, max_length=1000, shard_format="webdataset", attention_layers="last")
@@ -137,6 +138,7 @@ def test_a_dry_run_estimates_the_new_samples_alone(parts, cache):
     assert len(open_store(cache).plan.parts) == 1
 
 
+@pytest.mark.slow
 def test_caches_merge_and_give_parts_at_default_settings(door, parts, cache, at_once, tmp_path):
     write_cache(parts / "new.json", tmp_path / "new", calibration_from=str(cache), shard_format="webdataset")
     assert figures(door("cache", "merge", cache, tmp_path / "new", tmp_path / "m", "--json"))["complete"]

@@ -132,6 +132,7 @@ def test_a_conversion_that_was_stopped_goes_on(door, tmp_path, cache):
     assert 'format: cache has "webdataset", wanted "zarr"' in finished.stderr
 
 
+@pytest.mark.slow
 def test_a_webdataset_cache_from_stage_one_to_a_trained_student(door, tmp_path, data, cache):
     made = figures(door, *stage_one(data, tmp_path / "tar", "--format", "webdataset"))
     assert (made["format"], made["complete"]) == ("webdataset", True)

@@ -165,6 +165,7 @@ def test_show_and_inspect_save_arrays_that_agree(door, tmp_path, cache, data):
         np.testing.assert_allclose(b["tail_mass_A"], 1 - np.exp(kept).sum(axis=1), rtol=0.05, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_plots_are_pictures(door, tmp_path, cache, data):
     ok(door, "show", "--model", STUDENT, "--data", data, *DATA, "--id", "two5", "--plot", tmp_path / "show.png")
     ok(door, "cache", "inspect", cache, "--id", "cap0", "--plot", tmp_path / "inspect.png")

@@ -65,6 +65,7 @@ def test_help_of_every_command_and_the_list_of_models_load_no_torch():
     assert set(map(tuple, found.values())) == {()}, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_format", ["zarr", "webdataset"])
 def test_looking_after_a_cache_loads_no_torch(cache, tmp_path, shard_format):
     from alignkd.cache_store.protocol.maintenance.convert import convert

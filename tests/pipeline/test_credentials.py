@@ -110,6 +110,7 @@ def files_with(folder, *secrets):
     return [path for path in files if any(secret.encode() in path.read_bytes() for secret in secrets)]
 
 
+@pytest.mark.slow
 def test_no_file_that_a_run_writes_holds_a_credential(door, data, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     signature = "9f8e7d6c5b4a39281706"

@@ -146,6 +146,7 @@ def test_a_data_file_without_the_sample_is_refused_by_name(two):
         find_source(str(other), str(two / "images"), row.key, row.image_sha256, turned=False)
 
 
+@pytest.mark.slow
 def test_inspecting_with_a_picture_loads_no_torch(two):
     import subprocess
     import sys

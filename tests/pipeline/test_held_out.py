@@ -103,6 +103,7 @@ def test_the_card_of_the_best_student_says_which_figure_chose_it(judged):
     assert f"best student of its run by loss: {best['value']:.6g} at step {best['step']}." in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_the_figures_do_not_depend_on_the_batches(tmp_path, data, cache, held_out, held_cache, batch_size):
     lines = []
@@ -150,6 +151,7 @@ def test_without_rows_for_the_held_out_samples_the_supervised_loss_alone_is_meas
     assert "have no row" in caplog.text
 
 
+@pytest.mark.slow
 def test_rows_of_held_out_samples_in_the_runs_own_cache_are_found(tmp_path):
     both = write_data(tmp_path / "both.json", [*SAMPLES, *HELD_OUT])
     write_cache(both, tmp_path / "cache")
@@ -233,6 +235,7 @@ def test_an_evaluation_that_signals_put_off_twice_is_made_by_the_run_after(
     assert student_sha256(tmp_path / "out") == student_sha256(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_early_trains_no_further_when_it_is_resumed(tmp_path, data, cache, held_out, held_cache):
     """Its last checkpoint is of the step at which it ended."""
     given = settings(held_out, held_cache, eval_steps=1, keep_best="loss", patience=2, learning_rate=0.0, save_steps=1)
@@ -287,6 +290,7 @@ def test_a_record_of_the_best_that_was_changed_is_not_believed(judged, tmp_path)
     assert read_best(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_one_kept_token_says_nothing_of_the_teachers_likeliest(tmp_path, data, held_out, caplog):
     one = TargetSettings(logits=LogitSettings(kind="topk", top_k=1))
     write_cache(data, tmp_path / "c", settings=one)
@@ -308,6 +312,7 @@ def test_no_better_figure_for_as_long_as_patience_ends_the_run_well(tmp_path, da
     assert (resumed["steps"], resumed["ended_early"]) == (6, True)
 
 
+@pytest.mark.slow
 def test_the_best_of_a_lora_run_is_an_adapter_and_training_goes_on_as_without(tmp_path, data, cache, held_out, held_cache):
     given = {"lora": True, "lora_rank": 4, "max_steps": 4}
     plain = train(data, cache, tmp_path / "plain", **given)
@@ -337,6 +342,7 @@ def test_a_sampled_benchmark_has_the_score_of_the_finished_student_on_the_same_q
     assert len(open_benchmark("pope", BENCHMARKS).questions) > 30
 
 
+@pytest.mark.slow
 def test_held_out_samples_that_cannot_be_read_are_named_and_limited(tmp_path, data, cache, caplog):
     broken = [*HELD_OUT, record("gone", "none.png", "<image>\nWhat?", "That.")]
     held = write_data(tmp_path / "held.json", broken)

@@ -139,6 +139,7 @@ def test_looking_after_a_cache_of_hostile_ids(door, hostile_cache, tmp_path):
         shown(door("cache", command, copy), code=2)
 
 
+@pytest.mark.slow
 def test_the_other_commands_with_hostile_ids(door, hostile, tmp_path):
     common = ["--data", hostile, "--images", IMAGES, "--device", "cpu"]
     shown(door("show", "--model", STUDENT, *common, "--id", HOSTILE["escapes"], "--plot", tmp_path / "show.png"))

@@ -276,6 +276,7 @@ def test_a_cache_that_goes_on_keeps_the_commit_of_its_teacher(hub, checkpoint, t
     assert {record["teacher"] for record in records} == {f"org/tiny@{first}"}
 
 
+@pytest.mark.slow
 def test_a_student_is_trained_by_name_and_resumed_at_the_same_commit(hub, student, data, cache, tmp_path):
     commit = hub.add("org/small", student)
     out = tmp_path / "run"

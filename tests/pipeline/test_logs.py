@@ -204,6 +204,7 @@ def objects(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_stage_one_and_two_log_from_start_to_end(door, tmp_path):
     bad = record("bad", "none.png", "<image>\nWhat?", "This.")
     data = write_data(tmp_path / "d.json", [*SAMPLES[:3], bad])

@@ -22,6 +22,7 @@ def adapters(out):
     return load_file(out / "adapters.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_adapters_that_another_ended_with(finished, data, cache, tmp_path):
     learned = adapters(finished)
     assert {"head_map.logits"} <= learned.keys()

@@ -153,6 +153,7 @@ def test_a_recipe_whose_layers_the_cache_lacks_is_refused_with_both_and_the_way_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_cache_without_the_first_layer_is_refused_where_the_first_is_wanted(data, tmp_path):
     write_cache(data, tmp_path / "cache", settings=EXACT, attention_layers="2")
     with pytest.raises(ValueError, match=r"needs the attention of the teacher's first layer, but the cache holds layers 2"):
@@ -190,6 +191,7 @@ def test_every_named_recipe_trains_three_steps_from_a_cache_with_each_of_its_ter
     assert (tmp_path / "out" / "student" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -216,6 +216,7 @@ def test_rows_that_have_seen_other_images_have_no_target(place, qwen_cache):
     assert targets.row_mask_BT[0].numpy()[after].all()
 
 
+@pytest.mark.slow
 def test_mobilevlm_into_llava_takes_the_students_own_template(place, tmp_path):
     cache = tmp_path / "cache"
     write_cache(place / "data.json", cache, teacher=str(place / "student"), images=str(place))
@@ -323,6 +324,7 @@ def test_a_slice_and_a_cache_without_spans_serve_their_own_make_alone(place, tmp
         cross_train(place, tmp_path / "bare", tmp_path / "out", student="llava")
 
 
+@pytest.mark.slow
 def test_logits_alone_need_no_regions(place, tmp_path):
     settings = TargetSettings(targets=("logits",))
     write_cache(place / "data.json", tmp_path / "cache", teacher=str(place / "llava"), images=str(place), settings=settings)

@@ -70,6 +70,7 @@ def test_a_run_with_a_term_of_its_own_trains_it_and_resumes_to_the_same_bits(dat
         train(data, cache, out, resume=True, recipe="align-kd", overrides={"vision": "0"})
 
 
+@pytest.mark.slow
 def test_a_run_recorded_before_there_were_terms_from_outside_still_resumes(data, cache, tmp_path):
     train(data, cache, tmp_path, epochs=1.0)
     assert "extra" not in json.loads((tmp_path / "run.json").read_text())["configuration"]["recipe"]

@@ -33,6 +33,7 @@ def test_tower_features_that_do_not_fit_into_memory_are_refused(data, cache, tmp
         train(data, cache, tmp_path / "out", cache_tower_features=True, feature_bytes=1000)
 
 
+@pytest.mark.slow
 def test_a_cache_of_head_means_trains_head_means_and_refuses_heads(data, tmp_path):
     write_cache(data, tmp_path / "cache", settings=TargetSettings(attention="mean"))
     train(data, tmp_path / "cache", tmp_path / "out", max_steps=1, overrides={"head_map": "mean"})
@@ -66,6 +67,7 @@ def test_what_stage_one_rejected_is_left_out_named_and_capped(tmp_path):
         train(data, tmp_path / "cache", tmp_path / "other", epochs=1.0, max_rejected=2)
 
 
+@pytest.mark.slow
 def test_an_image_that_vanished_since_stage_one_is_left_out_and_one_that_changed_ends_the_run(data, cache, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(IMAGES, images)
@@ -109,6 +111,7 @@ def test_a_cache_that_does_not_fit_is_refused_with_both_values_and_the_way_out(d
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_cache_without_the_targets_of_the_recipe_is_refused(data, tmp_path):
     write_cache(data, tmp_path / "cache", settings=TargetSettings(targets=("logits",)))
     words = "recipe 'align-kd' needs attention, vision, which the cache does not hold; choose another --recipe, or cache with"

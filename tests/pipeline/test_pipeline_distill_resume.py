@@ -180,6 +180,7 @@ def start_method(request):
     multiprocessing.set_start_method(before, force=True)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("start_method", "place", "workers"),

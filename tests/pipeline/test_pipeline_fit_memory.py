@@ -160,6 +160,7 @@ def test_stage_one_writes_everything_with_little_memory_and_rejects_what_never_f
     assert content(tmp_path / "small") == content(tmp_path / "large")
 
 
+@pytest.mark.slow
 def test_a_dry_run_with_little_memory_estimates_as_well(tmp_path, little_memory):
     data = write_data(tmp_path / "d.json", [*SAMPLES[:2], LONG, SAMPLES[4]])
     figures = dry_run(stage_one_config(data, tmp_path / "cache"))

@@ -109,6 +109,7 @@ def at_free_port(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", free_port())
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.usefixtures("at_free_port")
 def test_others_that_do_not_come_are_not_awaited_for_ever():
@@ -144,6 +145,7 @@ def arguments_of(data, cache, out):
     return [*arguments, "--device", "cpu", "--batch-size", 1, "--max-steps", 3, "--log-steps", 1, "--workers", 0]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("launcher", "rank_names"),

@@ -149,6 +149,7 @@ def test_log_lines_and_figures_tell_the_teachers_apart(parted):
     assert json.loads((out / "run.json").read_text())["configuration"]["cache_weight"] == []
 
 
+@pytest.mark.slow
 def test_the_mean_of_a_teacher_is_over_what_it_taught(place, tmp_path):
     train(place, ("a-first", "b-rest"), tmp_path / "out", batch_size=6, max_steps=1, learning_rate=0.0)
     objective, batch, targets = objective_and_targets(config_of(place, ("a-first", "b-rest"), tmp_path))
@@ -160,6 +161,7 @@ def test_the_mean_of_a_teacher_is_over_what_it_taught(place, tmp_path):
         assert line[f"attention/teacher{number}"] == pytest.approx(mean, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_teachers_resumes_to_bit_identical_weights_adapters_and_metrics(place, parted, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -330,6 +332,7 @@ def test_held_out_samples_have_the_caches_of_their_teachers(place, tmp_path):
 ZERO2, ZERO3 = (pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("sharding", ["ddp", ZERO2, ZERO3], indirect=True)
 def test_two_processes_whose_batches_lack_a_teacher_learn_what_one_learns(door, monkeypatch, place, tmp_path, sharding):

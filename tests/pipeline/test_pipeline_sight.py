@@ -90,6 +90,7 @@ def test_a_blind_teacher_is_warned_about_with_its_figures_and_what_to_do(stripes
     assert f"{sight['gain']:.4f} nats" in warnings[0]
 
 
+@pytest.mark.slow
 def test_the_look_changes_no_row_and_a_resumed_run_repeats_the_warning(stripes, tmp_path, caplog, monkeypatch):
     sight, warnings = looked(stripes, tmp_path / "cache", caplog)
     assert sight["blind"] is True
