@@ -1,6 +1,6 @@
 # Commands for a newcomer; each does all its own set-up in .venv. Needs python >= 3.11 and make.
 #   make demo        the whole path on easy-VQA, about a quarter of an hour on two cores; ends with a report
-#   make test        make check, and every test that is not slow: about eleven minutes on two cores
+#   make test        make check, and every test that is not slow: under ten minutes on two cores
 #
 # And for a developer; tests/README.md says more:
 #   make check       ruff, mypy, import-linter: under a minute once their caches are warm
