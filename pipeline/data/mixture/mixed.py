@@ -52,11 +52,7 @@ class MixedSamples(Samples):
         spaces, found = [part.image_space for part in self.parts], list[np.ndarray]()
         for part, space in zip(self.parts, spaces, strict=True):
             assert part.image_hashes is not None
-            salt = (
-                0
-                if len(set(spaces)) == 1
-                else int.from_bytes(hashlib.blake2b(space.encode(), digest_size=8).digest(), "little")
-            )
+            salt = _number(space) if len(set(spaces)) > 1 else 0
             hashes = part.image_hashes
             found.append(np.where(hashes == NO_IMAGE, np.uint64(NO_IMAGE), hashes ^ np.uint64(salt)))
         return found
