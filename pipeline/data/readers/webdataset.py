@@ -161,7 +161,7 @@ def _groups_of(shard: ShardFile) -> Iterator[tuple[Group, bytes]]:
 def _with_texts(found: Iterator[Member], file: BinaryIO, texts: dict[int, bytes]) -> Iterator[Member]:
     """Read each JSON member while the file stands at it: going back to it costs another read."""
     for member in found:
-        if member.regular and member.name[-5:].lower() == ".json" and member.size <= LARGEST_RECORD:
+        if member.name[-5:].lower() == ".json" and member.regular and member.size <= LARGEST_RECORD:
             file.seek(member.start)
             texts[member.start] = file.read(member.size)
         yield member
@@ -221,7 +221,7 @@ class _Span:
             suffix: member._replace(header=member.header + self.start, start=member.start + self.start)
             for suffix, member in found.members.items()
         }
-        return found._replace(members=moved)
+        return replace(found, members=moved)
 
     def bytes_of(self, member: Member) -> bytes:
         """The bytes of a member of :meth:`group`."""

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 from alignkd.pipeline.data.readers.archives.members import Member
 
@@ -11,8 +12,12 @@ _META = re.compile(r"__[^/]*__($|/)")
 _NUMBER = re.compile(r"\d+")
 
 
-class Group(NamedTuple):
-    """The members of a sample: its key, each member by what follows the key and a dot, and a suffix that comes twice ("")."""
+@dataclass(frozen=True)
+class Group:
+    """The members of a sample: its key, each member by what follows the key and a dot, and a suffix that comes twice ("").
+
+    ``members`` are in the order of the archive.
+    """
 
     key: str
     members: dict[str, Member]
@@ -26,19 +31,21 @@ class Group(NamedTuple):
     @property
     def span(self) -> tuple[int, int]:
         """Where the first header begins, and the bytes from there to the end of the last member."""
-        first = min(member.header for member in self.members.values())
-        return first, max(member.stop for member in self.members.values()) - first
+        first = next(iter(self.members.values())).header
+        return first, next(reversed(self.members.values())).stop - first
 
     @property
     def text(self) -> Member | None:
         """The member KEY.json."""
         return self.members.get("json")
 
-    @property
+    @cached_property
     def images(self) -> list[Member]:
         """The images in their order: by the number in their suffix (``KEY.0.jpg``, ``KEY.img1.png``), else as they lie."""
         found = [(suffix, member) for suffix, member in self.members.items() if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
-        return [member for _, member in sorted(found, key=lambda entry: _number(entry[0]))]
+        if len(found) > 1:
+            found.sort(key=lambda entry: _number(entry[0]))
+        return [member for _, member in found]
 
 
 def groups(members: Iterable[Member]) -> Iterator[Group]:
@@ -62,7 +69,7 @@ def groups(members: Iterable[Member]) -> Iterator[Group]:
 
 def split_name(name: str) -> tuple[str, str]:
     """The key and the suffix of a member: its last part is cut at its first dot; two empty texts where it has none."""
-    if _META.match(name):
+    if "__" in name and _META.match(name):
         return "", ""
     folder, slash, last = name.rpartition("/")
     base, dot, suffix = last.partition(".")

@@ -31,22 +31,23 @@ class TarPlaces:
     """Collects places, one after the other."""
 
     def __init__(self) -> None:
-        self._columns = {name: array("q") for name in COLUMNS}
+        self._rows = array("q")
         self._digests, self._digested = bytearray(), array("q")
 
     def add(self, shard: int, group: Group, sound: bool, digests: Sequence[str]) -> None:
         """The place of one sample; ``sound``: it has no fault."""
         text = group.text if sound else None
-        row = (shard, text.start if text else 0, text.size if text else 0, *group.span, len(group.images))
-        for column, value in zip(self._columns.values(), row, strict=True):
-            column.append(value)
+        start, length = (text.start, text.size) if text else (0, 0)
+        self._rows.extend((shard, start, length, *group.span, len(group.images)))
         kept = digests if len(digests) <= MOST_DIGESTS else ()
-        self._digests += bytes.fromhex("".join(kept))
+        if kept:
+            self._digests += bytes.fromhex("".join(kept))
         self._digested.append(len(kept))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Int64 ``[N]`` by name. Four words a digest; zeros where there is none."""
-        found = {name: np.asarray(column) for name, column in self._columns.items()}
+        rows = np.asarray(self._rows).reshape(-1, len(COLUMNS))
+        found = {name: rows[:, column].copy() for column, name in enumerate(COLUMNS)}
         counts = np.asarray(self._digested)
         digests = np.frombuffer(bytes(self._digests), "<i8").reshape(-1, _WORDS)
         first = np.cumsum(counts) - counts
