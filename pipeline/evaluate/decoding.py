@@ -69,3 +69,9 @@ def up_to_end(ids: list[int], end_token_ids: Sequence[int]) -> list[int]:
     """Ids without those behind the first end token, which pad a batch."""
     ends = [position for position, token in enumerate(ids) if token in end_token_ids]
     return ids[: ends[0] + 1] if ends else ids
+
+
+def texts_of(vlm: Vlm, answers: Sequence[list[int]]) -> list[str]:
+    """The text of each answer; ids that several have, as short answers do, become text once."""
+    texts = {ids: vlm.answer_text(list(ids)) for ids in set(map(tuple, answers))}
+    return [texts[tuple(ids)] for ids in answers]

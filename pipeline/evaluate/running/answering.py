@@ -113,14 +113,20 @@ class Answering:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def question(self, index: int, images: Sequence[Any]) -> ModelInput:
+    def question(self, index: int, images: Sequence[Any], known: dict[Any, ModelInput] | None = None) -> ModelInput:
         """A question as the model takes it.
+
+        ``known``: prompts about one picture, by what their ids depend on: the turns, and the size of the picture.
 
         Raises:
             DataError: its prompt cannot be made.
         """
         question = self.benchmark.questions[index]
         shared = self.vlm.caches_tower and len(images) == 1  # questions about one picture share its features, uncopied
+        known = {} if known is None else known
+        prompt = (tuple(question.turns), images[0].size) if shared else None
+        if prompt in known:
+            return replace(known[prompt], images=images[0].values[None])
         try:
             made = self.encoder.question(question.turns, [replace(images[0], values=_NOTHING)] if shared else images)
         except SampleError as error:
@@ -128,7 +134,10 @@ class Answering:
                 f"question {question.question_id!r} of {self.benchmark.about.title} cannot be put to this model: {error}; try"
                 " another --template"
             ) from error
-        return replace(made, images=images[0].values[None]) if shared else made
+        if not shared:
+            return made
+        known[prompt] = made
+        return replace(made, images=images[0].values[None])
 
     def _ask(self, pool: ThreadPoolExecutor, window: list[int]) -> tuple[list[int], Any]:
         questions = [self.benchmark.questions[index] for index in window]
@@ -136,8 +145,8 @@ class Answering:
 
     def _batches(self, window: Sequence[int], images: dict[str, Any]) -> Iterator[tuple[list[int], Ask]]:
         """Indices of each batch, and what answers it."""
-        questions = self.benchmark.questions
-        made = {index: self.question(index, [images[name] for name in questions[index].images]) for index in window}
+        questions, known = self.benchmark.questions, dict[Any, ModelInput]()
+        made = {index: self.question(index, [images[name] for name in questions[index].images], known) for index in window}
         return Batches(self.vlm, self.benchmark.max_new_tokens, self.settings.batch_tokens)(made)
 
 

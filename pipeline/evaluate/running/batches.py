@@ -15,11 +15,16 @@ from alignkd.pipeline.runtime.out_of_memory import out_of_memory_is_transient
 
 Ask = Callable[[], list[str]]
 
+POSITIONS_ON_CPU = 4096
+"""Positions of a batch on a CPU: what more of them need leaves its caches, and each operation asks the system for new pages."""
+
 
 @dataclass(frozen=True)
 class Batches:
-    """How the questions of a window are put to a model. ``batch_tokens``: positions of a batch; ``most``: its questions, where
-    1 puts each whole and by itself."""
+    """How the questions of a window are put to a model.
+
+    ``batch_tokens``: positions of a batch, at most; ``most``: its questions, where 1 puts each whole and by itself.
+    """
 
     vlm: Vlm
     max_new_tokens: int
@@ -46,6 +51,10 @@ class Batches:
                 ask = partial(answer_after, self.vlm, shared, max_new_tokens=self.max_new_tokens)
                 yield names, partial(halving, ask, asked)
 
+    @property
+    def _positions(self) -> int:
+        return min(self.batch_tokens, POSITIONS_ON_CPU) if self.vlm.device.type == "cpu" else self.batch_tokens
+
     def _by_prompt(self, made: Mapping[int, ModelInput]) -> tuple[list[int], list[dict[str, list[int]]]]:
         """Questions that are answered whole; and pictures with several questions each, as many as the budget has room for."""
         if self.most == 1:
@@ -63,7 +72,7 @@ class Batches:
             if len(names) == 1:
                 alone.extend(names)
                 continue
-            most = max(1, self.batch_tokens // (2 * self._length_of_prompt(made[names[0]])))
+            most = max(1, self._positions // (2 * self._length_of_prompt(made[names[0]])))
             if not together or prompt != last or len(together[-1]) == most:
                 together.append({})
             together[-1][picture], last = names, prompt
@@ -75,7 +84,7 @@ class Batches:
 
     def _like_lengths(self, names: Sequence[int], made: Mapping[int, ModelInput]) -> Iterator[list[int]]:
         lengths = [self._length(made[name].input_ids) for name in names]
-        for batch in like_length_batches(lengths, self.max_new_tokens, self.batch_tokens, self.most):
+        for batch in like_length_batches(lengths, self.max_new_tokens, self._positions, self.most):
             yield [names[place] for place in batch]
 
     def _length_of_prompt(self, given: ModelInput) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from alignkd.inputs.batch import ModelInput
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.evaluate.decoding import Decoding, generate_ids
+from alignkd.pipeline.evaluate.decoding import Decoding, generate_ids, texts_of
 from alignkd.pipeline.runtime.out_of_memory import is_out_of_memory, out_of_memory_is_transient
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 def answer(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
     """Answers to a batch of questions: greedy, one beam, up to an end token or ``max_new_tokens``."""
-    return [vlm.answer_text(ids) for ids in generate_ids(vlm, questions, Decoding(max_new_tokens))]
+    return texts_of(vlm, generate_ids(vlm, questions, Decoding(max_new_tokens)))
 
 
 def halving(ask: Callable[[Sequence[T]], list[R]], questions: Sequence[T]) -> list[R]:

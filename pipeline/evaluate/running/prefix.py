@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from alignkd.inputs.batch import ModelInput
 from alignkd.models.families.mobilevlm import MobileVlmFamily
 from alignkd.models.vlm import Vlm
-from alignkd.pipeline.evaluate.decoding import Decoding, generate_ids, up_to_end
+from alignkd.pipeline.evaluate.decoding import Decoding, generate_ids, texts_of, up_to_end
+from alignkd.pipeline.evaluate.roomy_cache import roomy_cache
+from alignkd.pipeline.evaluate.running.schedule import ANSWER_TOKENS
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,9 @@ class SharedPrompts:
         """F: positions of each."""
         return len(self.ids_F)
 
-    def of(self, pictures: Sequence[str], device: torch.device) -> DynamicCache:
-        """A cache with a row for each question."""
-        rows_B = torch.tensor([self.rows[picture] for picture in pictures], device=device)
-        cache = DynamicCache()
-        for number, (keys, values) in enumerate(self.layers):
-            cache.update(keys.index_select(0, rows_B), values.index_select(0, rows_B), number)
-        return cache
+    def of(self, pictures: Sequence[str], device: torch.device, room: int) -> Cache:
+        """A cache with a row for each question, and with room for so many more positions."""
+        return roomy_cache(self.layers, torch.tensor([self.rows[picture] for picture in pictures], device=device), room)
 
 
 def common_prompt(vlm: Vlm, given: ModelInput) -> np.ndarray | None:
@@ -68,7 +66,7 @@ def share_prompts(vlm: Vlm, questions: Mapping[str, ModelInput]) -> SharedPrompt
 
 def answer_sharing(vlm: Vlm, questions: Sequence[ModelInput], max_new_tokens: int) -> list[str]:
     """As :func:`.generation.answer`; questions whose image is one tensor share what they begin with."""
-    return [vlm.answer_text(ids) for ids in ids_sharing(vlm, questions, Decoding(max_new_tokens))]
+    return texts_of(vlm, ids_sharing(vlm, questions, Decoding(max_new_tokens)))
 
 
 def ids_sharing(
@@ -102,7 +100,7 @@ def answer_after(
     vlm: Vlm, shared: SharedPrompts, questions: Sequence[tuple[str, ModelInput]], max_new_tokens: int
 ) -> list[str]:
     """As :func:`alignkd.pipeline.evaluate.running.generation.answer`, of questions with the picture of each."""
-    return [vlm.answer_text(ids) for ids in ids_after(vlm, shared, questions, Decoding(max_new_tokens))]
+    return texts_of(vlm, ids_after(vlm, shared, questions, Decoding(max_new_tokens)))
 
 
 @torch.no_grad()
@@ -119,6 +117,7 @@ def ids_after(
     """
     rest = [given.input_ids[len(common_prompt(vlm, given)) :] for _, given in questions]  # type: ignore[arg-type]
     longest = max(map(len, rest))
+    room = longest + min(decoding.max_new_tokens, ANSWER_TOKENS)
     ids_BS = torch.full((len(rest), shared.length + longest), vlm.pad_token_id)
     ids_BS[:, : shared.length] = shared.ids_F
     mask_BS = torch.zeros_like(ids_BS)
@@ -129,7 +128,7 @@ def ids_after(
     output = vlm.model.generate(
         input_ids=ids_BS.to(vlm.device),
         attention_mask=mask_BS.to(vlm.device),
-        past_key_values=shared.of([picture for picture, _ in questions], vlm.device),
+        past_key_values=shared.of([picture for picture, _ in questions], vlm.device, room),
         **decoding.drawing(uniforms_BN),
         eos_token_id=vlm.end_token_ids,
         pad_token_id=vlm.pad_token_id,

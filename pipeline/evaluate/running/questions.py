@@ -100,25 +100,28 @@ class Questions:
     def _ready(self, reading: Sequence["_Reading"]) -> tuple[list[Asked], list[Unanswerable]]:
         futures = list(dict.fromkeys(image for one in reading for image in one.images))
         features = self._features(futures) if self.vlm.caches_tower else {}
-        asked, refused = [], []
+        asked, refused, known = [], [], dict[Any, ModelInput]()
         for number, sample, fault, waiting in reading:
             try:
                 check_text(sample)
                 if fault:
                     raise SampleError(fault)
                 images = [features[image] if image in features else image.result() for image in waiting]
-                asked.append(Asked(number, sample, images, self._input(sample, images)))
+                asked.append(Asked(number, sample, images, self._input(sample, images, known)))
             except SampleError as error:
                 refused.append(Unanswerable(number, sample, str(error)))
         return asked, refused
 
-    def _input(self, sample: Sample, images: Sequence[Any]) -> ModelInput:
+    def _input(self, sample: Sample, images: Sequence[Any], known: dict[Any, ModelInput]) -> ModelInput:
         turns = self.turns(sample)
         if not self.vlm.caches_tower or len(images) != 1:
             return self.preparer.encoder.question(turns, images)
-        # Questions about one picture share its features, uncopied: what they begin with is then computed once.
-        made = self.preparer.encoder.question(turns, [replace(images[0], values=_NOTHING)])
-        return replace(made, images=images[0].values[None])
+        # Questions about one picture share its features, uncopied: what they begin with is then computed once. Those of one
+        # wording share their ids, which depend on the turns and the size of the picture alone.
+        prompt = tuple(map(tuple, turns)), images[0].size
+        if prompt not in known:
+            known[prompt] = self.preparer.encoder.question(turns, [replace(images[0], values=_NOTHING)])
+        return replace(known[prompt], images=images[0].values[None])
 
     @torch.no_grad()
     def _features(self, futures: "Sequence[Future[Any]]") -> "dict[Future[Any], Any]":
