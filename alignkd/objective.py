@@ -24,7 +24,7 @@ from alignkd.losses.learned_weights import LearnedWeights, as_numbers, learned_p
 from alignkd.losses.recipes import Recipe, term_weights
 from alignkd.losses.teachers.average import average_answer_terms, average_sample_terms, contrasts
 from alignkd.losses.teachers.terms import OtherTeacher, TeacherTerms, no_targets
-from alignkd.models.vlm import Vlm
+from alignkd.models.vlm import Vision, Vlm
 from alignkd.targets.batch_targets import DecodedTargets, Targets
 from alignkd.targets.logits import LogitCodec
 from alignkd.targets.several import SeveralTargets
@@ -208,7 +208,8 @@ class Objective(TeacherTerms):
     def _inputs(self, batch: Batch, targets: Sequence[DecodedTargets], recipe: Recipe) -> list[TermInputs]:
         """One forward pass of the student, beside the targets of each teacher."""
         layers = [student for student, _ in self.layer_pairs]
-        captured = capture(self.vlm, batch, attention=recipe.compares_attention, layers=layers)
+        vision = self._ready_vision(batch, targets)
+        captured = capture(self.vlm, batch, attention=recipe.compares_attention, layers=layers, vision=vision)
         return [
             TermInputs(
                 given.mask_to_targets(batch),
@@ -222,6 +223,14 @@ class Objective(TeacherTerms):
             )
             for teacher, given in zip(self.teachers, targets, strict=False)
         ]
+
+    def _ready_vision(self, batch: Batch, targets: Sequence[DecodedTargets]) -> Vision | None:
+        """What the student makes of the teacher's own vision tokens, where a batch has these in place of images."""
+        tokens_BVD = next((one.vision_BVD for one in targets if one.vision_BVD is not None), None)
+        if self.vlm.teacher_projector is None or tokens_BVD is None or batch.images.numel() or not len(batch.vision_slots):
+            return None
+        tokens_MD = tokens_BVD.flatten(0, 1).index_select(0, batch.vision_slots)
+        return Vision(self.vlm.teacher_projector.map(tokens_MD.to(self.vlm.dtype)))
 
     def _answer_terms(
         self, inputs: Sequence[TermInputs], targets: Targets | SeveralTargets, weights: Mapping[str, float], answers: float

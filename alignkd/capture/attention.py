@@ -69,14 +69,18 @@ def enable_capture(vlm: Vlm) -> None:
     vlm.captures = True
 
 
-def capture(vlm: Vlm, batch: Batch, *, attention: bool = True, layers: Collection[int] = (0,)) -> Captured:
+def capture(
+    vlm: Vlm, batch: Batch, *, attention: bool = True, layers: Collection[int] = (0,), vision: Vision | None = None
+) -> Captured:
     """Run the model once over a batch and record what Align-KD compares; with ``attention``, that of these ``layers``.
+
+    ``vision``: the batch's vision tokens, where they are there already and it carries no images.
 
     Raises:
         CheckpointError: the attention of one of the layers cannot be captured.
     """
     enable_capture(vlm)
-    vision = vlm.encode_images(batch)
+    vision = vlm.encode_images(batch) if vision is None else vision
     wanted = frozenset(layers) if attention else frozenset()
     tap = Tap(batch, wanted) if wanted and has_attention(batch) else None
     hidden_AD = _decode(vlm, batch, vision, tap)

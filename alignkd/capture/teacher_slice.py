@@ -35,12 +35,12 @@ from alignkd.capture.attention import by_sample, has_attention, no_attention
 from alignkd.capture.probabilities import text_to_vision
 from alignkd.errors import CacheError, CheckpointError, ConfigError, wrap_errors
 from alignkd.inputs.batch import Batch
-from alignkd.models.modules.mobilevlm import MobileVlm, MobileVlmConfig, MobileVlmModel
+from alignkd.models.modules.mobilevlm import MobileVlm, MobileVlmConfig, MobileVlmModel, new_projector
 from alignkd.models.vlm import Vlm, module_fingerprint
 from alignkd.targets.batch_targets import DecodedTargets
 
-TOWER = "tower"
-_PREFIXES = {TOWER: "vision_tower.", "projector": "multi_modal_projector.", "text": "language_model."}
+TOWER, PROJECTOR = "tower", "projector"
+_PREFIXES = {TOWER: "vision_tower.", PROJECTOR: "multi_modal_projector.", "text": "language_model."}
 GROUPS = tuple(_PREFIXES)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -159,6 +159,33 @@ def slice_tensors(vlm: Vlm, *, tower: bool) -> dict[str, torch.Tensor]:
     return {group: _flat(group, shapes[group], state) for group in GROUPS if tower or group != TOWER}
 
 
+def projector_state(vlm: Vlm) -> torch.Tensor:
+    """The parameters of the model's projector as one flat tensor on the host, in the model's dtype.
+
+    Raises:
+        CheckpointError: as :func:`slice_tensors`.
+    """
+    _, shapes = _read(slice_config(vlm.model))
+    return _flat(PROJECTOR, shapes[PROJECTOR], vlm.model.model.state_dict())
+
+
+def projector_of(config: Mapping[str, Any], flat: torch.Tensor) -> nn.Module:
+    """The projector of :func:`projector_state`, of a model with this :func:`slice_config`.
+
+    Raises:
+        CacheError: the two do not belong together.
+    """
+    read, shapes = _read(config)
+    _check_flat("the teacher's projector", shapes[PROJECTOR], flat)
+    with torch.device("meta"):
+        projector = new_projector(read)
+    parts = torch.split(flat.clone(), [shape.numel() for shape in shapes[PROJECTOR].values()])
+    names = [name.removeprefix(_PREFIXES[PROJECTOR]) for name in shapes[PROJECTOR]]
+    state = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes[PROJECTOR].values(), strict=True)}
+    projector.load_state_dict(state, assign=True)
+    return projector
+
+
 def _flat(group: str, shapes: Mapping[str, torch.Size], state: Mapping[str, torch.Tensor]) -> torch.Tensor:
     wrong = [name for name, shape in shapes.items() if name not in state or state[name].shape != shape]
     if wrong:
@@ -199,12 +226,7 @@ class TeacherSlice:
         """
         slice_model, shapes = _read(config)
         for group, flat in tensors.items():
-            expected = sum(shape.numel() for shape in shapes[group].values())
-            if flat.shape != (expected,) or flat.dtype not in _DTYPES:
-                raise CacheError(
-                    f"the slice's {group} holds {tuple(flat.shape)} numbers of {flat.dtype}, expected {expected:,} by its"
-                    " configuration: the cache is damaged; run alignkd cache verify"
-                )
+            _check_flat(f"the slice's {group}", shapes[group], flat)
         # Buffers (rotary frequencies) are computed, parameters are left empty. The random numbers that modules draw here must
         # not be taken from those of the run.
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
@@ -282,6 +304,15 @@ def _read(given: Mapping[str, Any]) -> tuple[MobileVlmConfig, dict[str, dict[str
         vision = CLIPVisionConfig(**values["vision"])
         config = MobileVlmConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), **values["features"])
         return config, _shapes(config)
+
+
+def _check_flat(what: str, shapes: Mapping[str, torch.Size], flat: torch.Tensor) -> None:
+    expected = sum(shape.numel() for shape in shapes.values())
+    if flat.shape != (expected,) or flat.dtype not in _DTYPES:
+        raise CacheError(
+            f"{what} holds {tuple(flat.shape)} numbers of {flat.dtype}, expected {expected:,} by its"
+            " configuration: the cache is damaged; run alignkd cache verify"
+        )
 
 
 def _checked(name: str, value: Any, kind: type) -> Any:

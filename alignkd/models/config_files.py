@@ -21,6 +21,7 @@ _RANGES = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), (0, 2**14)),
     "max_position_embeddings": (0, 2**24),
     "vocab_size": (0, 2**24),
+    "teacher_projector_width": (0, 2**20),
 }
 """Least and most, far beyond every released model: larger ones would fill the memory before weights are compared."""
 _POSITIVE = frozenset({"rms_norm_eps", "layer_norm_eps", "norm_eps", "rope_theta"})

@@ -15,6 +15,7 @@ from alignkd.errors import CheckpointError
 from alignkd.extras import require
 from alignkd.models.config_files import check_sizes, read_config, short
 from alignkd.models.registry import family_class, find_record
+from alignkd.models.tower_aside import whole
 from alignkd.models.vlm import Vlm
 
 _QUANTISERS = {
@@ -82,4 +83,5 @@ def save_vlm(vlm: Vlm, folder: str | Path, *, official: bool = False) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (vlm.save_official if official else vlm.save)(folder)
+    with whole(vlm):
+        (vlm.save_official if official else vlm.save)(folder)

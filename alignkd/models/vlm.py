@@ -19,10 +19,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from alignkd.errors import CheckpointError
+from alignkd.errors import CheckpointError, ConfigError
 from alignkd.inputs.batch import Batch, Collator, ModelInput
 from alignkd.inputs.encoder import Encoder
 from alignkd.models.registry import FamilyRecord, find_record
+from alignkd.models.teacher_projector import TeacherProjector
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,6 @@ class Vlm(ABC):
 
     caches_tower: ClassVar[bool] = False
     """Whether batches may carry ready features of the frozen tower instead of pixel values."""
-    has_official_layout: ClassVar[bool] = False
-    """Whether it can be saved in the layout of its official release, too."""
-
     model: Any
     tokenizer: Any
     folder: Path
@@ -49,6 +47,8 @@ class Vlm(ABC):
     """The head over the last hidden states times this gives the model's logits; set by the capture, which compares them."""
     captures: bool = field(default=False, init=False)
     """Whether what is captured of this model was compared with the model itself."""
+    tower_aside: Any = field(default=None, init=False)
+    """Where its tower is, if not in memory: see :mod:`alignkd.models.tower_aside`."""
 
     @classmethod
     @abstractmethod
@@ -78,6 +78,11 @@ class Vlm(ABC):
         """
         del folder, config, vision_tower
         return None
+
+    @property
+    def has_official_layout(self) -> bool:
+        """Whether it can be saved in the layout of its official release, too."""
+        return False
 
     @property
     def record(self) -> FamilyRecord:
@@ -161,6 +166,24 @@ class Vlm(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write model, tokenizer and preprocessing so that :func:`alignkd.models.loading.load_vlm` reads them."""
+
+    @property
+    def teacher_projector(self) -> TeacherProjector | None:
+        """The teacher's projector and the map behind it, where the model sees through them; else None."""
+        return self.projector if isinstance(self.projector, TeacherProjector) else None
+
+    def see_through(self, projector: nn.Module, features: Mapping[str, Any], width: int) -> None:
+        """Replace the projector by a teacher's, frozen, and a new linear map behind it.
+
+        ``features``: the settings of the teacher's projector, by their names in its configuration; ``width``: the teacher's.
+
+        Raises:
+            ConfigError: the family has no projector that can be another's.
+        """
+        del projector, features, width
+        raise ConfigError(
+            f"recipe field projector: the family {self.family} cannot see through a teacher's projector; use projector own"
+        )
 
     def save_official(self, folder: Path) -> None:
         """Write it in the layout of its official release; for families with :attr:`has_official_layout`.

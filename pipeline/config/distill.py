@@ -38,6 +38,13 @@ class DistillConfig(shared.DataSettings):
     )
     out: str = setting(group="storage", aliases=("output-dir",), help="Folder of the run.")
     recipe: Recipe = RECIPES["align-kd"]
+    vision_input: str = setting(
+        "auto",
+        group="data",
+        choices=("auto", "cache", "tower"),
+        help="With a recipe whose projector is the teacher's: the student's vision tokens from the cache, which needs neither"
+        " images nor tower, or from the tower; auto: from the cache where it can be.",
+    )
     template: str | None = shared.template()
     max_length: int | None = setting(
         None,

@@ -31,11 +31,15 @@ from alignkd.pipeline.data.sample import Sample
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model input, the SHA-256 of its image files ("" without images), and whether text was cut off."""
+    """A model input, the SHA-256 of its image files ("" without images), and whether text was cut off.
+
+    ``images_unread``: its image files were not read, so that there is no SHA-256 of them.
+    """
 
     input: ModelInput
     image_sha256: str
     truncated: bool
+    images_unread: bool = False
 
 
 @dataclass
@@ -52,6 +56,8 @@ class Preparer:
     doubtful: DoubtfulImages = field(default_factory=DoubtfulImages)
     with_destroyed: bool = False
     """Whether inputs also hold the sample with its images destroyed (:mod:`alignkd.inputs.destroyed`)."""
+    reads_images: bool = True
+    """Whether image files are read; without, inputs have the places of vision tokens and no images."""
 
     @classmethod
     def of(
@@ -64,13 +70,15 @@ class Preparer:
         with_spans: bool = True,
         prompt_date: str | None = None,
         with_destroyed: bool = False,
+        reads_images: bool = True,
     ) -> "Preparer":
         """The preparer of a loaded model; ``with_spans`` and ``prompt_date``: see :class:`alignkd.inputs.encoder.Encoder`."""
         encoder = vlm.encoder(template, max_length)
         encoder.with_spans = with_spans
         if prompt_date and encoder.prompt_date:
             encoder.prompt_date = check_date(prompt_date)
-        return cls(encoder, None if image_root is None else Path(image_root), with_destroyed=with_destroyed)
+        root = None if image_root is None else Path(image_root)
+        return cls(encoder, root, with_destroyed=with_destroyed, reads_images=reads_images)
 
     def places(self, sample: Sample) -> tuple[str, ...]:
         """Where each image of a sample is; its references where this preparer has an image folder.
@@ -89,6 +97,9 @@ class Preparer:
             SampleError: an image cannot be read, or no supervised token is left.
         """
         check_text(sample)
+        if not self.reads_images:
+            made, truncated = self.encoder.finish(sample.turns, self.text(sample), [])
+            return Prepared(made, "", truncated, images_unread=True)
         with memory_for(sample):
             images, digest, destroyed = self._open(sample)
             made, truncated = self.encoder.encode(sample.turns, images)

@@ -22,6 +22,7 @@ from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.logits import logit_arrays, open_codec
 from alignkd.pipeline.cache_io.targets import row_fields
 from alignkd.pipeline.cache_io.teacher_fingerprint import model_fingerprint
+from alignkd.pipeline.cache_io.teacher_projector import projector_arrays
 from alignkd.pipeline.cache_io.teacher_slice import check_slice_options, slice_arrays, slice_fingerprint
 from alignkd.pipeline.config.cache_layout import ADVANTAGE
 from alignkd.pipeline.config.cache_teacher import CacheTeacherConfig
@@ -175,6 +176,8 @@ class StageOne:
             return calibration_of(self.config.calibration_from, self.spec())
         sliced = self.config.alignment == "slice"
         arrays = slice_arrays(self.teacher, tower=not self.config.slice_without_tower) if sliced else {}
+        if "vision" in self.row_settings.targets:
+            arrays |= projector_arrays(self.teacher)
         if "logits" in self.row_settings.targets:
             logits = self.row_settings.logits
             try:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from alignkd.losses.recipes import term_weights
+from alignkd.models.tower_aside import set_tower_aside
 from alignkd.objective import Objective
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.config.shared import several
@@ -64,6 +65,7 @@ from alignkd.pipeline.training.student import build_objective, save_student
 from alignkd.pipeline.training.teacher_source import open_teachers
 from alignkd.pipeline.training.trainer import DistillTrainer
 from alignkd.pipeline.training.training_arguments import training_arguments
+from alignkd.pipeline.training.vision_input import TOWER_FILE
 from alignkd.plugins import load_plugins
 
 
@@ -112,7 +114,10 @@ def _distill(
     if processes.first:
         with explained_write_faults(out, "run.json"):
             write_run_record(out / "run.json", "distill", settings)
-    if config.cache_tower_features:
+    if inputs.cached_tokens:
+        with explained_write_faults(out, TOWER_FILE):
+            set_tower_aside(inputs.student, out / TOWER_FILE, write=processes.first)
+    elif config.cache_tower_features:
         cache_tower_features(inputs.student, data, limit_bytes=config.feature_bytes)
     stop.check()
     log_start(
@@ -122,7 +127,7 @@ def _distill(
         student=config.student,
         data=f"{config.data_words} ({len(data):,} samples)",
         datasets=data.samples.datasets or None,
-        images=config.images_words,
+        images="not read: the rows' image hashes are trusted" if inputs.cached_tokens else config.images_words,
         cache=", ".join(several(config.cache)) or None,
         plan=f"{schedule.steps:,} steps of {schedule.per_step:,} micro-batches, recipe {config.recipe.name}",
         out=config.out,
@@ -140,6 +145,7 @@ def _distill(
             best = out / FOLDER / "student"
             asked = best if config.keep_best is not None and best.is_dir() else folder
             figures |= {"student": str(folder), "out": str(out), "folders": folders(out), "next": next_command(config, asked)}
+            (out / TOWER_FILE).unlink(missing_ok=True)
             replace_text(out / "result.json", json.dumps(figures, indent=2) + "\n")
     processes.wait()
     return figures if processes.first else {}

@@ -15,6 +15,7 @@ from alignkd.models.loading import load_vlm
 from alignkd.models.vlm import Vlm
 from alignkd.pipeline.cache_io.compatibility import check_recipe_targets
 from alignkd.pipeline.cache_io.open_caches import OpenCache, common_prompt_date, fit_cache, naming_cache
+from alignkd.pipeline.cache_io.teacher_projector import see_through_teacher
 from alignkd.pipeline.config.cache_layout import ADVANTAGE, SLICED, is_slice
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.config.shared import DEFAULT_MAX_LENGTH, several
@@ -27,13 +28,15 @@ from alignkd.pipeline.hub.models import model_folder, tower_folder
 from alignkd.pipeline.runtime.devices import pick_device
 from alignkd.pipeline.runtime.ranks import Worker
 from alignkd.pipeline.training.training_arguments import check_trackers, zero_stage
+from alignkd.pipeline.training.vision_input import takes_cached_tokens
 
 
 @dataclass(frozen=True)
 class RunInputs:
     """The opened inputs of a run. ``caches``: of one teacher each, in the order of the configuration; there may be none.
 
-    ``needs``: the targets that come from them, none beside an online teacher.
+    ``needs``: the targets that come from them, none beside an online teacher. ``cached_tokens``: the student's vision tokens
+    are made of those in the cache, so that images are not read.
     """
 
     config: DistillConfig
@@ -43,6 +46,7 @@ class RunInputs:
     template: str
     max_length: int
     needs: frozenset[str]
+    cached_tokens: bool = False
 
 
 def check_options(config: DistillConfig) -> None:
@@ -65,6 +69,8 @@ def check_options(config: DistillConfig) -> None:
             "--online-teacher with several --cache: a teacher in the loop is one teacher, and a cache beside it decides the"
             " samples and their order alone; give one --cache, or leave --online-teacher out"
         )
+    if config.online_teacher is not None and config.recipe.projector == "teacher":
+        raise ConfigError("projector teacher takes the teacher's projector from the cache: leave --online-teacher out")
     if config.teacher_dtype is not None and config.online_teacher is None:
         raise ConfigError("--teacher-dtype sets the dtype of --online-teacher, which is not given")
 
@@ -75,19 +81,25 @@ def open_inputs(config: DistillConfig, process: Worker) -> RunInputs:
     Raises:
         AlignkdError: an input that cannot be read, or two that do not belong together.
     """
-    check_images(config)
     needs = config.recipe.needs if config.online_teacher is None else frozenset[str]()
     opened = _open_readers(config, needs)
     readers = [reader for reader, _ in opened]
+    cached_tokens = takes_cached_tokens(config, readers)
+    if cached_tokens:
+        needs |= {"vision"}
+    else:
+        check_images(config)
     device = pick_device(config.device, process.local_rank)
     student = load_vlm(model_folder(config.student), device=device, vision_tower=tower_folder(config.vision_tower))
+    if config.recipe.projector == "teacher":
+        see_through_teacher(student, readers, seed=config.seed)
     template, max_length = _prompt_settings(config, student, readers)
     check_template(template, student.templates)
     caches = []
     for reader, weight in opened:
         with naming_cache(reader, len(readers)):
             caches.append(fit_cache(reader, student, config.recipe, needs, template, max_length, weight))
-    return RunInputs(config, device, tuple(caches), student, template, max_length, needs)
+    return RunInputs(config, device, tuple(caches), student, template, max_length, needs, cached_tokens)
 
 
 def _open_readers(config: DistillConfig, needs: frozenset[str]) -> list[tuple[CacheReader, float]]:
@@ -153,6 +165,7 @@ def open_data(inputs: RunInputs) -> TrainingSet:
         with_spans=any(cache.cross_model is not None for cache in inputs.caches),
         prompt_date=_prompt_date(inputs),
         with_destroyed=config.online_teacher is not None and ADVANTAGE in config.recipe.needs,
+        reads_images=not inputs.cached_tokens,
     )
     first = inputs.caches[0] if inputs.caches else None
     return TrainingSet(

@@ -9,6 +9,7 @@ RECIPES = {
         Recipe("paper", reverse_kl=1.0, attention=1.0, vision=1.0, normalise=False, head_map="convolution"),
         Recipe("sft"),
         Recipe("logits-only", reverse_kl=1.0),
+        Recipe("teacher-projector", projector="teacher"),
         Recipe("llavadi-forward", forward_kl=1.0),
         Recipe("llavadi-reverse", reverse_kl=1.0),
         Recipe("llavadi-js", jensen_shannon=1.0),

@@ -44,7 +44,7 @@ class Recipe:
     :mod:`alignkd.losses.learned_weights`; learned weights have a learning rate of their own, since that of a model would hardly
     change them. ``token_weighting``: how answer tokens count in the terms that compare answer distributions, with
     ``token_top_share`` and ``token_lambda``, see :mod:`alignkd.losses.token_weights`. ``projector``: see
-    :mod:`alignkd.models.modules.teacher_projector`. ``extra``: weights of terms from outside
+    :mod:`alignkd.models.teacher_projector`. ``extra``: weights of terms from outside
     the package (:mod:`alignkd.losses.custom_terms`), by name.
 
     Raises:

@@ -3,6 +3,7 @@
 Shapes: N images, P patches, C tower width, V vision tokens an image, D language-model width, B samples, S positions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from alignkd.errors import CheckpointError
 from alignkd.inputs.batch import Batch
 from alignkd.inputs.prompts import TEMPLATES, check_template
 from alignkd.models.checkpoints.mobilevlm_layout import describe, read_official, read_own, write_official
@@ -18,6 +20,7 @@ from alignkd.models.checkpoints.tokenizer_files import check_tokenizer, copy_tok
 from alignkd.models.encoders.images import ImagePreprocessor
 from alignkd.models.encoders.placeholder import PlaceholderEncoder
 from alignkd.models.modules.mobilevlm import MobileVlm
+from alignkd.models.teacher_projector import TeacherProjector
 from alignkd.models.vlm import Vision, Vlm
 
 _OFFICIAL = "mobilevlm"
@@ -29,7 +32,6 @@ class MobileVlmFamily(Vlm):
     """A loaded MobileVLM with its image preprocessing."""
 
     caches_tower: ClassVar[bool] = True
-    has_official_layout: ClassVar[bool] = True
 
     model: MobileVlm
     images: ImagePreprocessor
@@ -61,6 +63,19 @@ class MobileVlmFamily(Vlm):
         """See :class:`alignkd.models.vlm.Vlm`."""
         model, images = describe(folder, config if config["model_type"] == _OFFICIAL else None, vision_tower)
         return cls(model, load_tokenizer(folder), folder, images)
+
+    @property
+    def has_official_layout(self) -> bool:
+        """Unless it sees through a teacher's projector, for which the official layout has no place."""
+        return self.teacher_projector is None
+
+    def see_through(self, projector: nn.Module, features: Mapping[str, Any], width: int) -> None:
+        """See :class:`alignkd.models.vlm.Vlm`."""
+        config, model = self.model.config, self.model.model
+        config.projector_type, config.projector_grid = features["projector_type"], features["projector_grid"]
+        config.teacher_projector_width = width
+        seen = TeacherProjector(projector, width, self.hidden_size)
+        model.multi_modal_projector = seen.to(self.device, self.dtype)
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -96,7 +111,7 @@ class MobileVlmFamily(Vlm):
 
     @property
     def projector(self) -> nn.Module:
-        """LDP or LDPv2."""
+        """LDP or LDPv2, or those of a teacher with a linear map behind."""
         projector: nn.Module = self.model.model.multi_modal_projector
         return projector
 
@@ -121,7 +136,10 @@ class MobileVlmFamily(Vlm):
         return self.model.model.decode(batch.input_ids_BS, batch.attention_mask_BS, tokens_MD, batch.vision_positions, **kwargs)
 
     def zero_projector_loss(self) -> torch.Tensor:
-        """Computed from a black image."""
+        """Computed from a black image; behind a teacher's projector, from no token of it."""
+        if (seen := self.teacher_projector) is not None:
+            nothing: torch.Tensor = seen.map(torch.zeros(1, seen.map.in_features, device=self.device, dtype=self.dtype))
+            return nothing.float().sum() * 0.0
         vision, model = self.model.config.vision_config, self.model.model
         shape = (1, vision.num_channels, vision.image_size, vision.image_size)
         with torch.no_grad():
@@ -152,6 +170,11 @@ class MobileVlmFamily(Vlm):
 
     def save_official(self, folder: Path) -> None:
         """In the official MobileVLM layout."""
+        if not self.has_official_layout:
+            raise CheckpointError(
+                f"{folder}: a student that sees through its teacher's projector has no official layout, which knows one"
+                " projector of the student's own width; save it in Hugging Face form"
+            )
         write_official(self.model, folder, original=self.official_config)
         write_settings(self.images, folder)
         copy_tokenizer(self.folder, folder)

@@ -16,18 +16,22 @@ from alignkd.inputs.prompts import IMAGE_TOKEN_ID
 from alignkd.models.modules.embedding import PlaceholderEmbedding, insert
 from alignkd.models.modules.ldpv1 import LdpV1Projector, ldpv1_grid
 from alignkd.models.modules.ldpv2 import LdpV2Projector
+from alignkd.models.teacher_projector import TeacherProjector
 
 
 class MobileVlmConfig(LlavaConfig):  # type: ignore[misc]
     """LLaVA's configuration with the projector (``ldpnet`` in V1, ``ldpnetv2`` in V2) and how images become square.
 
     ``projector_grid``: side of the grid of vision tokens. LDPv2 pools to any; LDP halves the grid of patches.
+    ``teacher_projector_width``: above 0, the projector is that of a teacher of this width, and a linear map follows it
+    (:mod:`alignkd.models.teacher_projector`).
     """
 
     model_type = "mobilevlm_v2"
 
     projector_type: str = "ldpnetv2"
     projector_grid: int = 12
+    teacher_projector_width: int = 0
     image_aspect_ratio: str = "pad"
     image_token_index: int = IMAGE_TOKEN_ID
 
@@ -47,7 +51,14 @@ def new_projector(config: MobileVlmConfig) -> nn.Module:
     Raises:
         ValueError: no such projector, or a grid that it cannot give.
     """
-    vision, width = config.vision_config, config.text_config.hidden_size
+    width = config.text_config.hidden_size
+    if teacher_width := config.teacher_projector_width:
+        return TeacherProjector(_new_projector(config, teacher_width), teacher_width, width)
+    return _new_projector(config, width)
+
+
+def _new_projector(config: MobileVlmConfig, width: int) -> nn.Module:
+    vision = config.vision_config
     if config.projector_type == "ldpnetv2":
         return LdpV2Projector(vision.hidden_size, width, config.projector_grid)
     if config.projector_type != "ldpnet":

@@ -112,10 +112,11 @@ def _with_readers(inputs: RunInputs, readers: Sequence[CacheReader], of_training
         CacheError: names what differs.
     """
     if not readers:
+        assert not inputs.cached_tokens, "a held-out cache was asked for"
         return replace(inputs, caches=(), needs=frozenset())
     recipe, caches = inputs.config.recipe, list[OpenCache]()
     have_logits = all(reader.fingerprint["targets"].get("logits") for reader in readers)
-    needs = frozenset(recipe.needs | ({"logits"} if have_logits else frozenset()))
+    needs = frozenset(recipe.needs | ({"logits"} if have_logits else set()) | ({"vision"} if inputs.cached_tokens else set()))
     for reader, before in zip_longest(readers, of_training[: len(readers)]):
         if before is not None and before.reader.url != reader.url:
             _check_same_teacher(reader.fingerprint, before.reader, reader.url)
