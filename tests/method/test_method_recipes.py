@@ -26,7 +26,7 @@ def write(tmp_path):
 
 def test_a_recipe_is_found_by_its_name():
     relatives = {"llavadi-forward", "llavadi-reverse", "llavadi-js", "compodistill", "beta-kd", "visual-advantage"}
-    assert set(RECIPES) == {"align-kd", "paper", "sft", "logits-only", *relatives}
+    assert set(RECIPES) == {"align-kd", "paper", "sft", "logits-only", "teacher-projector", *relatives}
     assert all(get_recipe(name) is not None and get_recipe(name) == recipe for name, recipe in RECIPES.items())
 
 
@@ -98,7 +98,6 @@ WRONG = [
     ("token_lambda", "1.5", "0 to 1"),
     ("token_lambda", ".nan", "0 to 1"),
     ("projector", "theirs", "own, teacher"),
-    ("projector", "teacher", "set vision to 0"),
     ("weighting_learning_rate", "0", "more than 0"),
     ("name", "3", "expected str"),
 ]
@@ -128,6 +127,11 @@ def test_layers_may_be_words_a_number_or_a_list(write, text, expected):
 def test_a_head_map_that_gives_no_distributions_is_refused_where_distributions_are_compared():
     with pytest.raises(ValueError, match=r"attention_distance kl compares distributions.*mixture or mean"):
         get_recipe("paper", {"attention_distance": "kl"})
+
+
+def test_a_vision_term_that_is_zero_by_construction_is_refused():
+    with pytest.raises(ValueError, match=r"vision is 1\.0 with projector teacher.*set vision to 0"):
+        get_recipe("align-kd", {"projector": "teacher"})
 
 
 def test_help_and_the_page_of_the_method_name_every_recipe():
