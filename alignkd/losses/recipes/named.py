@@ -5,7 +5,7 @@ from alignkd.losses.recipes.recipe import Recipe
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("align-kd", reverse_kl=1.0, attention=0.1, vision=1.0),
+        Recipe("align-kd", reverse_kl=1.0, attention=5.0, vision=1.0),
         Recipe("paper", reverse_kl=1.0, attention=1.0, vision=1.0, normalise=False, head_map="convolution"),
         Recipe("sft"),
         Recipe("logits-only", reverse_kl=1.0),
