@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from alignkd.cache_store.codecs import get_codec
 from alignkd.cache_store.rows.row import EncodedField
+from alignkd.capture.kernel import use_tapped_kernel
 from alignkd.capture.teacher_slice import TOWER, TeacherSlice, slice_config, slice_sizes
 from alignkd.inputs.batch import Batch, ModelInput, collate
 from alignkd.inputs.prompts import IGNORE, IMAGE_TOKEN_ID
@@ -58,7 +59,10 @@ def make_vlm(shape: dict[str, int], scale: int, device: str, dtype: torch.dtype 
     torch.manual_seed(0)
     with built_on(device):
         model = MobileVlm(config(shape, scale)).to(dtype)
-    return MobileVlmFamily(model.eval(), tokenizer=None, folder=Path(), images=None)  # type: ignore[arg-type]
+    vlm = MobileVlmFamily(model.eval(), tokenizer=None, folder=Path(), images=None)  # type: ignore[arg-type]
+    use_tapped_kernel(vlm)
+    vlm.captures = True  # comparing it with itself needs a tokenizer
+    return vlm
 
 
 def describe_teacher(scale: int) -> dict[str, dict[str, Any]]:

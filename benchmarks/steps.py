@@ -59,9 +59,10 @@ class Setting:
 class Steps:
     """Steps of one kind with an optimizer of its own; several may train one student in turns."""
 
-    def __init__(self, kind: str, student: Vlm, setting: Setting) -> None:
+    def __init__(self, kind: str, student: Vlm, setting: Setting, overrides: Mapping[str, str] | None = None) -> None:
+        """``overrides``: of fields of the recipe."""
         self.kind, self.student, self.setting = kind, student, setting
-        recipe = get_recipe(kind.partition(",")[0] if kind != "plain" else "sft")
+        recipe = get_recipe(kind.partition(",")[0] if kind != "plain" else "sft", overrides)
         source, codec = self._teacher()
         shape = scaled(TEACHER, setting.scale)
         teacher = TeacherShape(shape["num_attention_heads"], shape["hidden_size"])

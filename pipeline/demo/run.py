@@ -193,7 +193,7 @@ def train_student(
             images=str(data.root),
             out=str(paths.student_run(name or recipe.name)),
             recipe=recipe,
-            cache=str(paths.cache) if recipe.needs else None,
+            cache=str(paths.cache) if recipe.needs or recipe.projector == "teacher" else None,
             max_steps=config.student_steps,
             learning_rate=config.student_learning_rate,
             **_shared(config, device),
