@@ -27,7 +27,7 @@ def test_a_balanced_run_brings_no_warning():
 
 @pytest.mark.parametrize(
     ("term", "shares", "value"),
-    [("attention", {"attention": 0.0099}, "0.1"), ("vision", {"vision_all": 0.009, "vision_focus": 0.0009}, "1")],
+    [("attention", {"attention": 0.0099}, "5"), ("vision", {"vision_all": 0.009, "vision_focus": 0.0009}, "1")],
 )
 def test_a_term_that_stays_negligible_is_named_with_its_field_and_weight_at_the_tenth_line(term, shares, value):
     [(number, text)] = warnings(
