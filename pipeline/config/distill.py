@@ -152,11 +152,11 @@ class DistillConfig(shared.DataSettings):
     max_wait: float = setting(
         1800.0, at_least=1, help="Most seconds that a process waits for a loader or for another process; then the run ends."
     )
-    eval_data: str | None = setting(
+    eval_data: str | tuple[str, ...] | None = setting(
         None,
         group="evaluation",
         aliases=("val-data",),
-        help="Held-out samples, in LLaVA format: their loss while it trains.",
+        help="Held-out samples, in any form of --data: their loss while it trains. May be repeated.",
     )
     eval_cache: str | tuple[str, ...] | None = setting(
         None,

@@ -137,7 +137,9 @@ def test_weights_out_of_range_are_refused(value, message):
 
 def test_an_unknown_name_is_refused_with_fields_and_registered_terms():
     register_vision_norm()
-    with pytest.raises(ConfigError, match=r"'vision_nrom' is no field of a recipe; known are .*focus_k.* package: vision_norm"):
+    with pytest.raises(
+        ConfigError, match=r"'vision_nrom' is no field of a recipe; known are .*focus_k.* registered terms: vision_norm"
+    ):
         get_recipe("sft", {"vision_nrom": "1"})
     with pytest.raises(ConfigError, match=r"extra: loss term 'other' is not registered \(registered: vision_norm\)"):
         Recipe(extra={"other": 1.0})

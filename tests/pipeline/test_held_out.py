@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -94,6 +95,19 @@ def test_the_figures_are_those_of_all_held_out_samples_in_one_batch(judged, held
     assert last["eval/supervised"] == pytest.approx(float(outcome["terms"]["supervised"]), rel=1e-5)
     assert last["eval/reverse_kl"] == pytest.approx(float(outcome["terms"]["reverse_kl"]), rel=1e-5)
     assert figures["held_out"]["supervised"] == pytest.approx(last["eval/supervised"])
+
+
+def test_held_out_samples_may_have_any_shape_and_lie_in_several_files(tmp_path, data, cache, held_out, held_cache, judged):
+    records = json.loads(held_out.read_text())
+    half = len(records) // 2
+    lines = "".join(json.dumps(record) + "\n" for record in records[:half])
+    (tmp_path / "first.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    second = write_data(tmp_path / "second.json", records[half:])
+    given = {"eval_data": (str(tmp_path / "first.jsonl.gz"), str(second)), "eval_cache": str(held_cache), "eval_steps": 4}
+    train(data, cache, tmp_path / "out", **given)
+    for line, wanted in zip(evaluations(tmp_path / "out"), evaluations(judged[0]), strict=True):
+        assert line["eval/samples"] == wanted["eval/samples"]
+        assert line["eval/supervised"] == pytest.approx(wanted["eval/supervised"], rel=1e-5)
 
 
 def test_the_card_of_the_best_student_says_which_figure_chose_it(judged):
@@ -376,7 +390,7 @@ def test_held_out_samples_that_are_trained_on_are_warned_of(tmp_path, data, cach
             "give --eval-steps",
         ),
         ({"eval_images": "nowhere", "eval_data": "x"}, "--eval-images nowhere does not exist"),
-        ({"eval_data": "nowhere.json"}, "--eval-data nowhere.json is not a file"),
+        ({"eval_data": "nowhere.json"}, "--eval-data cannot be read: .*nowhere.json"),
         ({"eval_data": __file__, "eval_cache": "no-cache-here"}, "no-cache-here"),
     ],
 )

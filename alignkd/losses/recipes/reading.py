@@ -72,8 +72,8 @@ def _replace(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
             extra[key] = _converted(key, value, float, where)
         else:
             raise ConfigError(
-                f"{where}: {key!r} is no field of a recipe; known are {', '.join(types)}, and the terms registered from outside"
-                f" the package: {', '.join(registered_terms()) or 'none'}"
+                f"{where}: {key!r} is no field of a recipe; known are {', '.join(types)}, and the registered"
+                f" terms: {', '.join(registered_terms()) or 'none'}"
             )
     return replace(recipe, **changed, extra=extra)
 

@@ -15,12 +15,12 @@ from alignkd.losses.recipes import RECIPES
 from alignkd.objective import Objective
 from alignkd.pipeline.cache_io.compatibility import check_recipe_targets
 from alignkd.pipeline.cache_io.open_caches import OpenCache, fit_cache, naming_cache
-from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.config.shared import several
 from alignkd.pipeline.data.open_samples import open_samples
 from alignkd.pipeline.feeding.dataset import TrainingSet
 from alignkd.pipeline.feeding.order import WINDOW_SHARDS
 from alignkd.pipeline.training.evaluation.held_out import HeldOut
+from alignkd.pipeline.training.evaluation.held_out_config import held_out_config
 from alignkd.pipeline.training.run_inputs import RunInputs, open_data
 from alignkd.pipeline.training.teacher_source import open_teachers
 from alignkd.targets.logits import LogitCodec
@@ -57,15 +57,6 @@ def open_held_out(inputs: RunInputs, training: TrainingSet, objective: Objective
         data.preparer.encoder.prompt_date = training.preparer.encoder.prompt_date
     _warn_of_shared(data, training)
     return HeldOut(data, recipe, teachers, agreement, batch_size)
-
-
-def held_out_config(config: DistillConfig) -> DistillConfig:
-    """The configuration of a run with its held-out samples in place of those that it learns from: all of them, once each."""
-    assert config.eval_data is not None
-    images = config.eval_images or config.images
-    if config.eval_images is None and len(several(images)) > 1:
-        raise ConfigError("--images is given several times: give --eval-images, the folder of the held-out samples' images")
-    return replace(config, data=config.eval_data, images=images, data_weight=(), limit=None, sample=None, resume=False)
 
 
 def _name_likeliest(codecs: Sequence[LogitCodec | None]) -> bool:

@@ -4,15 +4,16 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from alignkd.cache_store.protocol.reader import CacheReader
 from alignkd.errors import ConfigError, DataError
 from alignkd.pipeline.config.distill import DistillConfig
 from alignkd.pipeline.config.shared import several
 from alignkd.pipeline.data.image_paths import check_image_folder
+from alignkd.pipeline.data.open_samples import describe_data
 from alignkd.pipeline.evaluate.benchmarks.contract import Benchmark
 from alignkd.pipeline.evaluate.benchmarks.registry import open_benchmark
+from alignkd.pipeline.training.evaluation.held_out_config import held_out_config
 from alignkd.pipeline.training.training_arguments import zero_stage
 
 _WANTED = re.compile(r"([a-z0-9_]+):([0-9]{1,9})")
@@ -84,8 +85,11 @@ def _check_options(config: DistillConfig, held_out: bool, benchmarks: bool) -> N
 
 
 def _check_files(config: DistillConfig) -> None:
-    if config.eval_data is not None and not Path(config.eval_data).is_file():
-        raise ConfigError(f"--eval-data {config.eval_data} is not a file; give held-out samples in the format of --data")
+    if config.eval_data is not None:
+        try:
+            describe_data(held_out_config(config))
+        except DataError as error:
+            raise DataError(f"--eval-data cannot be read: {error}") from error
     for url in several(config.eval_cache):
         CacheReader(url)  # says what is wrong with it
 
