@@ -5,7 +5,15 @@ from typing import Any
 
 from alignkd.cache_store.rows.spec import CacheSpec
 from alignkd.errors import ConfigError
-from alignkd.pipeline.config.cache_layout import ADVANTAGE, ALL_TARGETS, LOGIT_TENSOR, SLICED, attention_layer, is_slice
+from alignkd.pipeline.config.cache_layout import (
+    ADVANTAGE,
+    ALL_TARGETS,
+    LOGIT_TENSOR,
+    PROJECTOR_TENSOR,
+    SLICED,
+    attention_layer,
+    is_slice,
+)
 from alignkd.pipeline.config.fingerprint_keys import check_fingerprint_keys
 
 _OF_LOGITS = {
@@ -18,6 +26,7 @@ _OF_LOGITS = {
     "sketch",
     "hidden",
 }
+_TENSORS_OF = {"logits": LOGIT_TENSOR, "vision": PROJECTOR_TENSOR}
 
 
 def without_targets(spec: CacheSpec, tensors: Collection[str], names: Sequence[str]) -> tuple[CacheSpec, list[str]]:
@@ -51,8 +60,8 @@ def without_targets(spec: CacheSpec, tensors: Collection[str], names: Sequence[s
         fingerprint.pop("tokenizer_first_ids", None)
     dropped = {*names} | ({"regions"} if SLICED.isdisjoint(left) and not SLICED.isdisjoint(names) else set())
     fields = tuple(field for field in spec.fields if _part_of(field.name) not in dropped)
-    of_logits = LOGIT_TENSOR.format("")
-    kept = [name for name in tensors if "logits" not in names or not name.startswith(of_logits)]
+    left_out = tuple(tensor.format("") for target, tensor in _TENSORS_OF.items() if target in names)
+    kept = [name for name in tensors if not name.startswith(left_out)]
     return CacheSpec(fields, {**fingerprint, "targets": targets}), kept
 
 

@@ -18,10 +18,10 @@ from alignkd.errors import CacheError, ConfigError
 from alignkd.models.modules.mobilevlm import MobileVlm
 from alignkd.models.vlm import Vlm, module_fingerprint
 from alignkd.pipeline.cache_io.tensor_arrays import to_array, to_tensor
-from alignkd.pipeline.config.cache_layout import is_slice
+from alignkd.pipeline.config.cache_layout import PROJECTOR_TENSOR, is_slice
 from alignkd.pipeline.runtime.devices import parse_dtype
 
-_DESCRIPTION, _WEIGHTS = "projector.description", "projector.weights"
+_DESCRIPTION, _WEIGHTS = PROJECTOR_TENSOR.format("description"), PROJECTOR_TENSOR.format("weights")
 _SLICED = "slice.projector"
 _MOST_BYTES = 1 << 20
 

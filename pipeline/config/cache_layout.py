@@ -6,6 +6,9 @@ from typing import Any
 LOGIT_TENSOR = "logits.{}"
 """Name of a tensor that a cache keeps once for its logit targets."""
 
+PROJECTOR_TENSOR = "projector.{}"
+"""Name of a tensor that a cache keeps once beside its vision tokens: of the projector that gave them."""
+
 ALIGNMENTS = ("targets", "slice")
 
 TARGETS = ("attention", "vision", "logits")

@@ -156,6 +156,14 @@ def test_caches_merge_and_give_parts_at_default_settings(door, parts, cache, at_
     assert list(CacheReader(tmp_path / "one")) == [key]
 
 
+def test_a_cache_without_vision_tokens_keeps_no_projector_as_one_written_without_them(door, parts, cache, tmp_path):
+    figures(door("cache", "subset", cache, tmp_path / "less", "--without", "vision,logits", "--json"))
+    fewer = type(stage_one_config(parts / "old.json", tmp_path / "less").settings)(targets=("attention",))
+    write_cache(parts / "old.json", tmp_path / "expected", settings=fewer)
+    assert not list(CacheReader(tmp_path / "less").tensors)
+    assert content(tmp_path / "less") == content(tmp_path / "expected")
+
+
 def test_a_cache_without_logits_is_one_that_was_written_without_them(door, parts, cache, tmp_path):
     figures(door("cache", "subset", cache, tmp_path / "less", "--without", "logits", "--json"))
     settings = stage_one_config(parts / "old.json", tmp_path / "less").settings
