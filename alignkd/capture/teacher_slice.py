@@ -93,6 +93,11 @@ def check_sliceable(vlm: Vlm) -> None:
             f"--alignment slice does not serve the family {vlm.family}: {vlm.without_slice}. Cache the targets themselves:"
             " --alignment targets"
         )
+    if vlm.teacher_projector is not None:
+        raise ConfigError(
+            "this teacher sees through a projector of its own teacher, which a slice does not hold. Cache the targets themselves:"
+            " --alignment targets"
+        )
     text, config = vlm.model.model.language_model, vlm.text_config
     attention = text.layers[0].self_attn
     expected = [

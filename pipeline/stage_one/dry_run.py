@@ -19,7 +19,7 @@ from alignkd.cache_store.rows.row import Rejected, Row
 from alignkd.cache_store.rows.spec import CacheSpec, FieldSpec
 from alignkd.cache_store.storage import open_storage
 from alignkd.cache_store.storage.local import LocalStorage
-from alignkd.capture.teacher_slice import check_sliceable, slice_config, slice_sizes
+from alignkd.capture.teacher_slice import PROJECTOR, check_sliceable, slice_config, slice_sizes
 from alignkd.errors import AlignkdError, DataError, SampleError
 from alignkd.pipeline.cache_admin.room import check_room, free_bytes
 from alignkd.pipeline.cache_admin.sight import SIGHT
@@ -209,7 +209,9 @@ def _options(stage: StageOne, made: Sequence[Row], stored: Mapping[str, float]) 
         yield "--vision-codec int4-blocks", change("vision_tokens", smaller, tokens)
     dropped = sum(stored[name] for name in ("attention", "vision_tokens", "spans", "regions") if name in fields) * total
     if dropped and stage.config.settings.attention_layers == (0,) and _sliceable(stage):
-        parameters = sum(slice_sizes(slice_config(stage.teacher.model)).values())
+        parts = slice_sizes(slice_config(stage.teacher.model))
+        # A cache of vision tokens has the projector already.
+        parameters = sum(parts.values()) - ("vision_tokens" in fields) * parts[PROJECTOR]
         yield "--alignment slice", parameters * next(stage.teacher.model.parameters()).element_size() - dropped
     if "sketch" in fields and (size := stage.row_settings.logits.sketch_bytes) > 32:
         answers = sum(len(row.values["sketch"]) for row in made) / len(made)

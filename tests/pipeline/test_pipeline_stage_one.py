@@ -182,7 +182,7 @@ def test_a_dry_run_estimates_and_writes_nothing(tmp_path, data):
     assert list(tmp_path.iterdir()) == []
     assert (figures["samples"], figures["shards"], figures["tried"], figures["template"]) == (6, 3, 6, "v1")
     real = write_cache(data, tmp_path / "cache", shard_samples=6)
-    assert figures["tensor_bytes"] == pytest.approx(real["tensor_bytes"], abs=128 * 8)  # headers
+    assert figures["tensor_bytes"] == pytest.approx(real["tensor_bytes"], abs=128 * 10)  # headers
     assert figures["bytes"] == pytest.approx(real["bytes"], rel=0.02)
     for name, size in real["bytes_by_field"].items():
         assert figures["bytes_per_sample_by_field"][name] == pytest.approx(size / 6, abs=1)

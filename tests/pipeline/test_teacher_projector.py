@@ -193,6 +193,8 @@ def test_a_distilled_student_goes_on_with_its_map_and_has_no_official_layout(fro
     _, after = parts_of(tmp_path / "next" / "student")
     assert torch.equal(before.map.weight, after.map.weight)
     write_cache(data, tmp_path / "as-teacher", teacher=student)
+    with pytest.raises(AlignkdError, match="sees through a projector of its own teacher"):
+        write_cache(data, tmp_path / "sliced", teacher=student, alignment="slice")
 
 
 def test_the_projector_of_another_teacher_is_refused(from_cache, tmp_path, data):
