@@ -95,8 +95,8 @@ def check_sliceable(vlm: Vlm) -> None:
         )
     if vlm.teacher_projector is not None:
         raise ConfigError(
-            "this teacher sees through a projector of its own teacher, which a slice does not hold. Cache the targets themselves:"
-            " --alignment targets"
+            "this teacher sees through a projector of its own teacher, which a slice does not hold. Cache the targets"
+            " themselves: --alignment targets"
         )
     text, config = vlm.model.model.language_model, vlm.text_config
     attention = text.layers[0].self_attn
