@@ -42,6 +42,8 @@ _ONLY_WITH = {
 _VERSIONS = ("alignkd", "python", "torch", "transformers", "accelerate", "device")
 _HUB_DATA = re.compile(r"hf://datasets/([A-Za-z0-9][\w.-]*/[\w.-]+)")
 
+_TRUSTED = "not read: vision tokens are the cache's, whose image hashes are trusted"
+
 LICENCE_MISSING = (
     "**The licence is not stated.** It depends on the licences of the language model, the vision tower, the teacher and the"
     " data: add a line `license: ...` to the head of this file."
@@ -158,6 +160,7 @@ class Card:
             "weights of the data": settings.get("data_weight") or None,
             "samples": settings.get("samples"),
             "samples' keys, SHA-256": settings.get("data_keys"),
+            "images": _TRUSTED if settings.get("vision_input") == "cache" else None,
             "steps": self.best.get("step") if self.best else result.get("steps", settings.get("steps")),
             "samples seen": result.get("samples"),
             "positions (text and vision tokens) seen": result.get("tokens"),

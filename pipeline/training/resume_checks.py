@@ -19,6 +19,7 @@ from alignkd.pipeline.runtime.redact import redacted
 from alignkd.pipeline.training.checkpoints import own_checkpoints
 from alignkd.pipeline.training.run_inputs import RunInputs
 from alignkd.pipeline.training.schedule import Schedule, check_same_order, step_record
+from alignkd.pipeline.training.vision_input import TOWER_FILE
 from alignkd.plugins import loaded_plugins
 
 _MAY_CHANGE = (
@@ -33,7 +34,7 @@ content, batches by the samples that a step takes."""
 
 _WRITTEN = (
     *("checkpoints", "student", "student-official", "adapter", "best", "tensorboard"),
-    *("metrics.jsonl", "run.json", "result.json", "adapters.safetensors"),
+    *("metrics.jsonl", "run.json", "result.json", "adapters.safetensors", TOWER_FILE),
 )
 
 
@@ -70,6 +71,7 @@ def resolved_settings(inputs: RunInputs, data: TrainingSet, schedule: Schedule) 
         "max_length": inputs.max_length,
         "prompt_date": data.preparer.encoder.prompt_date or None,
         "recipe": recipe_record(config.recipe),
+        **_vision_input(inputs),
         "plugin_sha256": [plugin.sha256 for plugin in loaded_plugins()],
         "step": step_record(config, schedule),
         "steps": schedule.steps,
@@ -78,6 +80,13 @@ def resolved_settings(inputs: RunInputs, data: TrainingSet, schedule: Schedule) 
         "data_weights": None if data.weights is None else hashlib.sha256(data.weights.tobytes()).hexdigest(),
         "cache_fingerprint": prints[0] if len(prints) == 1 else prints or None,
     }
+
+
+def _vision_input(inputs: RunInputs) -> dict[str, str]:
+    """Where a student that sees through its teacher's projector gets its vision tokens, in place of what was asked for."""
+    if inputs.config.recipe.projector == "own":
+        return {}
+    return {"vision_input": "cache" if inputs.cached_tokens else "tower"}
 
 
 def recorded_configuration(config: DistillConfig) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def test_what_the_recipes_after_other_papers_compare():
     ]
     assert all(RECIPES[f"llavadi-{x}"].needs == {"logits"} for x in ("forward", "reverse", "js"))
     assert RECIPES["compodistill"].needs == {"attention", "logits"}
-    assert replace(RECIPES["beta-kd"], name="align-kd", weighting="fixed", attention=5.0) == RECIPES["align-kd"]
+    assert RECIPES["beta-kd"] == Recipe("beta-kd", reverse_kl=1.0, attention=0.1, vision=1.0, weighting="learned")
 
 
 def test_an_unknown_field_is_refused_with_the_known_ones(write):

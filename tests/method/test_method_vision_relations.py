@@ -41,14 +41,18 @@ def tokens(seed, *shape):
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
 def test_value_and_gradient_are_those_of_the_dense_formula(seed, columns, width, teacher_width):
-    student, teacher = tokens(seed, 1, columns, width).requires_grad_(), tokens(seed + 1, 1, columns, teacher_width)
+    # Of length 1 to 2: the direction of a token near zero turns faster than single precision can tell.
+    student, teacher = (
+        torch.nn.functional.normalize(tokens(seed + i, 1, columns, size), dim=2) * (1 + i / 2)
+        for i, size in enumerate((width, teacher_width))
+    )
+    student.requires_grad_()
     value_B = vision_relations(inputs_of(student, teacher, torch.ones(1, columns, dtype=torch.bool)))
     (found,) = torch.autograd.grad(value_B.sum(), student)
     expected = dense(student[0], teacher[0])
     (wanted,) = torch.autograd.grad(expected, student)
     assert value_B.item() == pytest.approx(expected.item(), abs=1e-5)
-    # Directions of short tokens turn fast: compared on the scale of their gradient.
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5 * (1 + wanted.abs().max().item()))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_sample_has_the_same_value_alone_and_padded_in_a_batch():

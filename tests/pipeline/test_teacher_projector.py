@@ -86,6 +86,11 @@ def test_the_student_is_saved_whole_although_its_tower_was_not_in_memory(from_ca
         assert torch.equal(weights.tower.state_dict()[name], value), name
 
 
+def test_the_record_and_the_card_say_that_cached_tokens_were_the_input(from_cache):
+    assert json.loads((from_cache / "run.json").read_text())["configuration"]["vision_input"] == "cache"
+    assert "not read: vision tokens are the cache's" in (from_cache / "student" / "README.md").read_text()
+
+
 def test_checkpoints_of_such_a_run_hold_no_tower(tmp_path, data, exact_cache, monkeypatch):
     sigterm_at(2, monkeypatch)
     out = tmp_path / "out"
@@ -103,6 +108,8 @@ def test_a_stopped_run_resumes_to_bit_identical_weights(from_cache, tmp_path, da
         sigterm_at(5, patch)
         with pytest.raises(Interrupted):
             train(data, exact_cache, out, images=NO_IMAGES, **SEEN)
+    with pytest.raises(AlignkdError, match="vision_input: 'cache' before, 'tower' now"):
+        train(data, exact_cache, out, vision_input="tower", resume=True, **SEEN)
     train(data, exact_cache, out, images=NO_IMAGES, resume=True, **SEEN)
     assert student_sha256(out) == student_sha256(from_cache)
     assert without_time(metrics(out)) == without_time(metrics(from_cache))
@@ -208,7 +215,7 @@ def test_the_projector_of_another_teacher_is_refused(from_cache, tmp_path, data)
         train(data, tmp_path / "cache", tmp_path / "out", student=str(from_cache / "student"), **SEEN)
 
 
-def test_gradients_of_cached_tokens_are_those_of_a_dense_composition(data, exact_cache, tmp_path):
+def test_the_maps_gradient_from_cached_tokens_is_that_of_tower_and_images(data, exact_cache, tmp_path):
     from tiny_runs import stage_two_config
 
     from alignkd.pipeline.runtime.ranks import find_process
